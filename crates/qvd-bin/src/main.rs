@@ -1,0 +1,3 @@
+//! Commands of QVD.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,19 @@
+//! Vocabulary of QVD: ids, units, states, specifications, probe answers.
+//!
+//! No I/O happens here. What one layer hands to another is a type of this
+//! crate or a file descriptor, so that `qvd-storage`, `qvd-virt` and `qvd-net`
+//! need not know each other.
+#![forbid(unsafe_code)]
+
+mod id;
+mod spec;
+mod support;
+mod unit;
+
+pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, UserName};
+pub use spec::{
+    DesktopSpec, DesktopState, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, NetPolicy, RootPolicy,
+    StartStep, Virtualizer,
+};
+pub use support::{Missing, Support};
+pub use unit::{Bytes, MilliCpu, UidRange, UnitError};

@@ -1,0 +1,2 @@
+//! Control plane: store, users, flavours, desktops, sessions.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! What clients connect to: TLS, QVD wire protocol, browser display, REST API, portal.
+#![forbid(unsafe_code)]

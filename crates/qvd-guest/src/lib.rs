@@ -1,0 +1,29 @@
+//! Protocol between a node and the init inside one of its desktops.
+//!
+//! The node makes a listening unix socket outside of the desktop's sight and
+//! hands its descriptor to the init, so whoever can reach the socket is the
+//! node, and a node process that comes back after a restart just connects
+//! again. Each connection carries one [`Request`] and then a stream of
+//! [`Reply`]s until either end closes it. Frames are a little-endian `u32`
+//! length and that many bytes of JSON, at most [`MAX_FRAME`]; descriptors ride
+//! along with a frame (`SCM_RIGHTS`).
+//!
+//! Displays need no path and no network: the init connects to the session's
+//! socket from inside and passes the connected descriptor out.
+#![forbid(unsafe_code)]
+
+mod channel;
+mod message;
+
+pub use channel::{Channel, ChannelError, MAX_FDS, MAX_FRAME};
+pub use message::{
+    ExecRequest, Exit, GuestError, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION,
+};
+
+/// Descriptors that the init inherits besides standard input, output and error.
+pub mod fds {
+    /// The listening unix socket that the node's orders arrive on.
+    pub const CONTROL: i32 = 3;
+    /// A sealed memory file with [`crate::InitConfig`] as JSON.
+    pub const CONFIG: i32 = 4;
+}

@@ -1,0 +1,3 @@
+//! Init of a desktop.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,2 @@
+//! Bridges, ports, addresses and confinement.
+#![forbid(unsafe_code)]

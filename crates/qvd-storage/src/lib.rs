@@ -1,0 +1,2 @@
+//! Images, writable roots and homes for desktops.
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! System calls the ecosystem lacks: the only crate of QVD with `unsafe` code.

@@ -1,0 +1,2 @@
+//! Privileged gate, leak census and strict fakes of QVD's tests.
+#![forbid(unsafe_code)]

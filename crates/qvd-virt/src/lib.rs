@@ -1,0 +1,2 @@
+//! Virtualizers: containers on Linux namespaces.
+#![forbid(unsafe_code)]

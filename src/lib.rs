@@ -1,0 +1,2 @@
+//! Virtual desktops for Linux.
+#![forbid(unsafe_code)]
