@@ -1,1 +1,9 @@
 //! System calls the ecosystem lacks: the only crate of QVD with `unsafe` code.
+//!
+//! Everything here is a thin, safe wrapper: descriptors are owned, flags are
+//! typed, and each `unsafe` block says why it is sound.
+
+pub mod mount;
+pub mod netns;
+pub mod process;
+pub mod userns;

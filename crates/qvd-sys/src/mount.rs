@@ -1,0 +1,1 @@
+//! Detached mounts: the parts of the new mount API that rustix lacks.

@@ -1,0 +1,1 @@
+//! Network namespaces, entered only on threads made for it.

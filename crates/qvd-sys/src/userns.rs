@@ -1,0 +1,1 @@
+//! User namespaces as descriptors, for id-mapped mounts.
