@@ -1,2 +1,11 @@
 //! Privileged gate, leak census and strict fakes of QVD's tests.
+//!
+//! A test that needs root, namespaces or a program runs inside [`privileged`],
+//! and takes a [`Census`] before and after what it does.
 #![forbid(unsafe_code)]
+// This crate is the tests' own: it reports by panicking, as asserts do.
+#![allow(clippy::panic, clippy::print_stderr)]
+
+mod need;
+
+pub use need::{Lack, Need, privileged};
