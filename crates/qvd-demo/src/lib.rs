@@ -1,0 +1,4 @@
+//! What a browser does, done by a program.
+#![forbid(unsafe_code)]
+
+pub mod rfb;

@@ -1,0 +1,115 @@
+//! What a node must remember of a running desktop to adopt it.
+//!
+//! Records live in the run-time directory and are not synced: they matter only
+//! while the kernel that runs the desktop does, and the page cache outlives a
+//! killed process as well as a disk would. Everything that has no record is
+//! found by its name and swept, so there is no intent to record beforehand.
+
+use std::{
+    io::{self, Write as _},
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use qvd_core::{DesktopId, DesktopSpec};
+use qvd_virt::ContainerRecord;
+use serde::{Deserialize, Serialize};
+
+/// Format of the record; another version is not adopted but swept.
+const VERSION: u32 = 1;
+
+/// A running desktop.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Record {
+    version: u32,
+    pub(crate) spec: DesktopSpec,
+    /// Which range of host uids it has, see [`qvd_core::UidRange::of_slot`].
+    pub(crate) uid_slot: u32,
+    pub(crate) container: ContainerRecord,
+    pub(crate) address: Option<Ipv4Addr>,
+}
+
+impl Record {
+    pub(crate) fn new(
+        spec: DesktopSpec,
+        uid_slot: u32,
+        container: ContainerRecord,
+        address: Option<Ipv4Addr>,
+    ) -> Self {
+        Self { version: VERSION, spec, uid_slot, container, address }
+    }
+}
+
+/// The directories of running desktops: each holds a record and the socket to
+/// the init inside.
+#[derive(Debug)]
+pub(crate) struct Records {
+    dir: PathBuf,
+}
+
+impl Records {
+    /// Opens, making it if need be, the directory below the run-time directory.
+    pub(crate) fn open(run: &Path) -> io::Result<Self> {
+        use std::os::unix::fs::DirBuilderExt;
+        let dir = run.join("desktops");
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        Ok(Self { dir })
+    }
+
+    fn of(&self, id: DesktopId) -> PathBuf {
+        self.dir.join(id.to_string())
+    }
+
+    /// Path of the socket to the init of a desktop.
+    pub(crate) fn socket(&self, id: DesktopId) -> PathBuf {
+        self.of(id).join("init.sock")
+    }
+
+    /// Makes the directory of a desktop about to start.
+    pub(crate) fn begin(&self, id: DesktopId) -> io::Result<()> {
+        use std::os::unix::fs::DirBuilderExt;
+        match std::fs::DirBuilder::new().mode(0o700).create(self.of(id)) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Writes a record, whole or not at all.
+    pub(crate) fn write(&self, record: &Record) -> io::Result<()> {
+        let dir = self.of(record.spec.id);
+        let mut file = tempfile::NamedTempFile::new_in(&dir)?;
+        serde_json::to_writer(&mut file, record)?;
+        file.flush()?;
+        file.persist(dir.join("record.json")).map_err(|e| e.error)?;
+        Ok(())
+    }
+
+    /// The record of a desktop, or why there is none that can be used.
+    pub(crate) fn read(&self, id: DesktopId) -> io::Result<Record> {
+        let record: Record = serde_json::from_slice(&std::fs::read(self.of(id).join("record.json"))?)?;
+        if record.version != VERSION || record.spec.id != id {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the record is of another version or desktop"));
+        }
+        Ok(record)
+    }
+
+    /// Forgets a desktop. Forgetting what is not there is `Ok`.
+    pub(crate) fn end(&self, id: DesktopId) -> io::Result<()> {
+        match std::fs::remove_dir_all(self.of(id)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Every desktop that has a directory, with a record or without. What else
+    /// stands there is not ours and stays.
+    pub(crate) fn all(&self) -> io::Result<Vec<DesktopId>> {
+        let mut ids = Vec::new();
+        for entry in std::fs::read_dir(&self.dir)? {
+            ids.extend(entry?.file_name().to_str().and_then(|name| name.parse::<DesktopId>().ok()));
+        }
+        ids.sort_unstable();
+        Ok(ids)
+    }
+}
