@@ -6,6 +6,9 @@
 // This crate is the tests' own: it reports by panicking, as asserts do.
 #![allow(clippy::panic, clippy::print_stderr)]
 
+mod census;
 mod need;
+mod read;
 
+pub use census::{Census, Difference, Kind, Object, Scope};
 pub use need::{Lack, Need, privileged};
