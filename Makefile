@@ -1,0 +1,74 @@
+# Each target does its own set-up on a bare Debian or Ubuntu machine, and is
+# quick when that is done. Everything made here is below target/ and node_modules.
+#
+#   make demo [ONCE=1]   a desktop in the browser; ONCE=1 looks at it and ends
+#   make test            every test, privileges demanded: run it as root
+#   make check           format, lints, docs, unit tests, dependencies: no root
+#   make bench           start latency beside the floor, runc and lxc
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+.PHONY: demo test check bench web init build image browser
+
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+T := $(CARGO_TARGET_DIR)
+STAMP := $(T)/stamp
+export PATH := $(PATH):$(HOME)/.cargo/bin:$(T)/tools/bin
+
+INIT := $(T)/init/qvd-init
+STORE := $(T)/test-store
+DEMO_ROOT := $(T)/demo/state
+
+demo: build init $(STAMP)/demo-tools
+	$(T)/release/qvd-demo --qvd $(T)/release/qvd --init $(INIT) --root $(DEMO_ROOT) \
+		--recipe recipes/icewm.toml --output $(T)/demo $(if $(ONCE),--once)
+
+build: $(STAMP)/build-tools $(STAMP)/web
+	cargo build --locked --release -p qvd-bin -p qvd-demo
+
+test: init image browser $(STAMP)/test-tools
+	QVD_TEST_PRIVILEGED=1 QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
+		cargo nextest run --locked --workspace --all-targets --profile ci
+	cargo test --locked --workspace --doc
+	QVD_INIT=$(INIT) QVD_TEST_STORE=$(STORE) tests/browser/run $(T)/debug/qvd
+
+# The tests of one run share one store: an image takes minutes to build. Its
+# recipe decides whether it is built again.
+image: $(STAMP)/image-tools $(STAMP)/web
+	cargo build --locked -p qvd-bin
+	$(T)/debug/qvd --root $(STORE) image build recipes/icewm.toml
+
+browser: $(STAMP)/browser-tools tests/browser/node_modules/.package-lock.json
+
+check: $(STAMP)/build-tools $(STAMP)/check-tools $(STAMP)/web
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
+	env -u QVD_TEST_PRIVILEGED cargo nextest run --locked --workspace --lib --bins --profile ci
+	cargo deny --locked --offline check --hide-inclusion-graph licenses bans sources
+
+bench: build init $(STAMP)/bench-tools
+	cargo bench --locked --workspace
+
+# Small counts more than fast, and no image can be trusted to have a library
+# that it needs: the init is one static file.
+init: $(STAMP)/build-tools
+	cargo rustc --locked -p qvd-init --profile init --bin qvd-init -- -C target-feature=+crt-static
+
+web: $(STAMP)/web
+
+$(STAMP)/web: crates/qvd-gateway/web/package-lock.json | $(STAMP)/build-tools
+	npm ci --prefix crates/qvd-gateway/web --no-audit --no-fund --ignore-scripts
+	touch $@
+
+tests/browser/node_modules/.package-lock.json: tests/browser/package-lock.json | $(STAMP)/build-tools
+	npm ci --prefix tests/browser --no-audit --no-fund --ignore-scripts
+	touch $@
+
+# build-tools, image-tools, …: what scripts/tools lists under that name.
+$(STAMP)/%-tools: scripts/tools
+	scripts/tools $* $(T)/tools
+	mkdir -p $(STAMP)
+	touch $@
