@@ -1,0 +1,96 @@
+use std::collections::HashMap;
+
+use qvd_core::{Digest, FlavourName, Tag};
+use sqlx::Row;
+
+use crate::{ErrorKind, Farm, FarmError, Flavour, FlavourDefaults, row};
+
+impl Farm {
+    /// The flavours that have an image, by name.
+    ///
+    /// # Errors
+    /// The host cannot read its repository, or the database cannot be read.
+    pub async fn flavours(&self) -> Result<Vec<Flavour>, FarmError> {
+        let images = self.images().await?;
+        let mut set = self.all_defaults().await?;
+        let flavours = images.into_iter().map(|image| Flavour {
+            defaults: set.remove(image.flavour.as_str()).unwrap_or_default(),
+            name: image.flavour,
+            digest: image.digest,
+            created_unix_s: image.created_unix_s,
+        });
+        Ok(flavours.collect())
+    }
+
+    /// One flavour.
+    ///
+    /// # Errors
+    /// There is no such flavour; the message names those there are.
+    pub async fn flavour(&self, name: &FlavourName) -> Result<Flavour, FarmError> {
+        let flavours = self.flavours().await?;
+        flavours.iter().find(|flavour| flavour.name == *name).cloned().ok_or_else(|| {
+            let known: Vec<_> = flavours.iter().map(|flavour| format!("`{}`", flavour.name)).collect();
+            let known = if known.is_empty() {
+                "there is none yet: build an image".to_owned()
+            } else {
+                format!("there is {}", known.join(", "))
+            };
+            FarmError::with_code(ErrorKind::NotFound, "unknown_flavour", format!("unknown flavour `{name}`; {known}"))
+        })
+    }
+
+    /// Sets what new desktops of a flavour get; existing ones keep theirs.
+    ///
+    /// # Errors
+    /// There is no such flavour, or a limit is zero.
+    pub async fn set_flavour_defaults(&self, name: &FlavourName, defaults: FlavourDefaults) -> Result<(), FarmError> {
+        self.flavour(name).await?;
+        crate::desktop::check_limits(&defaults.limits)?;
+        let mut write = self.write().await?;
+        sqlx::query(
+            "INSERT INTO flavour_defaults
+                 (name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet)
+             VALUES ($1, $2, $3, $4, $5, $6, $7)
+             ON CONFLICT (name) DO UPDATE SET
+                 memory_bytes = excluded.memory_bytes, cpu_milli = excluded.cpu_milli, pids = excluded.pids,
+                 root_policy = excluded.root_policy, net_port = excluded.net_port, net_internet = excluded.net_internet",
+        )
+        .bind(name.as_str())
+        .bind(row::bytes_column(defaults.limits.memory))
+        .bind(i64::from(defaults.limits.cpu.0))
+        .bind(i64::from(defaults.limits.pids))
+        .bind(row::root_policy_word(defaults.root))
+        .bind(defaults.net.port)
+        .bind(defaults.net.internet)
+        .execute(&mut *write.tx)
+        .await
+        .map_err(|e| FarmError::store("set a flavour's defaults", e))?;
+        write.commit().await?;
+        tracing::info!(flavour = %name, "flavour defaults set");
+        Ok(())
+    }
+
+    /// The image that a tag names now.
+    pub(crate) async fn resolve(&self, flavour: &FlavourName, tag: &Tag) -> Result<Digest, FarmError> {
+        let flavour = self.flavour(flavour).await?;
+        // The host publishes one image a flavour, and both names mean it.
+        if *tag == Tag::head() || *tag == Tag::default_tag() {
+            return Ok(flavour.digest);
+        }
+        Err(FarmError::with_code(
+            ErrorKind::NotFound,
+            "unknown_tag",
+            format!("flavour `{}` has no tag `{tag}`; it has `default` and `head`", flavour.name),
+        ))
+    }
+
+    async fn all_defaults(&self) -> Result<HashMap<String, FlavourDefaults>, FarmError> {
+        sqlx::query(
+            "SELECT name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet FROM flavour_defaults",
+        )
+        .fetch_all(self.pool())
+        .await
+        .and_then(|rows| rows.iter().map(|r| Ok((r.try_get("name")?, row::flavour_defaults(r)?))).collect())
+        .map_err(|e| FarmError::store("read the flavours' defaults", e))
+    }
+}

@@ -1,0 +1,114 @@
+//! Between rows and types. A row that does not fit its type was written by
+//! somebody else: that is an error of the store, not of the caller.
+
+use std::{net::Ipv4Addr, str::FromStr};
+
+use qvd_core::{Bytes, DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
+use sqlx::{Row, sqlite::SqliteRow};
+
+use crate::{Desktop, FlavourDefaults, SessionInfo, SessionKind, User};
+
+type Result<T> = std::result::Result<T, sqlx::Error>;
+
+fn decode<T, E: std::error::Error + Send + Sync + 'static>(
+    column: &'static str,
+    value: std::result::Result<T, E>,
+) -> Result<T> {
+    value.map_err(|source| sqlx::Error::ColumnDecode { index: column.to_owned(), source: Box::new(source) })
+}
+
+fn parsed<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(
+    row: &SqliteRow,
+    column: &'static str,
+) -> Result<T> {
+    decode(column, row.try_get::<&str, _>(column)?.parse())
+}
+
+fn unsigned<T: TryFrom<i64, Error: std::error::Error + Send + Sync + 'static>>(
+    row: &SqliteRow,
+    column: &'static str,
+) -> Result<T> {
+    decode(column, T::try_from(row.try_get::<i64, _>(column)?))
+}
+
+/// A word of one of our enums, by its serde name.
+fn word<T: serde::de::DeserializeOwned>(row: &SqliteRow, column: &'static str) -> Result<T> {
+    decode(column, serde_json::from_value(serde_json::Value::from(row.try_get::<&str, _>(column)?)))
+}
+
+pub(crate) const fn root_policy_word(policy: RootPolicy) -> &'static str {
+    match policy {
+        RootPolicy::Persistent => "persistent",
+        _ => "volatile",
+    }
+}
+
+pub(crate) const fn virtualizer_word(virtualizer: Virtualizer) -> &'static str {
+    match virtualizer {
+        Virtualizer::Qemu => "qemu",
+        Virtualizer::Libvirt => "libvirt",
+        _ => "container",
+    }
+}
+
+/// What SQLite can hold of a number of bytes: 8 EiB less one, more than any host has.
+pub(crate) fn bytes_column(bytes: Bytes) -> i64 {
+    i64::try_from(bytes.get()).unwrap_or(i64::MAX)
+}
+
+pub(crate) fn user(row: &SqliteRow) -> Result<User> {
+    Ok(User {
+        name: parsed(row, "name")?,
+        admin: row.try_get("admin")?,
+        created_unix_s: unsigned(row, "created_unix_s")?,
+    })
+}
+
+pub(crate) fn limits(row: &SqliteRow) -> Result<Limits> {
+    Ok(Limits {
+        memory: Bytes::new(unsigned(row, "memory_bytes")?),
+        cpu: MilliCpu(unsigned(row, "cpu_milli")?),
+        pids: unsigned(row, "pids")?,
+    })
+}
+
+fn net(row: &SqliteRow) -> Result<NetPolicy> {
+    Ok(NetPolicy { port: row.try_get("net_port")?, internet: row.try_get("net_internet")? })
+}
+
+pub(crate) fn flavour_defaults(row: &SqliteRow) -> Result<FlavourDefaults> {
+    Ok(FlavourDefaults { limits: limits(row)?, root: word(row, "root_policy")?, net: net(row)? })
+}
+
+pub(crate) fn desktop_id(row: &SqliteRow) -> Result<DesktopId> {
+    decode("id", DesktopId::new(unsigned(row, "id")?))
+}
+
+pub(crate) fn desktop(row: &SqliteRow) -> Result<Desktop> {
+    let address: Option<&str> = row.try_get("address")?;
+    Ok(Desktop {
+        id: desktop_id(row)?,
+        user: parsed(row, "user_name")?,
+        name: row.try_get("name")?,
+        flavour: parsed(row, "flavour")?,
+        tag: parsed(row, "tag")?,
+        virtualizer: word(row, "virtualizer")?,
+        limits: limits(row)?,
+        root: word(row, "root_policy")?,
+        net: net(row)?,
+        address: decode("address", address.map(str::parse::<Ipv4Addr>).transpose())?,
+        blocked: row.try_get("blocked")?,
+        created_unix_s: unsigned(row, "created_unix_s")?,
+    })
+}
+
+pub(crate) fn session(row: &SqliteRow) -> Result<SessionInfo> {
+    Ok(SessionInfo {
+        id: row.try_get("id")?,
+        user: parsed(row, "user_name")?,
+        kind: word::<SessionKind>(row, "kind")?,
+        created_unix_s: unsigned(row, "created_unix_s")?,
+        last_used_unix_s: unsigned(row, "last_used_unix_s")?,
+        expires_unix_s: unsigned(row, "expires_unix_s")?,
+    })
+}
