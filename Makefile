@@ -32,7 +32,8 @@ test: init image browser $(STAMP)/test-tools
 	QVD_TEST_PRIVILEGED=1 QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
 		cargo nextest run --locked --workspace --all-targets --profile ci
 	cargo test --locked --workspace --doc
-	QVD_INIT=$(INIT) QVD_TEST_STORE=$(STORE) tests/browser/run $(T)/debug/qvd
+	QVD=$(T)/debug/qvd QVD_INIT=$(INIT) QVD_TEST_STORE=$(STORE) QVD_TEST_OUTPUT=$(T)/browser \
+		node tests/browser/display.mjs
 
 # The tests of one run share one store: an image takes minutes to build. Its
 # recipe decides whether it is built again.
