@@ -48,7 +48,7 @@ check: $(STAMP)/build-tools $(STAMP)/check-tools $(STAMP)/web
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
 	env -u QVD_TEST_PRIVILEGED cargo nextest run --locked --workspace --lib --bins --profile ci
-	cargo deny --locked --offline check --hide-inclusion-graph licenses bans sources
+	cargo deny --locked check --hide-inclusion-graph licenses bans sources
 
 bench: build init $(STAMP)/bench-tools
 	cargo bench --locked --workspace
