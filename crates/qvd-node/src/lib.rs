@@ -1,6 +1,8 @@
 //! One host: storage, virtualizers and network composed into desktops.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "fake")]
+pub mod fake;
 mod host;
 
 pub use host::{
