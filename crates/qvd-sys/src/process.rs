@@ -1,1 +1,24 @@
-//! Processes in namespaces of their own: `clone3`, and a plan that the child executes with raw system calls.
+//! Processes in namespaces of their own: `clone3`, and a plan that the child
+//! executes with raw system calls.
+//!
+//! After a clone of one thread of a threaded process, the child may call only
+//! what is async-signal-safe: another thread may have held the allocator's
+//! lock. So the parent compiles everything beforehand into a [`Plan`], and the
+//! child merely walks it.
+//!
+//! The child is a copy-on-write clone and not `CLONE_VM`: it has to act at the
+//! same time as its parent, and processes that share memory share their fate
+//! with the OOM killer and their "dumpable" flag with `setuid`. The price is
+//! the parent's page tables, about 1 ms for 100 MiB of touched memory (see
+//! `benches/start.rs` of `qvd-virt`); a node that stays small does not pay it.
+
+mod child;
+mod memfd;
+mod pidfd;
+mod plan;
+mod spawn;
+
+pub use memfd::seal;
+pub use pidfd::{Exit, Process, boot_id, start_time};
+pub use plan::{BpfInstruction, ExecArgs, Namespaces, Op, Plan, PlanFd};
+pub use spawn::{Event, SpawnError, Spawned, spawn};

@@ -1,0 +1,235 @@
+//! The child's side: walks a plan with raw system calls. No allocation, no
+//! lock, no panic may be added here.
+
+use std::{
+    ffi::{CStr, CString, c_long},
+    os::fd::RawFd,
+};
+
+use super::plan::{BpfInstruction, Op, Place, PlanFd, SLOTS};
+
+/// What a record to the parent begins with instead of a step's number when
+/// there was no failure.
+pub(super) const READY: u32 = u32::MAX;
+
+/// Exit status after a failed step. Nobody sees it but a debugger: the parent
+/// gets the record.
+const FAILED: c_long = 127;
+
+/// Makes a raw system call; the error is its number.
+macro_rules! call {
+    ($name:ident $(, $argument:expr)* $(,)?) => {{
+        // SAFETY: every pointer among the arguments leads into the plan, which
+        // the child has a private copy of, or to a local that outlives the call.
+        let result = unsafe { libc::syscall(libc::$name $(, $argument)*) };
+        if result < 0 { Err(errno()) } else { Ok(result) }
+    }};
+}
+
+fn errno() -> i32 {
+    // SAFETY: the C library's per-thread errno; always readable.
+    unsafe { *libc::__errno_location() }
+}
+
+/// Gaps between the descriptors that the child keeps, ends included.
+pub(super) type Gaps = [(u32, u32)];
+
+pub(super) struct Child<'a> {
+    control: RawFd,
+    slots: [RawFd; SLOTS],
+    gaps: &'a Gaps,
+}
+
+impl<'a> Child<'a> {
+    pub(super) const fn new(control: RawFd, gaps: &'a Gaps) -> Self {
+        Self { control, slots: [-1; SLOTS], gaps }
+    }
+
+    /// Executes the steps; returns only by ending the process.
+    pub(super) fn run(mut self, steps: &[(String, Op)]) -> ! {
+        // What else the parent has open is none of our business, and holding
+        // it would keep sockets and pipes of others alive while we wait.
+        for &(first, last) in self.gaps {
+            if let Err(error) = call!(SYS_close_range, first, last, 0) {
+                self.report(0, error);
+            }
+        }
+        let mut index = 0_u32;
+        for (_, op) in steps {
+            if let Err(error) = self.step(op) {
+                self.report(index, error);
+            }
+            index = index.wrapping_add(1);
+        }
+        // A plan that executes nothing has ended well.
+        exit(0)
+    }
+
+    fn report(&self, step: u32, error: i32) -> ! {
+        let _sent = self.send(step, error);
+        exit(FAILED)
+    }
+
+    fn send(&self, step: u32, error: i32) -> Result<c_long, i32> {
+        let record = [step, error.cast_unsigned()];
+        let no_address = std::ptr::null::<u8>();
+        call!(SYS_sendto, self.control, record.as_ptr(), size_of_val(&record), libc::MSG_NOSIGNAL, no_address, 0)
+    }
+
+    const fn fd(&self, fd: PlanFd) -> RawFd {
+        match fd.0 {
+            Place::Given(fd) => fd,
+            Place::Slot(slot) => self.slots[slot],
+        }
+    }
+
+    fn fill(&mut self, slot: PlanFd, fd: c_long) -> Result<(), i32> {
+        let (Place::Slot(slot), Ok(fd)) = (slot.0, RawFd::try_from(fd)) else { return Err(libc::EINVAL) };
+        let Some(place) = self.slots.get_mut(slot) else { return Err(libc::EINVAL) };
+        let before = std::mem::replace(place, fd);
+        if before >= 0 {
+            call!(SYS_close, before)?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, op: &Op) -> Result<(), i32> {
+        match op {
+            Op::Wait => return self.wait(),
+            Op::Ready => self.send(READY, 0)?,
+            Op::ClearGroups => call!(SYS_setgroups, 0, std::ptr::null::<libc::gid_t>())?,
+            Op::SetGid(id) => call!(SYS_setresgid, *id, *id, *id)?,
+            Op::SetUid(id) => call!(SYS_setresuid, *id, *id, *id)?,
+            Op::NewSession => call!(SYS_setsid)?,
+            Op::NewKeyring => {
+                match call!(SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) {
+                    // Without keyrings in the kernel there is none to leave.
+                    Err(libc::ENOSYS) => 0,
+                    other => other?,
+                }
+            }
+            Op::Unshare(namespaces) => call!(SYS_unshare, namespaces.0)?,
+            Op::SetHostname(name) => call!(SYS_sethostname, name.as_ptr(), name.len())?,
+            Op::Umask(mask) => call!(SYS_umask, *mask)?,
+            Op::UnblockSignals => {
+                let none = 0_u64;
+                call!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, std::ptr::null::<u64>(), size_of::<u64>())?
+            }
+            Op::DefaultSignal(signal) => {
+                // The kernel's sigaction: handler, flags, restorer, mask; all
+                // zero is SIG_DFL.
+                let default = [0_u64; 4];
+                call!(SYS_rt_sigaction, *signal, default.as_ptr(), std::ptr::null::<u64>(), size_of::<u64>())?
+            }
+            Op::MakeDir { dir, path, mode } => match call!(SYS_mkdirat, self.fd(*dir), path.as_ptr(), *mode) {
+                Err(libc::EEXIST) => 0,
+                other => other?,
+            },
+            Op::OpenDir { dir, path, into } => {
+                let fd = open_dir(self.fd(*dir), path)?;
+                return self.fill(*into, fd);
+            }
+            Op::MakeFs { kind, options, attributes, into } => {
+                let fd = make_fs(kind, options, *attributes)?;
+                return self.fill(*into, fd);
+            }
+            Op::CloneTree { dir, path, attributes, into } => {
+                let fd = clone_tree(self.fd(*dir), path, *attributes)?;
+                return self.fill(*into, fd);
+            }
+            Op::Attach { mount, dir, path } => attach(self.fd(*mount), self.fd(*dir), path)?,
+            Op::PivotRoot(root) => pivot_root(self.fd(*root))?,
+            Op::DropBounding(capabilities) => {
+                for &capability in capabilities {
+                    call!(SYS_prctl, libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0)?;
+                }
+                0
+            }
+            Op::NoNewPrivileges => call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?,
+            Op::Seccomp(filter) => load(filter)?,
+            Op::Dup { from, to } => call!(SYS_dup3, self.fd(*from), *to, 0)?,
+            Op::CloseOnExecFrom(first) => call!(SYS_close_range, *first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)?,
+            Op::Exec { program, args } => {
+                let empty = c"".as_ptr();
+                call!(SYS_execveat, self.fd(*program), empty, args.argv(), args.envp(), libc::AT_EMPTY_PATH)?
+            }
+        };
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<(), i32> {
+        let mut byte = 0_u8;
+        loop {
+            match call!(SYS_read, self.control, &raw mut byte, 1) {
+                // The parent is gone or has thought better of it.
+                Ok(0) => exit(0),
+                Ok(_) => return Ok(()),
+                Err(libc::EINTR) => {}
+                Err(libc::ECONNRESET) => exit(0),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn exit(status: c_long) -> ! {
+    loop {
+        // SAFETY: ends the process without running anything of the parent's.
+        unsafe { libc::syscall(libc::SYS_exit_group, status) };
+    }
+}
+
+fn open_dir(dir: RawFd, path: &CStr) -> Result<c_long, i32> {
+    // SAFETY: an all-zero open_how is a valid value of a plain C struct.
+    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+    how.flags = (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC).cast_unsigned().into();
+    how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS;
+    call!(SYS_openat2, dir, path.as_ptr(), &raw const how, size_of::<libc::open_how>())
+}
+
+fn make_fs(kind: &CStr, options: &[(CString, CString)], attributes: u32) -> Result<c_long, i32> {
+    let context = call!(SYS_fsopen, kind.as_ptr(), libc::FSOPEN_CLOEXEC)?;
+    for (key, value) in options {
+        call!(SYS_fsconfig, context, libc::FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr(), 0)?;
+    }
+    let none = std::ptr::null::<u8>();
+    call!(SYS_fsconfig, context, libc::FSCONFIG_CMD_CREATE, none, none, 0)?;
+    let mount = call!(SYS_fsmount, context, libc::FSMOUNT_CLOEXEC, attributes)?;
+    call!(SYS_close, context)?;
+    Ok(mount)
+}
+
+fn clone_tree(dir: RawFd, path: &CStr, attributes: u64) -> Result<c_long, i32> {
+    let flags = libc::OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned() | libc::AT_EMPTY_PATH.cast_unsigned();
+    let tree = call!(SYS_open_tree, dir, path.as_ptr(), flags)?;
+    if attributes != 0 {
+        let attr = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
+        let size = size_of::<libc::mount_attr>();
+        call!(SYS_mount_setattr, tree, c"".as_ptr(), libc::AT_EMPTY_PATH, &raw const attr, size)?;
+    }
+    Ok(tree)
+}
+
+fn attach(mount: RawFd, dir: RawFd, path: &CStr) -> Result<c_long, i32> {
+    let mut flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
+    if path.is_empty() {
+        flags |= libc::MOVE_MOUNT_T_EMPTY_PATH;
+    }
+    call!(SYS_move_mount, mount, c"".as_ptr(), dir, path.as_ptr(), flags)
+}
+
+fn pivot_root(root: RawFd) -> Result<c_long, i32> {
+    call!(SYS_fchdir, root)?;
+    // pivot_root(".", ".") stacks the old root on the new one: no directory
+    // for it is needed, and it is taken away at once. See pivot_root(2).
+    call!(SYS_pivot_root, c".".as_ptr(), c".".as_ptr())?;
+    call!(SYS_umount2, c".".as_ptr(), libc::MNT_DETACH)?;
+    call!(SYS_chdir, c"/".as_ptr())
+}
+
+fn load(filter: &[BpfInstruction]) -> Result<c_long, i32> {
+    let Ok(len) = u16::try_from(filter.len()) else { return Err(libc::EINVAL) };
+    // The kernel's sock_fprog only reads, whatever its C type says.
+    let program = libc::sock_fprog { len, filter: filter.as_ptr().cast_mut().cast() };
+    call!(SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program)
+}

@@ -1,0 +1,204 @@
+//! Processes by descriptor: no number is ever signalled or waited for that
+//! could have come to mean another process.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
+};
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Exit {
+    /// By itself, with this status.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+    /// It ended; how is known only to whoever reaped it. Happens for a process
+    /// that is not our child on a kernel before 6.15.
+    Unknown,
+}
+
+impl Exit {
+    fn from_wait_status(status: i32) -> Self {
+        if libc::WIFEXITED(status) {
+            Self::Code(libc::WEXITSTATUS(status))
+        } else {
+            Self::Signal(libc::WTERMSIG(status))
+        }
+    }
+}
+
+/// A process that we may watch, signal and, if it is our child, reap.
+/// Dropping it leaves the process alone.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    pidfd: OwnedFd,
+    exit: Option<Exit>,
+}
+
+impl Process {
+    pub(super) const fn new(pid: u32, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, exit: None }
+    }
+
+    /// Opens the process that has the number `pid` at this moment.
+    ///
+    /// # Errors
+    /// `ESRCH`: there is none.
+    pub fn open(pid: u32) -> io::Result<Self> {
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Self::new(pid, pidfd_open(number, PidfdFlags::empty())?))
+    }
+
+    /// Its number. Means this process only while [`Process::try_wait`] says
+    /// that it has not been reaped.
+    #[must_use]
+    pub const fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Sends a signal; `Ok` when it has ended already.
+    ///
+    /// # Errors
+    /// `EPERM`: we may not.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        match pidfd_send_signal(&self.pidfd, signal) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// How it ended, if it has.
+    ///
+    /// # Errors
+    /// The kernel refuses to say.
+    pub fn try_wait(&mut self) -> io::Result<Option<Exit>> {
+        self.wait(Duration::ZERO)
+    }
+
+    /// Waits until it has ended, at most for `limit`, and reaps it if it is
+    /// our child. `None`: it still runs.
+    ///
+    /// # Errors
+    /// The kernel refuses to wait.
+    pub fn wait(&mut self, limit: Duration) -> io::Result<Option<Exit>> {
+        if self.exit.is_none() && self.poll(PollFlags::IN, limit)? {
+            self.exit = Some(self.reap()?);
+        }
+        Ok(self.exit)
+    }
+
+    fn poll(&self, wanted: PollFlags, limit: Duration) -> io::Result<bool> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now()))
+                .map_err(|_| io::ErrorKind::InvalidInput)?;
+            let mut fds = [PollFd::new(&self.pidfd, wanted)];
+            match poll(&mut fds, Some(&left)) {
+                Ok(0) => return Ok(false),
+                Ok(_) => return Ok(fds.iter().any(|fd| fd.revents().intersects(wanted))),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn reap(&self) -> io::Result<Exit> {
+        loop {
+            match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
+                Ok(Some(status)) => {
+                    let code = status.exit_status().map(Exit::Code);
+                    return Ok(code.or_else(|| status.terminating_signal().map(Exit::Signal)).unwrap_or(Exit::Unknown));
+                }
+                Ok(None) => return Ok(Exit::Unknown),
+                Err(Errno::INTR) => {}
+                Err(Errno::CHILD) => return self.foreign_exit(),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// The exit status of a process that somebody else reaps. The kernel tells
+    /// it once that has happened, which the descriptor shows by hanging up.
+    fn foreign_exit(&self) -> io::Result<Exit> {
+        /// Reaping follows an exit within microseconds, or never.
+        const REAPED_WITHIN: Duration = Duration::from_millis(200);
+        if !self.poll(PollFlags::HUP, REAPED_WITHIN)? {
+            return Ok(Exit::Unknown);
+        }
+        // SAFETY: an all-zero pidfd_info is a valid value of a plain C struct.
+        let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
+        info.mask = u64::from(libc::PIDFD_INFO_EXIT);
+        // SAFETY: PIDFD_GET_INFO reads and writes one `pidfd_info`.
+        let result = unsafe { libc::ioctl(self.pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) };
+        let told = result == 0 && info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0;
+        Ok(if told { Exit::from_wait_status(info.exit_code) } else { Exit::Unknown })
+    }
+}
+
+impl AsFd for Process {
+    /// Becomes readable when the process has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+/// When a process was started, in clock ticks since the boot. Together with
+/// the boot and the number it names one process for ever.
+///
+/// # Errors
+/// There is no such process.
+pub fn start_time(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in parentheses, may contain anything; field 22 of proc(5) is
+    // the 20th behind it.
+    let field = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19));
+    field.and_then(|text| text.parse().ok()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The random name of this boot of the kernel.
+///
+/// # Errors
+/// `/proc` is not mounted.
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn exit_status_and_signal_arrive() {
+        let mut child = Command::new("sh").args(["-c", "read _; exit 7"]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut process = Process::open(child.id()).unwrap();
+        assert_eq!(process.try_wait().unwrap(), None);
+        drop(child.stdin.take());
+        assert_eq!(process.wait(Duration::from_secs(10)).unwrap(), Some(Exit::Code(7)));
+        assert_eq!(process.try_wait().unwrap(), Some(Exit::Code(7)), "asking again");
+
+        let child = Command::new("sh").args(["-c", "read _"]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut process = Process::open(child.id()).unwrap();
+        process.signal(Signal::KILL).unwrap();
+        assert_eq!(process.wait(Duration::from_secs(10)).unwrap(), Some(Exit::Signal(9)));
+        process.signal(Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn the_start_time_of_a_process_is_its_own() {
+        let me = start_time(std::process::id()).unwrap();
+        assert_eq!(me, start_time(std::process::id()).unwrap());
+        assert!(start_time(1).unwrap() <= me);
+    }
+}

@@ -1,0 +1,210 @@
+//! The parent's side: makes the child and hears from it.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair},
+};
+
+use super::{
+    child::{Child, READY},
+    pidfd::Process,
+    plan::{Namespaces, Op, Plan, lift},
+};
+
+/// Why a child could not be made or did not get through its plan.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpawnError {
+    /// The child could not be made.
+    #[error("cannot make the process")]
+    Clone(#[source] io::Error),
+    /// A step of the plan failed.
+    #[error("cannot {name}")]
+    Step {
+        /// What the plan calls the step.
+        name: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The child ended before its plan did, for instance by the OOM killer.
+    #[error("the process was killed before its program ran")]
+    Died,
+    /// The child took too long.
+    #[error("the process did not report within {0:?}")]
+    Timeout(Duration),
+    /// The socket to the child failed.
+    #[error("cannot talk with the process")]
+    Control(#[source] io::Error),
+}
+
+/// What a child reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// It has come to [`Op::Ready`].
+    Ready,
+    /// It closed its end: it executed its program, or it ended.
+    Closed,
+}
+
+/// A child that executes its plan. Dropping it ends a child that waits.
+#[derive(Debug)]
+pub struct Spawned {
+    process: Process,
+    control: OwnedFd,
+    names: Vec<String>,
+}
+
+/// Makes a child in new `namespaces` and, with `cgroup`, in that v2 cgroup,
+/// and lets it execute `plan`.
+///
+/// # Errors
+/// [`SpawnError::Clone`]: no such namespaces, no processes left, or no privilege.
+pub fn spawn(plan: Plan, namespaces: Namespaces, cgroup: Option<BorrowedFd<'_>>) -> Result<Spawned, SpawnError> {
+    let Plan { mut steps, fds, .. } = plan;
+    // CLONE_CLEAR_SIGHAND leaves ignored signals ignored, through the exec too;
+    // Rust programs ignore SIGPIPE.
+    let ignored = (1..=SIGNALS).filter(|&signal| is_ignored(signal));
+    steps.splice(0..0, ignored.map(|signal| (format!("reset signal {signal}"), Op::DefaultSignal(signal))));
+
+    let kind = SocketType::SEQPACKET;
+    let (control, theirs) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
+        .map_err(|e| SpawnError::Control(e.into()))?;
+    let theirs = lift(theirs).map_err(SpawnError::Control)?;
+    let mut kept: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
+    let gaps = gaps(&mut kept);
+
+    let mut pidfd: RawFd = -1;
+    // SAFETY: an all-zero clone_args is a valid value of a plain C struct.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = namespaces.0 | CLEAR_SIGHAND | libc::CLONE_PIDFD.cast_unsigned() as u64;
+    args.pidfd = (&raw mut pidfd).addr() as u64;
+    args.exit_signal = libc::SIGCHLD.cast_unsigned().into();
+    if let Some(cgroup) = cgroup {
+        args.flags |= INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd().cast_unsigned().into();
+    }
+    // SAFETY: like fork: without CLONE_VM the child has a copy of everything.
+    // It touches only what was prepared above, with raw system calls, and never
+    // returns from `run`. The kernel stores the new descriptor into `pidfd`.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    if pid == 0 {
+        Child::new(theirs.as_raw_fd(), &gaps).run(&steps);
+    }
+    let Ok(pid) = u32::try_from(pid) else { return Err(SpawnError::Clone(io::Error::last_os_error())) };
+    // SAFETY: the kernel has just opened it for us, and nobody else knows it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    let names = steps.into_iter().map(|(name, _)| name).collect();
+    Ok(Spawned { process: Process::new(pid, pidfd), control, names })
+}
+
+/// Source: Linux `include/uapi/linux/sched.h`; libc types them as `c_int`,
+/// which they overflow.
+const CLEAR_SIGHAND: u64 = 0x1_0000_0000;
+const INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Source: Linux `include/uapi/asm-generic/signal.h`, `_NSIG`.
+const SIGNALS: i32 = 64;
+
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: an all-zero sigaction is valid; a null new action only asks. The
+    // C library refuses its own two signals, which are never ignored.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &raw mut action) == 0 && action.sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// What lies between the descriptors to keep, to close it in few calls.
+fn gaps(kept: &mut [RawFd]) -> Vec<(u32, u32)> {
+    kept.sort_unstable();
+    let mut next = 0;
+    let mut gaps = Vec::with_capacity(kept.len() + 1);
+    for fd in kept.iter().map(|fd| fd.cast_unsigned()) {
+        if next < fd {
+            gaps.push((next, fd - 1));
+        }
+        next = fd + 1;
+    }
+    gaps.push((next, u32::MAX));
+    gaps
+}
+
+impl Spawned {
+    /// The process.
+    #[must_use]
+    pub const fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// The process, to wait for it.
+    pub const fn process_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Lets the child pass its next [`Op::Wait`].
+    ///
+    /// # Errors
+    /// The child has ended; [`Spawned::event`] says why.
+    pub fn release(&self) -> Result<(), SpawnError> {
+        match send(&self.control, &[1], SendFlags::NOSIGNAL) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(SpawnError::Control(error.into())),
+        }
+    }
+
+    /// Waits for the child's next report.
+    ///
+    /// # Errors
+    /// A step failed, or nothing came within `limit`.
+    pub fn event(&self, limit: Duration) -> Result<Event, SpawnError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now()))
+                .map_err(|_| SpawnError::Timeout(limit))?;
+            match poll(&mut [PollFd::new(&self.control, PollFlags::IN)], Some(&left)) {
+                Ok(0) => return Err(SpawnError::Timeout(limit)),
+                Ok(_) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(SpawnError::Control(error.into())),
+            }
+        }
+        let mut record = [0_u8; 8];
+        match recv(&self.control, &mut record, RecvFlags::empty()) {
+            Ok((8, _)) => self.parse(record),
+            // A child that ended without reading what we sent resets.
+            Ok(_) | Err(Errno::CONNRESET) => Ok(Event::Closed),
+            Err(error) => Err(SpawnError::Control(error.into())),
+        }
+    }
+
+    fn parse(&self, record: [u8; 8]) -> Result<Event, SpawnError> {
+        let [a, b, c, d, e, f, g, h] = record;
+        let (step, error) = (u32::from_ne_bytes([a, b, c, d]), i32::from_ne_bytes([e, f, g, h]));
+        if step == READY {
+            return Ok(Event::Ready);
+        }
+        let name = usize::try_from(step).ok().and_then(|step| self.names.get(step));
+        let name = name.map_or_else(|| "prepare the process".to_owned(), Clone::clone);
+        Err(SpawnError::Step { name, source: io::Error::from_raw_os_error(error) })
+    }
+
+    /// Gives up the channel and keeps the process. A child that waits ends.
+    #[must_use]
+    pub fn into_process(self) -> Process {
+        self.process
+    }
+}
+
+impl AsFd for Spawned {
+    /// Becomes readable when [`Spawned::event`] has something to say.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.control.as_fd()
+    }
+}
