@@ -1,2 +1,61 @@
 //! Bridges, ports, addresses and confinement.
+//!
+//! A [`Network`] is a bridge and a rule set in one network namespace. A
+//! desktop's [`Port`] is a pair of links, one end on the bridge and the other
+//! born inside the desktop's own namespace, and the port's entries in the sets
+//! that the rules look into. Everything a desktop sends is dropped unless it
+//! carries the port's own MAC and IPv4 address; of that, the host takes ARP and
+//! echo requests to its gateway address and, if policy says so, routes the rest
+//! to other networks by NAT. Neighbours and the host's services are out of
+//! reach.
+//!
+//! A desktop has no IPv6 address, so all its IPv6 is dropped.
+//!
+//! Everything has a deterministic name: [`Network::open`] takes over what an
+//! earlier process left, [`Network::adopt`] a desktop's port, and
+//! [`Network::sweep`] removes what nobody claims.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::os::fd::AsFd;
+//! use qvd_core::{DesktopId, Instance, NetPolicy};
+//! use qvd_net::{NetConfig, Network, PortSpec};
+//!
+//! let mut network = Network::open(NetConfig { internet: true, ..NetConfig::new(Instance::new(0x1a2b)) })?;
+//! let inside = qvd_sys::netns::create()?;
+//! let mut port = network.attach(&PortSpec {
+//!     desktop: DesktopId::new(7)?,
+//!     netns: inside.as_fd(),
+//!     address: None,
+//!     policy: NetPolicy { port: true, internet: true },
+//! })?;
+//! println!("{} {}", port.address(), port.mac());
+//! port.close()?;
+//! network.close()?;
+//! # Ok(()) }
+//! ```
 #![forbid(unsafe_code)]
+
+mod elements;
+mod error;
+mod links;
+mod mac;
+mod netlink;
+mod network;
+mod nft;
+mod pool;
+mod port;
+mod probe;
+mod rules;
+mod sysctl;
+
+#[cfg(test)]
+mod testing;
+
+pub use error::{Error, ErrorKind, TeardownErrors};
+pub use mac::Mac;
+pub use netlink::NetlinkError;
+pub use network::{NetConfig, Network};
+pub use pool::{Subnet, SubnetError};
+pub use port::{Port, PortSpec, loopback_up};
+pub use probe::probe;

@@ -1,0 +1,48 @@
+use std::{fmt, net::Ipv4Addr};
+
+use qvd_core::Instance;
+use serde::Serialize;
+
+/// Hardware address of a link.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mac([u8; 6]);
+
+impl Mac {
+    /// First octet: locally administered, one receiver (IEEE 802-2014, 8.4).
+    const FIRST: u8 = 0x52;
+
+    /// The one of `address`: a desktop has the same one wherever and whenever
+    /// it runs, and no two of an installation share one, as a subnet has at
+    /// most 24 bits of its own.
+    #[must_use]
+    pub fn of(instance: Instance, address: Ipv4Addr) -> Self {
+        let [high, low] = u16::from_str_radix(&instance.to_string(), 16).unwrap_or_default().to_be_bytes();
+        let [_, b, c, d] = address.octets();
+        Self([Self::FIRST, high, low, b, c, d])
+    }
+
+    /// Its six bytes, as on the wire.
+    #[must_use]
+    pub const fn octets(self) -> [u8; 6] {
+        self.0
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for Mac {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}

@@ -1,0 +1,412 @@
+use std::{
+    collections::BTreeSet,
+    net::Ipv4Addr,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use netlink_packet_route::link::InfoKind;
+use qvd_core::{DesktopId, Instance, NetPolicy};
+use qvd_sys::netns;
+use rustix::io::Errno;
+
+use crate::{
+    Error, Mac, Port, PortSpec, Subnet, TeardownErrors,
+    elements::{self, Element, Family},
+    links::{self, LinkFacts},
+    netlink::Netlink,
+    nft,
+    pool::Pool,
+    rules::{self, Protection, Rules},
+    sysctl,
+};
+
+/// What a network is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Stands in the names of bridge, links and rules.
+    pub instance: Instance,
+    /// Addresses of the desktops.
+    pub subnet: Subnet,
+    /// Whether desktops may be let out to other networks. The host then
+    /// forwards IPv4 packets.
+    pub internet: bool,
+}
+
+impl NetConfig {
+    /// The installation's own subnet, and no way out.
+    #[must_use]
+    pub fn new(instance: Instance) -> Self {
+        Self { instance, subnet: Subnet::default_for(instance), internet: false }
+    }
+}
+
+/// A bridge, its rule set, and the addresses given out.
+///
+/// Calls may come from many threads at once; the kernel's own lock on links
+/// serialises most of their work anyway. Dropping a network leaves it as it
+/// is, for desktops outlive the process that made them: [`Network::open`]
+/// takes it over, [`Network::close`] removes it.
+#[derive(Debug)]
+pub struct Network {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) config: NetConfig,
+    pub(crate) table: String,
+    pub(crate) bridge: u32,
+    /// Where the bridge is: settings below `/proc` are the thread's.
+    netns: OwnedFd,
+    route: Mutex<Netlink>,
+    netfilter: Mutex<Netlink>,
+    pub(crate) pool: Mutex<Pool>,
+    pub(crate) without: Vec<Protection>,
+}
+
+/// Also after a panic elsewhere: each call leaves these whole.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Group of an installation's links: `QV` and its number.
+pub(crate) fn group(instance: Instance) -> u32 {
+    0x5156_0000 | number(instance)
+}
+
+/// Group of links about to be deleted together: `QW` and the number.
+fn trash(instance: Instance) -> u32 {
+    0x5157_0000 | number(instance)
+}
+
+fn number(instance: Instance) -> u32 {
+    u32::from_str_radix(&instance.to_string(), 16).unwrap_or_default()
+}
+
+impl Network {
+    /// Makes the network in the calling thread's namespace, or takes over the
+    /// one that an earlier process left.
+    ///
+    /// # Errors
+    /// [`Error::SubnetClash`] when the host uses the addresses already;
+    /// otherwise the host refused a step, and nothing new is left.
+    pub fn open(config: NetConfig) -> Result<Self, Error> {
+        Self::open_without(config, &[])
+    }
+
+    pub(crate) fn open_without(config: NetConfig, without: &[Protection]) -> Result<Self, Error> {
+        let name = config.instance.bridge_name();
+        let io = |op| Error::io(op, name.clone());
+        let mut route = Netlink::route().map_err(io("open routing netlink for"))?;
+        let mut netfilter = Netlink::netfilter().map_err(io("open netfilter netlink for"))?;
+        let netns = netns::current().map_err(io("find the network namespace of"))?;
+        let old = find(&mut route, &name)?;
+        if let Some(link) = &old
+            && link.kind != Some(InfoKind::Bridge)
+        {
+            return Err(Error::Invalid(format!("link `{name}` exists and is not a bridge")));
+        }
+        refuse_clash(&mut route, config.subnet, old.as_ref())?;
+        let table = rules::table_name(config.instance);
+        let opened = Self::establish(config, without, &mut route, &mut netfilter);
+        let bridge = opened.inspect_err(|_| {
+            if old.is_none() {
+                let undone = remove(config, &mut route, &mut netfilter);
+                if let Err(error) = undone {
+                    tracing::warn!(%error, network = name, "part of a network that could not be opened is left");
+                }
+            }
+        })?;
+        let pool = Mutex::new(Pool::new(config.subnet));
+        let (route, netfilter) = (Mutex::new(route), Mutex::new(netfilter));
+        let without = without.to_vec();
+        Ok(Self { inner: Arc::new(Inner { config, table, bridge, netns, route, netfilter, pool, without }) })
+    }
+
+    fn establish(
+        config: NetConfig,
+        without: &[Protection],
+        route: &mut Netlink,
+        netfilter: &mut Netlink,
+    ) -> Result<u32, Error> {
+        let NetConfig { instance, subnet, internet } = config;
+        let name = instance.bridge_name();
+        let table = rules::table_name(instance);
+        let refused = |op| Error::netlink(op, name.clone());
+
+        // Rules first: from its first moment the bridge is confined. The note
+        // that forwarding was off is written before it is switched on.
+        let noted = elements::all(netfilter, &table, Family::Inet, rules::FORWARDING_WAS_OFF)
+            .map_err(Error::netlink("list the rules of", table.clone()))?
+            .is_some();
+        let forwarding_was_off = noted || (internet && sysctl::read("ipv4/ip_forward")? == "0");
+        nft::load(&table, &Rules { instance, subnet, internet, forwarding_was_off, without }.render())?;
+
+        let made = links::ensure_bridge(&name, Mac::of(instance, subnet.gateway()), group(instance));
+        route.batch(vec![made]).map_err(refused("make the bridge"))?;
+        let bridge = find(route, &name)?.ok_or_else(|| gone(&name))?.index;
+        no_ipv6_address(route, bridge).map_err(refused("switch off IPv6 on"))?;
+        sysctl::write_if_there(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
+        // Answers to ARP for the gateway only, not for the host's other addresses.
+        sysctl::write(&format!("ipv4/conf/{name}/arp_ignore"), "1")?;
+
+        let addresses = route.dump(links::every_address()).map_err(refused("list the addresses of"))?;
+        let stale = addresses.iter().filter_map(links::address_facts).filter(|&(index, address, prefix_len)| {
+            index == bridge && (address, prefix_len) != (subnet.gateway(), subnet.prefix_len())
+        });
+        let requests = stale
+            .map(|(index, address, prefix_len)| links::remove_address(index, address, prefix_len))
+            .chain([links::add_address(bridge, subnet.gateway(), subnet.prefix_len()), links::raise(bridge)])
+            .collect();
+        route.batch(requests).map_err(refused("give its address to"))?;
+        if internet {
+            sysctl::write("ipv4/ip_forward", "1")?;
+        }
+        Ok(bridge)
+    }
+
+    /// Name of the bridge.
+    #[must_use]
+    pub fn bridge_name(&self) -> String {
+        self.inner.config.instance.bridge_name()
+    }
+
+    /// What it was opened with.
+    #[must_use]
+    pub fn config(&self) -> &NetConfig {
+        &self.inner.config
+    }
+
+    /// How many requests it has sent to the kernel: what benchmarks count.
+    #[must_use]
+    pub fn requests_sent(&self) -> u64 {
+        lock(&self.inner.route).sent() + lock(&self.inner.netfilter).sent()
+    }
+
+    /// Connects a desktop. Its link is raised last, after its rules were read
+    /// back: until then, and after any failure, it cannot send.
+    ///
+    /// # Errors
+    /// The address is taken or outside the subnet, all addresses are in use,
+    /// the desktop has a port, the policy asks for what this network has not,
+    /// or the host refused a step. Nothing is left then.
+    pub fn attach(&self, spec: &PortSpec<'_>) -> Result<Port, Error> {
+        Port::attach(&self.inner, spec)
+    }
+
+    /// Takes over the port that an earlier process made for a desktop, which
+    /// still runs. Whatever its confinement lacks is put back.
+    ///
+    /// # Errors
+    /// [`Error::NoPort`] when there is none; otherwise as [`Network::attach`],
+    /// and the port stays as it was found.
+    pub fn adopt(&self, desktop: DesktopId, address: Ipv4Addr, policy: NetPolicy) -> Result<Port, Error> {
+        Port::adopt(&self.inner, desktop, address, policy)
+    }
+
+    /// Removes the ports and elements of desktops that neither stand in `keep`
+    /// nor have a [`Port`] of this network. Returns how many links went.
+    ///
+    /// # Errors
+    /// Something could not be removed; the rest was.
+    pub fn sweep(&self, keep: &BTreeSet<DesktopId>) -> Result<usize, Error> {
+        let instance = self.inner.config.instance;
+        let owned: BTreeSet<_> = lock(&self.inner.pool).desktops().collect();
+        let kept: BTreeSet<String> = keep.union(&owned).map(|&desktop| instance.link_name(desktop)).collect();
+        let mut errors = Vec::new();
+        let elements = sweep_elements(&mut self.inner.netfilter(), &self.inner.table, &kept);
+        let addresses = elements.unwrap_or_else(|error| {
+            errors.push(error);
+            Vec::new()
+        });
+        let mut route = self.inner.route();
+        for address in addresses {
+            errors.extend(forget_neighbour(&mut route, self.inner.bridge, address).err());
+        }
+        let swept = sweep_links(&mut route, instance, &kept).unwrap_or_else(|error| {
+            errors.push(error);
+            0
+        });
+        TeardownErrors::into_result(errors)?;
+        Ok(swept)
+    }
+
+    /// Removes every port, the bridge and the rules, and takes back what was
+    /// changed of the host. What is gone is removed.
+    ///
+    /// # Errors
+    /// Something could not be removed; the rest was, and calling again tries
+    /// what is left.
+    pub fn close(&mut self) -> Result<(), Error> {
+        let inner = &self.inner;
+        let closed = netns::in_netns(inner.netns.as_fd(), || {
+            remove(inner.config, &mut inner.route(), &mut inner.netfilter())
+        });
+        closed.map_err(Error::io("enter the network namespace of", self.bridge_name()))?
+    }
+}
+
+impl Inner {
+    pub(crate) fn route(&self) -> MutexGuard<'_, Netlink> {
+        lock(&self.route)
+    }
+
+    pub(crate) fn netfilter(&self) -> MutexGuard<'_, Netlink> {
+        lock(&self.netfilter)
+    }
+}
+
+fn gone(name: &str) -> Error {
+    Error::Io { op: "find", object: name.to_owned(), source: Errno::NODEV.into() }
+}
+
+pub(crate) fn find(route: &mut Netlink, name: &str) -> Result<Option<LinkFacts>, Error> {
+    match route.batch(vec![links::show_name(name)]) {
+        Ok(answers) => Ok(answers.iter().find_map(links::facts)),
+        Err(error) if error.is(Errno::NODEV) => Ok(None),
+        Err(source) => Err(Error::Netlink { op: "find", object: name.to_owned(), source }),
+    }
+}
+
+pub(crate) fn no_ipv6_address(route: &mut Netlink, index: u32) -> Result<(), crate::NetlinkError> {
+    match route.batch(vec![links::no_ipv6_address(index)]) {
+        // The kernel or this namespace has no IPv6.
+        Err(error) if error.is(Errno::AFNOSUPPORT) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+pub(crate) fn forget_neighbour(route: &mut Netlink, bridge: u32, address: Ipv4Addr) -> Result<(), Error> {
+    match route.batch(vec![links::forget_neighbour(bridge, address)]) {
+        Err(error) if error.is(Errno::NOENT) || error.is(Errno::NODEV) => Ok(()),
+        other => other.map(drop).map_err(Error::netlink("forget the neighbour", address.to_string())),
+    }
+}
+
+/// Looks for an address or a route of the host that the subnet would hide.
+fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: Option<&LinkFacts>) -> Result<(), Error> {
+    let own = own.map(|link| link.index);
+    let listing = |what| Error::netlink("list", what);
+    let addresses = route.dump(links::every_address()).map_err(listing("addresses"))?;
+    let routes = route.dump(links::every_route()).map_err(listing("routes"))?;
+    let address = addresses
+        .iter()
+        .filter_map(links::address_facts)
+        .find(|&(index, address, _)| Some(index) != own && subnet.contains(address))
+        .map(|(index, address, prefix_len)| (format!("address {address}/{prefix_len}"), Some(index)));
+    let clash = address.or_else(|| {
+        routes
+            .iter()
+            .filter_map(links::route_facts)
+            .find(|&(index, base, prefix_len)| (index.is_none() || index != own) && subnet.overlaps(base, prefix_len))
+            .map(|(index, base, prefix_len)| (format!("route {base}/{prefix_len}"), index))
+    });
+    let Some((what, index)) = clash else { return Ok(()) };
+    let link = index
+        .and_then(|index| route.batch(vec![links::show(index)]).ok())
+        .and_then(|answers| answers.iter().find_map(links::facts));
+    let with = link.map_or_else(|| what.clone(), |link| format!("{what} on {}", link.name));
+    Err(Error::SubnetClash { subnet, with })
+}
+
+/// Removes the elements of ports that are not kept. Returns their addresses.
+fn sweep_elements(netfilter: &mut Netlink, table: &str, kept: &BTreeSet<String>) -> Result<Vec<Ipv4Addr>, Error> {
+    let listing = || Error::netlink("list the rules of", table);
+    let (mut stale, mut addresses, mut let_out) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for set in [rules::IDENTITY, rules::ARP_IDENTITY] {
+        let keys = elements::all(netfilter, table, Family::Bridge, set).map_err(listing())?;
+        for key in keys.unwrap_or_default() {
+            let address = rules::address_of_key(&key);
+            if rules::port_of_key(&key).is_some_and(|port| kept.contains(port)) {
+                let_out.extend(address);
+                continue;
+            }
+            if set == rules::IDENTITY {
+                addresses.extend(address);
+            }
+            stale.push(Element { family: Family::Bridge, set, key });
+        }
+    }
+    let keys = elements::all(netfilter, table, Family::Inet, rules::INTERNET).map_err(listing())?;
+    stale.extend(
+        keys.unwrap_or_default()
+            .into_iter()
+            .filter(|key| rules::address_of_key(key).is_none_or(|address| !let_out.contains(&address)))
+            .map(|key| Element { family: Family::Inet, set: rules::INTERNET, key }),
+    );
+    // A thousand ports' worth would not fit in one send.
+    for stale in stale.chunks(256) {
+        elements::remove(netfilter, table, stale).map_err(Error::netlink("remove elements of", table))?;
+    }
+    Ok(addresses)
+}
+
+fn sweep_links(route: &mut Netlink, instance: Instance, kept: &BTreeSet<String>) -> Result<usize, Error> {
+    let prefix = format!("{}-", instance.bridge_name());
+    let refused = |op| Error::netlink(op, format!("{prefix}*"));
+    let all = route.dump(links::every_link()).map_err(refused("list the links"))?;
+    let stale: Vec<_> = all
+        .iter()
+        .filter_map(links::facts)
+        .filter(|link| link.name.starts_with(&prefix) && !kept.contains(&link.name))
+        .collect();
+    // One by one each would wait for a grace period of its own.
+    for some in stale.chunks(256) {
+        for link in some {
+            match route.batch(vec![links::set_group(link.index, trash(instance))]) {
+                Err(error) if !error.is(Errno::NODEV) => return Err(refused("collect the links")(error)),
+                _ => {}
+            }
+        }
+        match route.batch(vec![links::delete_group(trash(instance))]) {
+            Err(error) if !error.is(Errno::NODEV) => return Err(refused("delete the links")(error)),
+            _ => {}
+        }
+    }
+    Ok(stale.len())
+}
+
+/// Removes a whole network from the calling thread's namespace.
+fn remove(config: NetConfig, route: &mut Netlink, netfilter: &mut Netlink) -> Result<(), Error> {
+    let (name, table) = (config.instance.bridge_name(), rules::table_name(config.instance));
+    let mut errors = Vec::new();
+    errors.extend(sweep_links(route, config.instance, &BTreeSet::new()).err());
+    match find(route, &name) {
+        Ok(Some(bridge)) => match route.batch(vec![links::delete(bridge.index)]) {
+            Err(error) if !error.is(Errno::NODEV) => errors.push(Error::netlink("delete the bridge", &name)(error)),
+            _ => {}
+        },
+        Ok(None) => {}
+        Err(error) => errors.push(error),
+    }
+    errors.extend(restore_forwarding(config.instance, route, netfilter).err());
+    // Without its links the rules stop nobody; as long as one is left they stay.
+    if errors.is_empty() {
+        for family in [Family::Bridge, Family::Inet] {
+            let removed = elements::remove_table(netfilter, &table, family);
+            errors.extend(removed.map_err(Error::netlink("remove the rules of", &table)).err());
+        }
+    }
+    TeardownErrors::into_result(errors)
+}
+
+fn restore_forwarding(instance: Instance, route: &mut Netlink, netfilter: &mut Netlink) -> Result<(), Error> {
+    let table = rules::table_name(instance);
+    let noted = elements::all(netfilter, &table, Family::Inet, rules::FORWARDING_WAS_OFF)
+        .map_err(Error::netlink("list the rules of", &table))?;
+    if noted.is_none() {
+        return Ok(());
+    }
+    let links = route.dump(links::every_link()).map_err(Error::netlink("list", "links"))?;
+    let other = links.iter().filter_map(links::facts).find(|link| group_is_ours(link.group) && link.kind == Some(InfoKind::Bridge));
+    if let Some(other) = other {
+        tracing::info!(network = other.name, "forwarding stays on for another network");
+        return Ok(());
+    }
+    sysctl::write("ipv4/ip_forward", "0")
+}
+
+const fn group_is_ours(group: u32) -> bool {
+    group & 0xffff_0000 == 0x5156_0000
+}

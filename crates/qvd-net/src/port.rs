@@ -1,0 +1,325 @@
+use std::{
+    net::Ipv4Addr,
+    os::fd::BorrowedFd,
+    sync::Arc,
+};
+
+use qvd_core::{DesktopId, NetPolicy};
+use qvd_sys::netns;
+use rustix::io::Errno;
+
+use crate::{
+    Error, Mac, NetlinkError, TeardownErrors,
+    elements::{self, Element, Family},
+    links,
+    netlink::Netlink,
+    network::{Inner, find, forget_neighbour, group, lock, no_ipv6_address},
+    rules::{self, Protection},
+};
+
+/// Which desktop to connect, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct PortSpec<'a> {
+    /// Its number.
+    pub desktop: DesktopId,
+    /// Its network namespace, without an `eth0` yet.
+    pub netns: BorrowedFd<'a>,
+    /// Its address; `None` takes the one that this desktop gets each time,
+    /// unless another has it.
+    pub address: Option<Ipv4Addr>,
+    /// What it may reach.
+    pub policy: NetPolicy,
+}
+
+/// A desktop's connection to the bridge: link, MAC, address, rules.
+///
+/// Dropping it disconnects the desktop, as [`Port::close`] does, but can only
+/// log a failure. [`Port::leave`] lets go of a port without touching it.
+#[derive(Debug)]
+#[must_use = "dropping it disconnects the desktop"]
+pub struct Port {
+    network: Arc<Inner>,
+    desktop: DesktopId,
+    link: String,
+    /// Index of the host's end, once there is one.
+    index: Option<u32>,
+    address: Ipv4Addr,
+    mac: Mac,
+    internet: bool,
+    open: bool,
+}
+
+impl Port {
+    pub(crate) fn attach(network: &Arc<Inner>, spec: &PortSpec<'_>) -> Result<Self, Error> {
+        let mut port = Self::reserve(network, spec.desktop, spec.address, spec.policy)?;
+        match port.make(spec.netns) {
+            Ok(()) => Ok(port),
+            Err(error) => {
+                if let Err(left) = port.close() {
+                    tracing::warn!(error = %left, link = port.link, "part of a port that could not be made is left");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    pub(crate) fn adopt(
+        network: &Arc<Inner>,
+        desktop: DesktopId,
+        address: Ipv4Addr,
+        policy: NetPolicy,
+    ) -> Result<Self, Error> {
+        let mut port = Self::reserve(network, desktop, Some(address), policy)?;
+        match port.readopt() {
+            Ok(()) => Ok(port),
+            Err(error) => {
+                port.leave();
+                Err(error)
+            }
+        }
+    }
+
+    fn reserve(
+        network: &Arc<Inner>,
+        desktop: DesktopId,
+        address: Option<Ipv4Addr>,
+        policy: NetPolicy,
+    ) -> Result<Self, Error> {
+        if !policy.port {
+            return Err(Error::Invalid(format!("the policy of desktop {desktop} gives it no port")));
+        }
+        if policy.internet && !network.config.internet {
+            let bridge = network.config.instance.bridge_name();
+            return Err(Error::Invalid(format!("desktop {desktop} wants a way out and network {bridge} has none")));
+        }
+        let address = lock(&network.pool).take(desktop, address)?;
+        Ok(Self {
+            network: Arc::clone(network),
+            desktop,
+            link: network.config.instance.link_name(desktop),
+            index: None,
+            address,
+            mac: Mac::of(network.config.instance, address),
+            internet: policy.internet,
+            open: true,
+        })
+    }
+
+    /// Address inside.
+    #[must_use]
+    pub const fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// MAC inside.
+    #[must_use]
+    pub const fn mac(&self) -> Mac {
+        self.mac
+    }
+
+    /// Name of the host's end.
+    #[must_use]
+    pub fn link(&self) -> &str {
+        &self.link
+    }
+
+    /// Whose it is.
+    #[must_use]
+    pub const fn desktop(&self) -> DesktopId {
+        self.desktop
+    }
+
+    /// Created down, confined, its inside configured, raised last.
+    fn make(&mut self, netns: BorrowedFd<'_>) -> Result<(), Error> {
+        let (index, peer) = self.create(netns)?;
+        self.index = Some(index);
+        self.confine(index)?;
+        self.configure_inside(netns, peer)?;
+        self.raise(index)
+    }
+
+    fn readopt(&mut self) -> Result<(), Error> {
+        let found = find(&mut self.network.route(), &self.link)?;
+        let index = found.ok_or(Error::NoPort(self.desktop))?.index;
+        self.index = Some(index);
+        self.confine(index)?;
+        self.raise(index)
+    }
+
+    fn create(&self, netns: BorrowedFd<'_>) -> Result<(u32, u32), Error> {
+        let network = &self.network;
+        let mut route = network.route();
+        let request = || links::create_pair(&self.link, network.bridge, group(network.config.instance), self.mac, netns);
+        let made = match route.batch(vec![request()]) {
+            // A run before this one left it: the name is nobody else's.
+            Err(error) if error.is(Errno::EXIST) => {
+                if let Some(stale) = find(&mut route, &self.link)? {
+                    let deleted = route.batch(vec![links::delete(stale.index)]).map(drop);
+                    gone_is_done(deleted).map_err(Error::netlink("delete the stale link", &self.link))?;
+                }
+                route.batch(vec![request()])
+            }
+            other => other,
+        };
+        made.map_err(Error::netlink("make the link", &self.link))?;
+        let found = find(&mut route, &self.link)?;
+        found.and_then(|link| Some((link.index, link.peer?))).ok_or_else(|| self.not_confined("the link is gone"))
+    }
+
+    /// Flags and rules, both read back.
+    fn confine(&self, index: u32) -> Result<(), Error> {
+        let network = &self.network;
+        let refused = |op| Error::netlink(op, &*self.link);
+        let (demanded, extra) = if network.without.contains(&Protection::PortFlags) {
+            (Vec::new(), None)
+        } else {
+            (links::port_flags(), Some(links::LOCKED))
+        };
+        {
+            let mut route = network.route();
+            no_ipv6_address(&mut route, index).map_err(refused("switch off IPv6 on"))?;
+            let flags: Vec<_> = demanded.iter().cloned().chain(extra).collect();
+            let answers = route
+                .batch(vec![
+                    links::set_port_flags(index, flags),
+                    links::forward_to(index, self.mac),
+                    links::know_neighbour(network.bridge, self.address, self.mac),
+                    links::show(index),
+                ])
+                .map_err(refused("set the flags of"))?;
+            let shown = answers.iter().find_map(links::facts).ok_or_else(|| self.not_confined("the link is gone"))?;
+            if shown.bridge != Some(network.bridge) {
+                return Err(self.not_confined("it is not on the bridge"));
+            }
+            if let Some(flag) = demanded.iter().find(|&flag| !shown.port.contains(flag)) {
+                return Err(self.not_confined(&format!("the bridge does not show {flag:?}")));
+            }
+        }
+        let elements = self.elements();
+        let mut netfilter = network.netfilter();
+        elements::add(&mut netfilter, &network.table, &elements).map_err(refused("add the rules of"))?;
+        let missing = elements::missing(&mut netfilter, &network.table, &elements);
+        match missing.map_err(refused("read back the rules of"))? {
+            None => Ok(()),
+            Some(element) => Err(self.not_confined(&format!("set {} lacks its element", element.set))),
+        }
+    }
+
+    fn elements(&self) -> Vec<Element> {
+        let identity = rules::identity_key(&self.link, self.mac, self.address);
+        let mut elements = vec![Element { family: Family::Bridge, set: rules::IDENTITY, key: identity }];
+        elements.extend(rules::arp_keys(&self.link, self.mac, self.address).map(|key| Element {
+            family: Family::Bridge,
+            set: rules::ARP_IDENTITY,
+            key,
+        }));
+        if self.internet {
+            let key = self.address.octets().to_vec();
+            elements.push(Element { family: Family::Inet, set: rules::INTERNET, key });
+        }
+        elements
+    }
+
+    fn configure_inside(&self, netns: BorrowedFd<'_>, eth0: u32) -> Result<(), Error> {
+        let mut inside = netlink_in(netns, &self.link)?;
+        let refused = || Error::netlink("configure the inside of", &*self.link);
+        no_ipv6_address(&mut inside, eth0).map_err(refused())?;
+        let gateway = self.network.config.subnet.gateway();
+        let mut requests = vec![
+            links::raise(links::LOOPBACK),
+            // A host of its own: neighbours are not even on its link.
+            links::add_address(eth0, self.address, 32),
+            links::raise(eth0),
+            links::route_to(eth0, gateway),
+        ];
+        if self.internet {
+            requests.push(links::default_route(eth0, gateway));
+        }
+        inside.batch(requests).map(drop).map_err(refused())
+    }
+
+    fn raise(&self, index: u32) -> Result<(), Error> {
+        let raised = self.network.route().batch(vec![links::raise(index)]);
+        raised.map(drop).map_err(Error::netlink("raise", &*self.link))
+    }
+
+    fn not_confined(&self, differs: &str) -> Error {
+        Error::NotConfined { object: self.link.clone(), differs: differs.to_owned() }
+    }
+
+    /// Disconnects the desktop and removes its link, which waits some
+    /// milliseconds for the kernel. What is gone is removed.
+    ///
+    /// # Errors
+    /// Something could not be removed; the rest was, and calling again tries
+    /// what is left.
+    pub fn close(&mut self) -> Result<(), Error> {
+        self.end(true)
+    }
+
+    /// Disconnects the desktop at once and leaves its link to the end of its
+    /// network namespace, which removes it without anybody waiting. For a
+    /// desktop all of whose processes have ended, or are about to.
+    ///
+    /// # Errors
+    /// As [`Port::close`].
+    pub fn release(&mut self) -> Result<(), Error> {
+        self.end(false)
+    }
+
+    fn end(&mut self, delete_link: bool) -> Result<(), Error> {
+        if !self.open {
+            return Ok(());
+        }
+        let network = &self.network;
+        let mut errors = Vec::new();
+        let removed = elements::remove(&mut network.netfilter(), &network.table, &self.elements());
+        errors.extend(removed.map_err(Error::netlink("remove the rules of", &*self.link)).err());
+        let mut route = network.route();
+        errors.extend(forget_neighbour(&mut route, network.bridge, self.address).err());
+        if let Some(index) = self.index.filter(|_| delete_link || !errors.is_empty()) {
+            let deleted = gone_is_done(route.batch(vec![links::delete(index)]).map(drop));
+            errors.extend(deleted.map_err(Error::netlink("delete the link", &*self.link)).err());
+        }
+        drop(route);
+        TeardownErrors::into_result(errors)?;
+        lock(&network.pool).give_back(self.desktop, self.address);
+        self.open = false;
+        Ok(())
+    }
+
+    /// Lets go of the port and leaves everything as it is: the desktop keeps
+    /// its network, and a later [`Network::adopt`](crate::Network::adopt)
+    /// takes it over.
+    pub fn leave(mut self) {
+        lock(&self.network.pool).give_back(self.desktop, self.address);
+        self.open = false;
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(%error, link = self.link, "port left behind");
+        }
+    }
+}
+
+fn gone_is_done(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    result.or_else(|error| if error.is(Errno::NODEV) { Ok(()) } else { Err(error) })
+}
+
+fn netlink_in(netns: BorrowedFd<'_>, what: &str) -> Result<Netlink, Error> {
+    netns::in_netns(netns, Netlink::route)
+        .and_then(|opened| opened)
+        .map_err(Error::io("open routing netlink inside", what))
+}
+
+/// Raises the loopback interface of a desktop that gets no port.
+///
+/// # Errors
+/// This process may not configure the namespace.
+pub fn loopback_up(netns: BorrowedFd<'_>) -> Result<(), Error> {
+    let mut inside = netlink_in(netns, "lo")?;
+    inside.batch(vec![links::raise(links::LOOPBACK)]).map(drop).map_err(Error::netlink("raise", "lo"))
+}
