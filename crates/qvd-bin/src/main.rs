@@ -1,3 +1,8 @@
-//! Commands of QVD.
+//! The `qvd` command.
 #![forbid(unsafe_code)]
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    qvd_bin::run(std::env::args_os())
+}

@@ -1,0 +1,316 @@
+//! The command line.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueHint};
+use qvd_core::{Bytes, DesktopId, FlavourName, Tag, UserName};
+
+/// Port of the gateway unless told otherwise: QVD's own since its first release.
+const DEFAULT_LISTEN: &str = "0.0.0.0:8443";
+
+/// Linux desktops on a farm of servers, in a browser.
+#[derive(Debug, Parser)]
+#[command(name = "qvd", version, propagate_version = true, subcommand_required = true)]
+#[command(after_help = "Exit status: 0 done, 1 failed, 2 usage, 3 this host cannot, 4 not found, 5 busy.")]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Print JSON, for programs
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// State directory of the installation
+    #[arg(long, global = true, value_name = "DIR", default_value = "/var/lib/qvd", env = "QVD_ROOT", value_hint = ValueHint::DirPath)]
+    pub(crate) root: PathBuf,
+    /// Unix socket of the daemon, unless it is that of --root
+    #[arg(long, global = true, value_name = "SOCKET", env = "QVD_SERVER", value_hint = ValueHint::FilePath)]
+    pub(crate) server: Option<PathBuf>,
+    /// Say more on standard error; twice for everything
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run everything on this machine, until SIGINT or SIGTERM
+    Up(Up),
+    /// Try what this host can do
+    Doctor,
+    /// Images
+    #[command(subcommand)]
+    Image(Image),
+    /// Desktops
+    #[command(subcommand)]
+    Desktop(Desktop),
+    /// Users
+    #[command(subcommand)]
+    User(User),
+    /// Print a completion script
+    Completions {
+        /// Shell to complete for
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages
+    Man {
+        /// Directory that gets them
+        #[arg(value_hint = ValueHint::DirPath)]
+        directory: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    /// Address and port of browsers and clients; port 0 takes a free one
+    #[arg(long, value_name = "ADDR:PORT", default_value = DEFAULT_LISTEN)]
+    pub(crate) listen: SocketAddr,
+    /// Certificate in PEM, with its chain; without one, a self-signed one is made
+    #[arg(long, value_name = "FILE", requires = "tls_key", value_hint = ValueHint::FilePath)]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert", value_hint = ValueHint::FilePath)]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Name that browsers may address this gateway by; any, unless given
+    #[arg(long, value_name = "NAME")]
+    pub(crate) host: Vec<String>,
+    /// Route desktops whose policy asks for it to other networks
+    #[arg(long)]
+    pub(crate) internet: bool,
+    /// The static qvd-init to run desktops with, unless the one beside this program
+    #[arg(long, value_name = "FILE", env = "QVD_INIT", value_hint = ValueHint::FilePath)]
+    pub(crate) init: Option<PathBuf>,
+    /// Stop every desktop at the end; otherwise they keep running
+    #[arg(long)]
+    pub(crate) ephemeral: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    /// Build the image that a recipe describes
+    Build {
+        /// Recipe file
+        #[arg(value_hint = ValueHint::FilePath)]
+        recipe: PathBuf,
+    },
+    /// List the newest image of every flavour
+    Ls,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Desktop {
+    /// Create a desktop and print its number
+    Create(Create),
+    /// List desktops
+    Ls {
+        /// Only those of this user
+        #[arg(long)]
+        user: Option<UserName>,
+    },
+    /// Show all about a desktop
+    Show {
+        /// Its number
+        id: DesktopId,
+    },
+    /// Start a desktop and wait until its session is ready
+    Start {
+        /// Its number
+        id: DesktopId,
+    },
+    /// Stop a desktop
+    Stop {
+        /// Its number
+        id: DesktopId,
+    },
+    /// Stop a desktop and delete it, its root and its home
+    Rm {
+        /// Its number
+        id: DesktopId,
+    },
+    /// Run a program inside a running desktop; its exit status is ours
+    Exec(Exec),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// Whose desktop it is
+    pub(crate) user: UserName,
+    /// The line of images it runs
+    pub(crate) flavour: FlavourName,
+    /// Name among the user's desktops, and host name inside
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Version of the flavour that it follows
+    #[arg(long)]
+    pub(crate) tag: Option<Tag>,
+    /// Memory, such as 512M or 2G
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<Bytes>,
+    /// Processor time in thousandths of a core
+    #[arg(long, value_name = "MILLICORES")]
+    pub(crate) cpu: Option<u32>,
+    /// Processes and threads at once
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) pids: Option<u32>,
+    /// Keep its root from one start to the next
+    #[arg(long)]
+    pub(crate) persistent: bool,
+    /// Give it no network
+    #[arg(long, conflicts_with_all = ["isolated", "address"])]
+    pub(crate) no_network: bool,
+    /// Give it a port that leads nowhere but to the host's bridge
+    #[arg(long)]
+    pub(crate) isolated: bool,
+    /// Its own IPv4 address
+    #[arg(long)]
+    pub(crate) address: Option<Ipv4Addr>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Number of the desktop
+    pub(crate) id: DesktopId,
+    /// As root inside, instead of the desktop's user
+    #[arg(long)]
+    pub(crate) as_root: bool,
+    /// On a terminal; the default where ours is one
+    #[arg(short, long, conflicts_with = "no_tty")]
+    pub(crate) tty: bool,
+    /// Not on a terminal
+    #[arg(short = 'T', long)]
+    pub(crate) no_tty: bool,
+    /// Variable added to the environment
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = variable)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+fn variable(text: &str) -> Result<(String, String), &'static str> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("write NAME=VALUE"),
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum User {
+    /// Add a user
+    Add {
+        /// Name at sign-in
+        name: UserName,
+        /// Let the user administer the farm
+        #[arg(long)]
+        admin: bool,
+        #[command(flatten)]
+        password: PasswordSource,
+    },
+    /// List users
+    Ls,
+    /// Remove a user
+    Rm {
+        /// Name of the user
+        name: UserName,
+        /// Remove the user's desktops and homes too
+        #[arg(long)]
+        with_desktops: bool,
+    },
+    /// Set a user's password
+    Passwd {
+        /// Name of the user
+        name: UserName,
+        #[command(flatten)]
+        password: PasswordSource,
+    },
+}
+
+/// Where a password comes from. Never from an argument: every user of the
+/// machine can read those. Without a choice it is asked for.
+#[derive(Debug, Args)]
+pub(crate) struct PasswordSource {
+    /// Read the password from the first line of standard input
+    #[arg(long, conflicts_with = "generate")]
+    pub(crate) password_stdin: bool,
+    /// Make a password and print it, this once
+    #[arg(long)]
+    pub(crate) generate: bool,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use clap::{CommandFactory, error::ErrorKind};
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split(' '))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_options_stand_anywhere() {
+        for line in ["qvd --json --root /x desktop ls", "qvd desktop ls --json --root /x"] {
+            let cli = parse(line).unwrap();
+            assert!(cli.global.json && cli.global.root == PathBuf::from("/x"), "{line}");
+        }
+    }
+
+    #[test]
+    fn exec_leaves_the_program_its_own_options() {
+        let Command::Desktop(Desktop::Exec(exec)) = parse("qvd desktop exec 7 -T -- ls --json -T").unwrap().command
+        else {
+            unreachable!()
+        };
+        assert_eq!(exec.command, ["ls", "--json", "-T"]);
+        assert!(exec.no_tty && !exec.tty);
+        let without_dashes = parse("qvd desktop exec 7 ls -l --json").unwrap();
+        assert!(!without_dashes.global.json, "an option of `ls` was taken for ours");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        for line in [
+            "qvd",
+            "qvd desktop start 0",
+            "qvd desktop start -1",
+            "qvd desktop create ../root icewm",
+            "qvd desktop create ana icewm --memory lots",
+            "qvd desktop create ana icewm --no-network --address 10.0.0.1",
+            "qvd user add ana --password secret",
+            "qvd user add ana --password-stdin --generate",
+            "qvd up --listen nowhere",
+            "qvd up --tls-cert cert.pem",
+            "qvd desktop exec 7",
+            "qvd desktop exec 7 -e =x true",
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(!matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion), "{line}");
+        }
+    }
+
+    #[test]
+    fn no_option_takes_a_secret() {
+        fn visit(command: &clap::Command) {
+            for arg in command.get_arguments().filter(|arg| arg.get_action().takes_values()) {
+                let name = arg.get_id().as_str();
+                for word in ["password", "passwd", "secret", "token"] {
+                    assert!(!name.contains(word), "`{}` takes `{name}` on the command line", command.get_name());
+                }
+            }
+            command.get_subcommands().for_each(visit);
+        }
+        visit(&Cli::command());
+    }
+}

@@ -1,0 +1,170 @@
+//! Commands that the daemon carries out.
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::Context;
+use qvd_core::{DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy};
+use qvd_farm::{DesktopInfo, OwnedDesktops};
+use qvd_gateway::api::{Client, dto::CreateDesktop};
+use serde_json::json;
+
+use crate::{
+    cli::{Create, Desktop, Image, User},
+    exec, image,
+    output::{Output, age},
+    password::{self, Password},
+};
+
+/// Carries out a command about images.
+pub(crate) async fn image(client: &Client, command: Image, output: &Output) -> anyhow::Result<()> {
+    match command {
+        Image::Build { recipe } => {
+            let path = std::path::absolute(&recipe)
+                .with_context(|| format!("cannot find the recipe `{}`", recipe.display()))?;
+            let progress = output.progress();
+            let built = client.build_image(&path, |line| progress.say(line)).await?;
+            drop(progress);
+            image::built(&built, output)
+        }
+        Image::Ls => image::list(&client.images().await?, output),
+    }
+}
+
+/// Carries out a command about desktops.
+pub(crate) async fn desktop(client: &Client, command: Desktop, output: &Output) -> anyhow::Result<ExitCode> {
+    match command {
+        Desktop::Create(create) => {
+            let desktop = client.create_desktop(&new_desktop(client, create).await?).await?;
+            output.result(&desktop, |desktop| desktop.id.to_string())?;
+        }
+        Desktop::Ls { user } => {
+            let desktops = client.desktops(user.as_ref()).await?;
+            output.table(&desktops, ["ID", "USER", "NAME", "FLAVOUR", "STATE", "CLIENT"], |info| {
+                let DesktopInfo { desktop, status } = info;
+                let client = if status.attached { "attached" } else { "" };
+                [
+                    desktop.id.to_string(),
+                    desktop.user.to_string(),
+                    desktop.name.clone(),
+                    desktop.flavour.to_string(),
+                    status.state.to_string(),
+                    client.to_owned(),
+                ]
+            })?;
+        }
+        Desktop::Show { id } => output.result(&client.desktop(id).await?, details)?,
+        Desktop::Start { id } => {
+            let progress = output.progress();
+            let timings = client.start(id, |text| progress.say(text)).await?;
+            drop(progress);
+            let session = Duration::from_micros(timings.session_us);
+            output.result(&timings, |_| format!("desktop {id} is ready after {} ms", session.as_millis()))?;
+        }
+        Desktop::Stop { id } => {
+            client.stop(id).await?;
+            done(output, id, "stopped")?;
+        }
+        Desktop::Rm { id } => {
+            client.remove_desktop(id).await?;
+            done(output, id, "removed")?;
+        }
+        Desktop::Exec(command) => return exec::run(client, command).await,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn done(output: &Output, id: DesktopId, what: &str) -> anyhow::Result<()> {
+    output.result(&json!({ "id": id, "done": what }), |_| format!("desktop {id} {what}"))
+}
+
+/// What the command line leaves out comes from the flavour: a limit that is
+/// set changes that limit and no other.
+async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDesktop> {
+    let mut new = CreateDesktop::new(Some(create.user), create.flavour);
+    if create.memory.is_some() || create.cpu.is_some() || create.pids.is_some() {
+        let flavours = client.flavours().await?;
+        let flavour = flavours.iter().find(|flavour| flavour.name == new.flavour);
+        // The daemon refuses an unknown flavour in its own words.
+        let defaults = flavour.map_or_else(Limits::default, |flavour| flavour.defaults.limits);
+        new.limits = Some(Limits {
+            memory: create.memory.unwrap_or(defaults.memory),
+            cpu: create.cpu.map_or(defaults.cpu, MilliCpu),
+            pids: create.pids.unwrap_or(defaults.pids),
+        });
+    }
+    new.name = create.name;
+    new.tag = create.tag;
+    new.root = create.persistent.then_some(RootPolicy::Persistent);
+    new.net = match (create.no_network, create.isolated) {
+        (true, _) => Some(NetPolicy { port: false, internet: false }),
+        (_, true) => Some(NetPolicy { port: true, internet: false }),
+        _ => None,
+    };
+    new.address = create.address;
+    Ok(new)
+}
+
+fn details(info: &DesktopInfo) -> String {
+    let DesktopInfo { desktop, status } = info;
+    let network = match (desktop.net.port, desktop.net.internet) {
+        (false, _) => "none",
+        (true, false) => "isolated",
+        (true, true) => "internet",
+    };
+    let mut lines = vec![
+        ("number", desktop.id.to_string()),
+        ("user", desktop.user.to_string()),
+        ("name", desktop.name.clone()),
+        ("image", format!("{}:{}", desktop.flavour, desktop.tag)),
+        ("memory", desktop.limits.memory.to_string()),
+        ("processor", format!("{} thousandths of a core", desktop.limits.cpu.0)),
+        ("processes", format!("at most {}", desktop.limits.pids)),
+        ("network", network.to_owned()),
+        ("created", format!("{} ago", age(desktop.created_unix_s))),
+        ("state", status.state.to_string()),
+        ("client", if status.attached { "attached" } else { "none" }.to_owned()),
+    ];
+    lines.extend(desktop.address.map(|address| ("address", address.to_string())));
+    lines.extend(status.step.map(|step| ("step", step.text().to_owned())));
+    lines.extend(status.ended.clone().map(|why| ("ended", crate::output::one_line(&why))));
+    lines.iter().map(|(name, value)| format!("{name:<10} {value}")).collect::<Vec<_>>().join("\n")
+}
+
+/// Carries out a command about users.
+pub(crate) async fn user(client: &Client, command: User, output: &Output) -> anyhow::Result<()> {
+    match command {
+        User::Add { name, admin, password } => {
+            let password = password::obtain(&password)?;
+            let user = client.add_user(&name, &password.secret, admin).await?;
+            let mut json = serde_json::to_value(&user).context("cannot write JSON")?;
+            with_password(&mut json, &password);
+            output.result(&json, |_| shown(&password, format!("user {name} added")))
+        }
+        User::Ls => output.table(&client.users().await?, ["NAME", "ROLE", "AGE"], |user| {
+            let role = if user.admin { "administrator" } else { "user" };
+            [user.name.to_string(), role.to_owned(), age(user.created_unix_s)]
+        }),
+        User::Rm { name, with_desktops } => {
+            let desktops = if with_desktops { OwnedDesktops::Remove } else { OwnedDesktops::Refuse };
+            client.remove_user(&name, desktops).await?;
+            output.result(&json!({ "name": name, "done": "removed" }), |_| format!("user {name} removed"))
+        }
+        User::Passwd { name, password } => {
+            let password = password::obtain(&password)?;
+            client.set_password(&name, &password.secret).await?;
+            let mut json = json!({ "name": name, "done": "password set" });
+            with_password(&mut json, &password);
+            output.result(&json, |_| shown(&password, format!("password of {name} set")))
+        }
+    }
+}
+
+fn with_password(json: &mut serde_json::Value, password: &Password) {
+    if password.generated {
+        json["password"] = password.secret.expose().into();
+    }
+}
+
+fn shown(password: &Password, done: String) -> String {
+    if password.generated { format!("{done}\npassword: {}", password.secret.expose()) } else { done }
+}
