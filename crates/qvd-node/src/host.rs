@@ -275,7 +275,14 @@ impl AttachmentEnd {
 pub struct ExecSession {
     /// Our ends of its standard input, output and error; or its terminal.
     pub stdio: ExecStdio,
-    control: Channel,
+    /// Steers it. Dropping this sends the program SIGHUP.
+    pub control: ExecControl,
+}
+
+/// Steers a program inside a desktop.
+#[derive(Debug)]
+pub struct ExecControl {
+    channel: Channel,
 }
 
 /// How one talks with a program inside a desktop.
@@ -298,16 +305,18 @@ pub enum ExecStdio {
 impl ExecSession {
     /// Wraps the connection that the program was started on.
     #[must_use]
-    pub const fn new(stdio: ExecStdio, control: Channel) -> Self {
-        Self { stdio, control }
+    pub const fn new(stdio: ExecStdio, channel: Channel) -> Self {
+        Self { stdio, control: ExecControl { channel } }
     }
+}
 
+impl ExecControl {
     /// Tells the program's terminal its new size.
     ///
     /// # Errors
     /// The connection to the desktop is gone.
     pub fn resize(&mut self, rows: u16, columns: u16) -> Result<(), ChannelError> {
-        self.control.send(&Request::Resize { rows, columns }, &[])
+        self.channel.send(&Request::Resize { rows, columns }, &[])
     }
 
     /// Sends a signal to the program and its children.
@@ -315,24 +324,24 @@ impl ExecSession {
     /// # Errors
     /// The connection to the desktop is gone.
     pub fn signal(&mut self, signal: i32) -> Result<(), ChannelError> {
-        self.control.send(&Request::Signal { signal }, &[])
+        self.channel.send(&Request::Signal { signal }, &[])
     }
 
-    /// Waits until the program has ended. The descriptor of this session
+    /// Waits until the program has ended. The descriptor of this control
     /// (`AsFd`) becomes readable then.
     ///
     /// # Errors
     /// It did not within `timeout`, or the connection to the desktop is gone.
     pub fn wait(&mut self, timeout: Duration) -> Result<Exit, ChannelError> {
-        match self.control.recv::<Reply>(timeout)?.0 {
+        match self.channel.recv::<Reply>(timeout)?.0 {
             Reply::Exited(exit) => Ok(exit),
             other => Err(ChannelError::Bad(format!("{other:?} instead of an exit"))),
         }
     }
 }
 
-impl AsFd for ExecSession {
+impl AsFd for ExecControl {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.control.as_fd()
+        self.channel.as_fd()
     }
 }

@@ -6,6 +6,6 @@ pub mod fake;
 mod host;
 
 pub use host::{
-    Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, ExecStdio, Host, HostError, HostErrorKind,
-    ImageSummary, Timings,
+    Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecControl, ExecSession, ExecStdio, Host, HostError,
+    HostErrorKind, ImageSummary, Timings,
 };
