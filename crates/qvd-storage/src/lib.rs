@@ -1,2 +1,45 @@
 //! Images, writable roots and homes for desktops.
+//!
+//! A [`Store`] keeps what one host needs: images built from [`Recipe`]s, each
+//! under the digest of its content; a writable [`Root`] per desktop on one of
+//! them, made in constant time by a [`RootBackend`]; and a [`Home`] per user.
+//! Roots and homes are handed out as detached mounts: descriptors that are in
+//! no mount table.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use qvd_storage::{BuildOptions, Recipe, Store};
+//!
+//! let store = Store::open("/var/lib/qvd".as_ref())?;
+//! let recipe = Recipe::parse(&std::fs::read_to_string("recipes/icewm.toml")?)?;
+//! let image = store.build(&recipe, &BuildOptions::default(), &mut |line| println!("{line}"))?.image;
+//! let root = store.root(&image, &"7".parse()?, qvd_core::RootPolicy::Volatile)?;
+//! let mount = root.mount(None)?;
+//! # Ok(())
+//! # }
+//! ```
 #![forbid(unsafe_code)]
+
+mod apt;
+mod backend;
+mod build;
+mod error;
+mod fsio;
+mod glob;
+mod home;
+mod image;
+mod overlay;
+mod recipe;
+mod store;
+mod trash;
+mod tree;
+mod treeedit;
+
+pub use backend::{BaseTree, Capabilities, Root, RootBackend, RootId, RootIdError};
+pub use build::BuildOptions;
+pub use error::{Error, ErrorKind, RecipeError};
+pub use home::{Home, HomeId};
+pub use image::Image;
+pub use overlay::Overlayfs;
+pub use recipe::{Defaults, ImageConfig, Recipe, SessionSpec, UserConfig};
+pub use store::{Built, Store};

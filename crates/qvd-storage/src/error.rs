@@ -1,0 +1,175 @@
+//! What this crate reports.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use qvd_core::{Digest, FlavourName, Missing};
+use qvd_sys::mount::MountError;
+
+use crate::{HomeId, RootId};
+
+/// What this crate reports. `Display` is one line and never repeats the
+/// cause: that is what `source()` is for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or system call failed; `op` is our verb, not a system call's name.
+    #[error("cannot {op} `{}`", path.display())]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// This host lacks something. Retrying will not help.
+    #[error("cannot {op} on this host: {missing}")]
+    Unsupported {
+        /// What was tried.
+        op: &'static str,
+        /// What is missing.
+        missing: Missing,
+    },
+    /// A recipe is wrong.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// The program that builds trees failed.
+    #[error("cannot build flavour {flavour}: {reason}")]
+    Build {
+        /// Flavour that was to be built.
+        flavour: FlavourName,
+        /// What was wrong, in one line.
+        reason: String,
+        /// The last lines the program wrote, for a person.
+        output: Vec<String>,
+    },
+    /// A recipe names a package that its distribution does not have.
+    #[error("cannot build flavour {flavour}: there is no package `{package}` in {suite}")]
+    NoSuchPackage {
+        /// Flavour that was to be built.
+        flavour: FlavourName,
+        /// Package that is not there.
+        package: String,
+        /// Suite it was looked for in.
+        suite: String,
+    },
+    /// The file system of the store is full.
+    #[error("cannot {op}: no space is left below `{}`", path.display())]
+    NoSpace {
+        /// What was tried.
+        op: &'static str,
+        /// Directory whose file system is full.
+        path: PathBuf,
+    },
+    /// An image is not what its name says, or is incomplete.
+    #[error("image {digest} is damaged: {reason}")]
+    Damaged {
+        /// Image in question.
+        digest: Digest,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A flavour's pointer cannot be read.
+    #[error("flavour {flavour} is damaged: {reason}")]
+    DamagedFlavour {
+        /// Flavour in question.
+        flavour: FlavourName,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// There is no such image.
+    #[error("there is no image {0}")]
+    NoSuchImage(Digest),
+    /// There is no image of this flavour.
+    #[error("there is no image of flavour {0}")]
+    NoSuchFlavour(FlavourName),
+    /// Another process works with this store.
+    #[error("store `{}` is in use by another process", .0.display())]
+    StoreBusy(PathBuf),
+    /// A root is mounted already.
+    #[error("root {0} is in use")]
+    RootBusy(RootId),
+    /// A home is being made at this moment by somebody else.
+    #[error("home {0} is in use")]
+    HomeBusy(HomeId),
+    /// A persistent root was made on another image.
+    #[error("root {root} was made on image {has}, not on {wanted}")]
+    OtherBase {
+        /// Root in question.
+        root: RootId,
+        /// Image that it was made on.
+        has: Digest,
+        /// Image that was asked for.
+        wanted: Digest,
+    },
+    /// A root or a home could not be mounted.
+    #[error("cannot mount {what}")]
+    Mount {
+        /// What was to be mounted.
+        what: String,
+        /// What the kernel said.
+        source: MountError,
+    },
+}
+
+/// What somebody who has to choose a next step needs to know of an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// What was asked for is wrong.
+    Invalid,
+    /// There is no such thing.
+    NotFound,
+    /// Somebody holds it; later it may work.
+    Busy,
+    /// This host cannot do it; another may.
+    Unsupported,
+    /// It was tried and failed.
+    Failed,
+}
+
+impl Error {
+    /// What the caller can make of it.
+    #[must_use]
+    pub const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Recipe(_) | Self::NoSuchPackage { .. } | Self::OtherBase { .. } => ErrorKind::Invalid,
+            Self::NoSuchImage(_) | Self::NoSuchFlavour(_) => ErrorKind::NotFound,
+            Self::StoreBusy(_) | Self::RootBusy(_) | Self::HomeBusy(_) => ErrorKind::Busy,
+            Self::Unsupported { .. } => ErrorKind::Unsupported,
+            Self::Io { .. }
+            | Self::Build { .. }
+            | Self::NoSpace { .. }
+            | Self::Damaged { .. }
+            | Self::DamagedFlavour { .. }
+            | Self::Mount { .. } => ErrorKind::Failed,
+        }
+    }
+
+    /// For `map_err`: an input/output error with our verb and the object. A
+    /// full disk becomes [`Error::NoSpace`].
+    pub(crate) fn io<E: Into<io::Error>>(op: &'static str, path: impl AsRef<Path>) -> impl FnOnce(E) -> Self {
+        move |source| {
+            let (source, path) = (source.into(), path.as_ref().to_path_buf());
+            match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { op, path },
+                _ => Self::Io { op, path, source },
+            }
+        }
+    }
+}
+
+/// Why a text is not a recipe.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("recipe is wrong at line {line}, column {column}: {reason}")]
+pub struct RecipeError {
+    /// Line, counted from one.
+    pub line: usize,
+    /// Column in characters, counted from one.
+    pub column: usize,
+    /// What is wrong.
+    pub reason: String,
+}

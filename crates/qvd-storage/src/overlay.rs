@@ -1,0 +1,377 @@
+//! Roots by overlayfs: constant time, constant space, and one page cache for
+//! all desktops of an image.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use qvd_core::{Digest, Missing, RootPolicy, Support};
+use qvd_sys::mount::{self, FsContext, MountError, Restrictions};
+use rustix::{
+    fs::{AtFlags, Mode, OFlags, mkdirat, openat, unlinkat},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error,
+    backend::{BaseTree, Capabilities, Root, RootBackend, RootId},
+    fsio,
+    trash::Trash,
+};
+
+/// Roots made of an upper directory on a base tree.
+///
+/// On disk nothing is shifted: base, upper and home hold the ids that exist
+/// inside, and each mount shows them in its desktop's range.
+#[derive(Debug)]
+pub struct Overlayfs {
+    dir: PathBuf,
+    trash: Arc<Trash>,
+}
+
+/// What is known of a root, beside its directories.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    base: Digest,
+    policy: RootPolicy,
+    /// Where the base was when the root was made.
+    base_dir: PathBuf,
+}
+
+const RECORD: &str = "root.json";
+const UPPER: &str = "upper";
+const WORK: &str = "work";
+
+impl Overlayfs {
+    pub(crate) fn open(dir: &Path, trash: Arc<Trash>) -> Result<Self, Error> {
+        fsio::ensure_private_dir(dir).map_err(Error::io("make", dir))?;
+        Ok(Self { dir: dir.to_path_buf(), trash })
+    }
+
+    fn record(&self, dir: &Path, record: &Record) -> Result<(), Error> {
+        let json = serde_json::to_vec(record).map_err(io::Error::from).map_err(Error::io("record root", dir))?;
+        fsio::replace(&dir.join(RECORD), &json).map_err(Error::io("record root", dir))?;
+        fsio::sync_dir(&self.dir).map_err(Error::io("record root", dir))
+    }
+}
+
+impl RootBackend for Overlayfs {
+    fn name(&self) -> &'static str {
+        "overlayfs"
+    }
+
+    fn capabilities(&self) -> Result<Capabilities, Error> {
+        let io = |error: io::Error| Error::io("probe overlayfs below", &self.dir)(error);
+        let scratch = tempfile::Builder::new().prefix(".probe-").tempdir_in(&self.dir).map_err(io)?;
+        for name in ["lower", UPPER, WORK] {
+            fs::create_dir(scratch.path().join(name)).map_err(io)?;
+        }
+        let layers = |idmap: Option<BorrowedFd<'_>>, volatile| {
+            let lower = mount::open_dir_path(&scratch.path().join("lower")).map_err(io)?;
+            let own = mount::open_dir_path(scratch.path()).map_err(io)?;
+            match mount_overlay(lower.as_fd(), own.as_fd(), idmap, volatile) {
+                Ok(_mount) => Ok(Support::Yes),
+                Err(error) => support(&error, &self.dir),
+            }
+        };
+        let roots = layers(None, false)?;
+        let id_mapped = match qvd_sys::userns::create(qvd_core::UidRange::FIRST, qvd_core::UidRange::LEN) {
+            Ok(userns) => layers(Some(userns.as_fd()), false)?,
+            Err(error) if error.raw_os_error() == Some(Errno::PERM.raw_os_error()) => {
+                Support::No(Missing::Privilege("make user namespaces".to_owned()))
+            }
+            Err(_) => Support::No(Missing::Kernel("user namespaces".to_owned())),
+        };
+        let volatile = layers(None, true)?;
+        Ok(Capabilities { roots, id_mapped, volatile })
+    }
+
+    fn create(&self, base: &BaseTree, id: &RootId, policy: RootPolicy) -> Result<Box<dyn Root>, Error> {
+        let dir = self.dir.join(id.as_str());
+        let io = |op| Error::io(op, &dir);
+        fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
+        let wanted = Record { base: base.digest(), policy, base_dir: base.dir().to_path_buf() };
+        match read_record(&dir).map_err(io("read root"))? {
+            Some(had) if had == wanted => {}
+            Some(had) if had.policy == RootPolicy::Persistent && policy == RootPolicy::Persistent => {
+                if had.base != wanted.base {
+                    return Err(Error::OtherBase { root: id.clone(), has: had.base, wanted: wanted.base });
+                }
+                self.record(&dir, &wanted)?;
+            }
+            had => {
+                // What another policy left is not what this one promises: a
+                // volatile upper may lack anything after a crash.
+                if had.is_some() {
+                    check_unused(id, &dir)?;
+                    self.trash.discard(&dir)?;
+                    fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
+                }
+                self.record(&dir, &wanted)?;
+            }
+        }
+        let (id, base, trash) = (id.clone(), base.clone(), Arc::clone(&self.trash));
+        Ok(Box::new(Overlay { id, dir, base, policy, trash, closed: false }))
+    }
+
+    fn remove(&self, id: &RootId) -> Result<(), Error> {
+        let dir = self.dir.join(id.as_str());
+        check_unused(id, &dir)?;
+        self.trash.discard(&dir)
+    }
+
+    fn roots(&self) -> Result<Vec<(RootId, Option<Digest>)>, Error> {
+        let io = Error::io("read roots in", &self.dir);
+        let names = fs::read_dir(&self.dir).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(io)?;
+        let mut found = Vec::new();
+        for entry in names {
+            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<RootId>().ok()) else { continue };
+            // A root without a readable record is still a root, to be swept.
+            let record = read_record(&entry.path()).unwrap_or_default();
+            found.push((id, record.map(|record| record.base)));
+        }
+        found.sort();
+        Ok(found)
+    }
+}
+
+fn read_record(dir: &Path) -> io::Result<Option<Record>> {
+    match fs::read(dir.join(RECORD)) {
+        Ok(json) => Ok(Some(serde_json::from_slice(&json)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[derive(Debug)]
+struct Overlay {
+    id: RootId,
+    dir: PathBuf,
+    base: BaseTree,
+    policy: RootPolicy,
+    trash: Arc<Trash>,
+    closed: bool,
+}
+
+impl Root for Overlay {
+    fn id(&self) -> &RootId {
+        &self.id
+    }
+
+    fn mount(&self, idmap: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Error> {
+        let volatile = self.policy == RootPolicy::Volatile;
+        if volatile {
+            self.retire()?;
+        }
+        let own = mount::open_dir_path(&self.dir).map_err(Error::io("open root", &self.dir))?;
+        for (name, mode) in [(UPPER, 0o755), (WORK, 0o700)] {
+            match mkdirat(&own, name, Mode::from_raw_mode(mode)) {
+                // The upper's mode is that of `/` inside; the umask must not show there.
+                Ok(()) => rustix::fs::chmodat(&own, name, Mode::from_raw_mode(mode), AtFlags::empty())
+                    .map_err(Error::io("make root", &self.dir))?,
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(Error::io("make root", &self.dir)(error)),
+            }
+        }
+        let lower = mount::open_dir_path(self.base.dir()).map_err(Error::io("open image", self.base.dir()))?;
+        mount_overlay(lower.as_fd(), own.as_fd(), idmap, volatile).map_err(|error| {
+            match (Errno::from_io_error(error.io()), support(&error, &self.dir)) {
+                (Some(Errno::BUSY), _) => Error::RootBusy(self.id.clone()),
+                (_, Ok(Support::No(missing))) => Error::Unsupported { op: "mount roots", missing },
+                _ => Error::Mount { what: format!("root {}", self.id), source: error },
+            }
+        })
+    }
+
+    fn close(&mut self) -> Result<(), Error> {
+        if self.closed {
+            return Ok(());
+        }
+        if self.policy == RootPolicy::Volatile {
+            check_unused(&self.id, &self.dir)?;
+            self.trash.discard(&self.dir)?;
+        }
+        self.closed = true;
+        Ok(())
+    }
+}
+
+impl Overlay {
+    /// Throws away what was written so far, if nobody is using it.
+    fn retire(&self) -> Result<(), Error> {
+        check_unused(&self.id, &self.dir)?;
+        self.trash.discard(&self.dir.join(UPPER))?;
+        self.trash.discard(&self.dir.join(WORK))
+    }
+}
+
+/// Asks the kernel whether a root is mounted anywhere, in whatever process
+/// and mount namespace, by trying to mount it: `index=on` makes that exclusive.
+fn check_unused(id: &RootId, dir: &Path) -> Result<(), Error> {
+    let own = match mount::open_dir_path(dir) {
+        Ok(own) => own,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("open root", dir)(error)),
+    };
+    for name in [UPPER, WORK] {
+        match rustix::fs::statat(&own, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => {}
+            // Nothing can have mounted half a root.
+            Err(Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(Error::io("read root", dir)(error)),
+        }
+    }
+    clear_volatile_marker(&own).map_err(Error::io("clean root", dir))?;
+    // On another base the kernel would refuse and complain in its log, after
+    // it has answered the question; that is the way out when the base is gone.
+    let base = read_record(dir).ok().flatten().and_then(|record| mount::open_dir_path(&record.base_dir).ok());
+    match mount_overlay(base.as_ref().unwrap_or(&own).as_fd(), own.as_fd(), None, false) {
+        Err(error) if Errno::from_io_error(error.io()) == Some(Errno::BUSY) => Err(Error::RootBusy(id.clone())),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// Removes what a volatile mount leaves so that nobody mounts its remains by
+/// mistake. Source: Linux `Documentation/filesystems/overlayfs.rst`, "Volatile mount".
+fn clear_volatile_marker(own: impl AsFd) -> io::Result<()> {
+    let steps = [
+        ("work/work/incompat/volatile/dirty", AtFlags::empty()),
+        ("work/work/incompat/volatile", AtFlags::REMOVEDIR),
+        ("work/work/incompat", AtFlags::REMOVEDIR),
+    ];
+    for (path, flags) in steps {
+        match unlinkat(&own, path, flags) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Stacks `own/upper` on `lower` and returns the detached mount.
+fn mount_overlay(
+    lower: BorrowedFd<'_>,
+    own: BorrowedFd<'_>,
+    idmap: Option<BorrowedFd<'_>>,
+    volatile: bool,
+) -> Result<OwnedFd, MountError> {
+    let layers = Layers::new(lower, own, idmap).map_err(|e| MountError::new("clone the layers of an overlay", e))?;
+    match layers.stack(Index::On, volatile) {
+        // The layers' file handles changed, as when a store was copied to
+        // another disk. Content is verified by digest, not by handle; only
+        // hard links made before lose their common identity.
+        Err(error) if Errno::from_io_error(error.io()) == Some(Errno::STALE) => {
+            tracing::warn!(%error, "layers were copied since; mounting without index");
+            layers.stack(Index::Off, volatile)
+        }
+        done => done,
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Index {
+    On,
+    Off,
+}
+
+struct Layers {
+    lower: OwnedFd,
+    own: OwnedFd,
+    upper: OwnedFd,
+    work: OwnedFd,
+}
+
+impl Layers {
+    fn new(lower: BorrowedFd<'_>, own: BorrowedFd<'_>, idmap: Option<BorrowedFd<'_>>) -> io::Result<Self> {
+        let lower = mount::clone_dir(lower)?;
+        mount::restrict(lower.as_fd(), Restrictions { read_only: true, nodev: true, ..Restrictions::default() }, idmap)?;
+        // One mount for upper and work: overlayfs asks for that.
+        let own = mount::clone_dir(own)?;
+        mount::restrict(own.as_fd(), Restrictions { nodev: true, ..Restrictions::default() }, idmap)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let upper = openat(&own, UPPER, flags, Mode::empty())?;
+        let work = openat(&own, WORK, flags, Mode::empty())?;
+        Ok(Self { lower, own, upper, work })
+    }
+
+    fn stack(&self, index: Index, volatile: bool) -> Result<OwnedFd, MountError> {
+        let by_fd = self.configure(index, volatile, |context, key, fd| context.set_fd(key, fd));
+        match by_fd {
+            // Linux before 6.13 takes no descriptor for a layer, and before
+            // 6.15 no layer that is in no namespace.
+            Err(error) if error.io().kind() == io::ErrorKind::InvalidInput => self.stack_by_path(index, volatile),
+            done => done,
+        }
+    }
+
+    /// For older kernels: layers attached in a mount namespace that nobody
+    /// else sees, and named by the paths of their descriptors.
+    fn stack_by_path(&self, index: Index, volatile: bool) -> Result<OwnedFd, MountError> {
+        let attached = || -> io::Result<()> {
+            // Any two directories can be covered: the namespace is ours alone.
+            mount::attach(self.lower.as_fd(), mount::open_dir_path(Path::new("/sys"))?.as_fd())?;
+            mount::attach(self.own.as_fd(), mount::open_dir_path(Path::new("/dev"))?.as_fd())
+        };
+        let by_path = || {
+            attached().map_err(|e| MountError::new("attach the layers of an overlay", e))?;
+            self.configure(index, volatile, |context, key, fd| {
+                // `lowerdir+` came with Linux 6.8; there is only one lower here.
+                context.set(key.trim_end_matches('+'), &format!("/proc/self/fd/{}", fd.as_raw_fd()))
+            })
+        };
+        mount::in_private_namespace(by_path)
+            .map_err(|e| MountError::new("make a private mount namespace", e))
+            .flatten()
+    }
+
+    fn configure(
+        &self,
+        index: Index,
+        volatile: bool,
+        set_layer: impl Fn(&FsContext, &str, BorrowedFd<'_>) -> Result<(), MountError>,
+    ) -> Result<OwnedFd, MountError> {
+        let context = FsContext::open("overlay")?;
+        set_layer(&context, "lowerdir+", self.lower.as_fd())?;
+        set_layer(&context, "upperdir", self.upper.as_fd())?;
+        set_layer(&context, "workdir", self.work.as_fd())?;
+        // Exclusive: a root that is still mounted cannot be mounted or deleted
+        // by mistake. Hard links of the image stay one file after a copy-up.
+        context.set("index", if index == Index::On { "on" } else { "off" })?;
+        // A copy-up of metadata alone would let the upper depend on the lower
+        // file's content for ever, by an attribute that is not verified.
+        context.set("metacopy", "off")?;
+        // Renaming a directory of the image works. Only root outside can set
+        // the attribute that this follows.
+        context.set("redirect_dir", "on")?;
+        // All layers are on one file system, so inode numbers are unique already.
+        context.set("xino", "auto")?;
+        if volatile {
+            // No sync of the whole file system at unmount (up to 200 ms when
+            // others have dirty pages), and nothing to keep it for.
+            context.set_flag("volatile")?;
+        }
+        context.mount(Restrictions { nodev: true, ..Restrictions::default() })
+    }
+}
+
+/// What an error says about the host; an error that says nothing stays one.
+fn support(error: &MountError, dir: &Path) -> Result<Support, Error> {
+    let missing = match Errno::from_io_error(error.io()) {
+        Some(Errno::PERM | Errno::ACCESS) => Missing::Privilege("mount file systems".to_owned()),
+        Some(Errno::NODEV) => Missing::Kernel("overlayfs".to_owned()),
+        Some(Errno::NOSYS) => Missing::Kernel("the mount API of Linux 5.12".to_owned()),
+        Some(Errno::INVAL | Errno::OPNOTSUPP) => {
+            Missing::Filesystem(format!("what an id-mapped overlay needs ({error})"))
+        }
+        _ => {
+            let source = io::Error::from(error.io().kind());
+            return Err(Error::Io { op: "probe overlayfs below", path: dir.to_path_buf(), source });
+        }
+    };
+    Ok(Support::No(missing))
+}

@@ -1,0 +1,245 @@
+//! Everything that a host keeps for its desktops, in one directory.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use qvd_core::{Digest, FlavourName, Missing, RootPolicy, Support};
+use rustix::{
+    fs::{FlockOperation, flock, ioctl_ficlone},
+    io::Errno,
+};
+
+use crate::{
+    BuildOptions, Error, Home, HomeId, Image, Recipe, Root, RootBackend, RootId, build, fsio, image::Images,
+    overlay::Overlayfs, trash::Trash,
+};
+
+/// Images, roots and homes of one host.
+///
+/// Calls may come from many threads; builds wait for each other. Two processes
+/// cannot have the same store open.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    images: Images,
+    backend: Box<dyn RootBackend>,
+    trash: Arc<Trash>,
+    building: Mutex<()>,
+    // Last, so that nobody else opens the store before the rest is dropped.
+    _lock: File,
+}
+
+/// An image, and whether it had to be built.
+#[derive(Debug, Clone)]
+pub struct Built {
+    /// The image, which its flavour now points at.
+    pub image: Image,
+    /// Whether it was there already.
+    pub reused: bool,
+}
+
+impl Store {
+    /// Opens the store in `root`, making what is missing, and removes what a
+    /// killed process left half done.
+    ///
+    /// # Errors
+    /// [`Error::StoreBusy`] while another process has it open.
+    pub fn open(root: &Path) -> Result<Self, Error> {
+        std::fs::create_dir_all(root).map_err(Error::io("make", root))?;
+        fsio::ensure_private_dir(root).map_err(Error::io("make", root))?;
+        let root = root.canonicalize().map_err(Error::io("open", root))?;
+        let lock = lock(&root)?;
+        let trash = Arc::new(Trash::open(&root.join("trash"))?);
+        let images = Images::open(&root.join("images"), Arc::clone(&trash))?;
+        let backend = Overlayfs::open(&root.join("roots"), Arc::clone(&trash))?;
+        let store =
+            Self { images, backend: Box::new(backend), trash, building: Mutex::new(()), _lock: lock, root };
+        for name in ["roots", "homes"] {
+            store.sweep_temporary(&store.root.join(name))?;
+        }
+        Ok(store)
+    }
+
+    /// Uses another way to make roots from now on.
+    #[must_use]
+    pub fn with_backend(mut self, backend: Box<dyn RootBackend>) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.root
+    }
+
+    /// Builds the image of a recipe, or finds that it was built before, and
+    /// lets its flavour point at it. `progress` gets lines for a person.
+    ///
+    /// # Errors
+    /// The recipe could not be carried out; nothing is left of the attempt.
+    pub fn build(
+        &self,
+        recipe: &Recipe,
+        options: &BuildOptions,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Built, Error> {
+        let _one_at_a_time = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        if !options.rebuild
+            && let Some(image) = self.images.of_recipe(recipe.key())?
+        {
+            self.images.point(recipe.flavour(), image.digest())?;
+            return Ok(Built { image, reused: true });
+        }
+        let scratch = self.images.scratch()?;
+        build::build(recipe, options, &scratch, &self.trash, progress)?;
+        progress("computing the digest");
+        let image = self.images.publish(scratch, recipe.config().clone(), recipe.key())?;
+        Ok(Built { image, reused: false })
+    }
+
+    /// The image with this digest.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchImage`], or [`Error::Damaged`] when a look at it shows that.
+    pub fn image(&self, digest: Digest) -> Result<Image, Error> {
+        self.images.load(digest)
+    }
+
+    /// The image that desktops of a flavour start from.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchFlavour`], or as [`Store::image`].
+    pub fn flavour(&self, flavour: &FlavourName) -> Result<Image, Error> {
+        self.images.of_flavour(flavour)
+    }
+
+    /// Every flavour that has an image, by name.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn flavours(&self) -> Result<Vec<FlavourName>, Error> {
+        self.images.flavours()
+    }
+
+    /// Reads a whole image and compares it with its digest.
+    ///
+    /// # Errors
+    /// As [`Store::image`] and [`Image::verify`].
+    pub fn verify(&self, digest: Digest) -> Result<(), Error> {
+        self.image(digest)?.verify()
+    }
+
+    /// Makes a root on an image, or finds it: see [`RootBackend::create`].
+    ///
+    /// # Errors
+    /// As [`RootBackend::create`].
+    pub fn root(&self, image: &Image, id: &RootId, policy: RootPolicy) -> Result<Box<dyn Root>, Error> {
+        self.backend.create(&image.base(), id, policy)
+    }
+
+    /// Removes a root for good: see [`RootBackend::remove`].
+    ///
+    /// # Errors
+    /// As [`RootBackend::remove`].
+    pub fn remove_root(&self, id: &RootId) -> Result<(), Error> {
+        self.backend.remove(id)
+    }
+
+    /// Every root that is kept, with the image it stands on.
+    ///
+    /// # Errors
+    /// As [`RootBackend::roots`].
+    pub fn roots(&self) -> Result<Vec<(RootId, Option<Digest>)>, Error> {
+        self.backend.roots()
+    }
+
+    /// Removes every root but those in `keep`. A root that is still mounted
+    /// stays; the others go all the same.
+    ///
+    /// # Errors
+    /// The last failure, after everything was tried.
+    pub fn sweep(&self, keep: &[RootId]) -> Result<(), Error> {
+        let mut failure = None;
+        for (id, _) in self.roots()?.into_iter().filter(|(id, _)| !keep.contains(id)) {
+            if let Err(error) = self.remove_root(&id) {
+                tracing::warn!(root = %id, %error, "root left behind");
+                failure = Some(error);
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// The home of a user or a desktop, made at its first use.
+    ///
+    /// # Errors
+    /// As [`Home::open`].
+    pub fn home(&self, id: &HomeId, image: &Image) -> Result<Home, Error> {
+        let homes = self.root.join("homes");
+        fsio::ensure_private_dir(&homes).map_err(Error::io("make", &homes))?;
+        Home::open(&homes.join(id.to_string()), image)
+    }
+
+    /// Removes a home and everything in it. Removing what is not there is `Ok`.
+    ///
+    /// # Errors
+    /// It could not be moved out of the way.
+    pub fn remove_home(&self, id: &HomeId) -> Result<(), Error> {
+        self.trash.discard(&self.root.join("homes").join(id.to_string()))
+    }
+
+    /// What this host can do for roots, found by doing it below the store.
+    ///
+    /// # Errors
+    /// It could not be found out, for instance because the disk is full.
+    pub fn probe(&self) -> Result<Vec<(&'static str, Support)>, Error> {
+        let backend = self.backend.capabilities()?;
+        Ok(vec![
+            (self.backend.name(), backend.roots),
+            ("id-mapped layers", backend.id_mapped),
+            ("volatile roots", backend.volatile),
+            ("reflink", reflink(&self.root).map_err(Error::io("probe reflink below", &self.root))?),
+        ])
+    }
+
+    /// Throws away what was being made when a process was killed.
+    fn sweep_temporary(&self, dir: &Path) -> Result<(), Error> {
+        let entries = match std::fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Error::io("read", dir)(error)),
+        };
+        for entry in entries {
+            let name = entry.map_err(Error::io("read", dir))?.file_name();
+            // No root and no home has a name that begins with a dot.
+            if name.as_encoded_bytes().starts_with(b".") {
+                self.trash.discard(&dir.join(name))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn lock(root: &Path) -> Result<File, Error> {
+    let path = root.join("lock");
+    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(Error::io("open", &path))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(Error::StoreBusy(root.to_path_buf())),
+        Err(error) => Err(Error::io("lock", &path)(error)),
+    }
+}
+
+/// Whether files under `dir` can share extents, found by sharing one.
+fn reflink(dir: &Path) -> io::Result<Support> {
+    let (from, to) = (tempfile::tempfile_in(dir)?, tempfile::tempfile_in(dir)?);
+    match ioctl_ficlone(&to, &from) {
+        Ok(()) => Ok(Support::Yes),
+        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => Ok(Support::No(Missing::Filesystem("reflink".to_owned()))),
+        Err(error) => Err(error.into()),
+    }
+}

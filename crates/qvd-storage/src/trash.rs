@@ -1,0 +1,244 @@
+//! Deletion that does not keep anybody waiting: a rename now, the work later.
+
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    thread,
+};
+
+use rustix::{
+    fs::{AtFlags, CWD, Dir, FileType, RenameFlags, renameat_with, unlinkat},
+    io::Errno,
+};
+
+use crate::{Error, fsio};
+
+/// A directory of things to be deleted, and the thread that deletes them.
+/// What a crash leaves in it is deleted after the next open.
+#[derive(Debug)]
+pub(crate) struct Trash {
+    path: PathBuf,
+    shared: Arc<Shared>,
+    wake: Option<mpsc::Sender<()>>,
+    worker: Option<thread::JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    dir: OwnedFd,
+    stop: AtomicBool,
+    next: AtomicU64,
+}
+
+impl Trash {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        fsio::ensure_private_dir(path).map_err(Error::io("make", path))?;
+        let dir = fsio::open_dir(path).map_err(Error::io("open", path))?;
+        let shared = Arc::new(Shared { dir, stop: AtomicBool::new(false), next: AtomicU64::new(0) });
+        let (wake, woken) = mpsc::channel();
+        let worker = {
+            let shared = Arc::clone(&shared);
+            let work = move || {
+                while !shared.stop.load(Ordering::Acquire) {
+                    if let Err(error) = shared.empty() {
+                        tracing::warn!(%error, "cannot delete what is in the trash; trying again at the next removal");
+                    }
+                    if woken.recv().is_err() {
+                        break;
+                    }
+                }
+            };
+            thread::Builder::new().name("trash".to_owned()).spawn(work).map_err(Error::io("delete below", path))?
+        };
+        Ok(Self { path: path.to_path_buf(), shared, wake: Some(wake), worker: Some(worker) })
+    }
+
+    /// Takes what is at `path` out of the way; `Ok` when nothing is there.
+    /// Returns once it is renamed; deleting it may take much longer.
+    pub(crate) fn discard(&self, path: &Path) -> Result<(), Error> {
+        self.discard_at(CWD, path).map_err(Error::io("remove", path))
+    }
+
+    /// As [`Trash::discard`], for a name in an open directory.
+    pub(crate) fn discard_at(&self, dir: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
+        match self.shared.take_in(dir.as_fd(), name) {
+            Ok(()) => {
+                if let Some(wake) = &self.wake
+                    && wake.send(()).is_err()
+                {
+                    tracing::warn!(path = %self.path.display(), "nobody empties the trash");
+                }
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Trash {
+    fn drop(&mut self) {
+        // The worker ends after the file it is at; the rest waits for the next open.
+        self.shared.stop.store(true, Ordering::Release);
+        self.wake = None;
+        if let Some(worker) = self.worker.take()
+            && worker.join().is_err()
+        {
+            tracing::warn!(path = %self.path.display(), "the thread that empties the trash failed");
+        }
+    }
+}
+
+impl Shared {
+    /// Deletes everything in the trash. A directory that is not empty is first
+    /// pulled up to the trash itself: so neither the stack nor the descriptors
+    /// in use grow with the depth that a desktop chose for its directories.
+    /// Nothing below a mount point is ever touched.
+    fn empty(&self) -> io::Result<()> {
+        loop {
+            let mut progress = false;
+            let mut failure = None;
+            for (name, _) in list(&self.dir)? {
+                if self.stop.load(Ordering::Acquire) {
+                    return Ok(());
+                }
+                match self.delete(&name) {
+                    Ok(()) => progress = true,
+                    Err(error) => failure = Some(error),
+                }
+            }
+            match (progress, failure) {
+                (true, _) => {}
+                (false, None) => return Ok(()),
+                (false, Some(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// Deletes one entry of the trash, or what is directly in it.
+    fn delete(&self, name: &CString) -> io::Result<()> {
+        match unlinkat(&self.dir, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::ISDIR | Errno::PERM) => {}
+            Err(error) => return Err(error.into()),
+        }
+        match unlinkat(&self.dir, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::NOTEMPTY | Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let dir = fsio::open_dir_below(&self.dir, name)?;
+        for (entry, kind) in list(&dir)? {
+            if self.stop.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let removed = match kind {
+                FileType::Directory => unlinkat(&dir, &entry, AtFlags::REMOVEDIR),
+                _ => unlinkat(&dir, &entry, AtFlags::empty()),
+            };
+            match removed {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(Errno::NOTEMPTY | Errno::EXIST) => self.take_in(dir.as_fd(), &entry)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Renames something into the trash itself, under a name of its own.
+    fn take_in(&self, dir: BorrowedFd<'_>, entry: impl rustix::path::Arg + Copy) -> io::Result<()> {
+        loop {
+            let name = self.next.fetch_add(1, Ordering::Relaxed).to_string();
+            match renameat_with(dir, entry, &self.dir, &*name, RenameFlags::NOREPLACE) {
+                Err(Errno::EXIST) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+}
+
+/// Names and types of what is in a directory.
+pub(crate) fn list(dir: impl AsFd) -> io::Result<Vec<(CString, FileType)>> {
+    let mut found = Vec::new();
+    for entry in Dir::read_from(&dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let kind = match entry.file_type() {
+            FileType::Unknown => {
+                FileType::from_raw_mode(rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode)
+            }
+            known => known,
+        };
+        found.push((name.to_owned(), kind));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::{fs, time::Duration};
+
+    use super::*;
+
+    /// Waits until the trash is empty, as an administrator who looks would.
+    fn wait_empty(trash: &Path) {
+        for _ in 0..2000 {
+            if fs::read_dir(trash).unwrap().next().is_none() {
+                return;
+            }
+            thread::park_timeout(Duration::from_millis(5));
+        }
+        panic!("the trash was not emptied");
+    }
+
+    #[test]
+    fn a_tree_goes_and_what_it_links_to_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, kept) = (dir.path().join("tree"), dir.path().join("kept"));
+        fs::create_dir_all(tree.join("a/b")).unwrap();
+        fs::create_dir(&kept).unwrap();
+        fs::write(kept.join("f"), "x").unwrap();
+        std::os::unix::fs::symlink(&kept, tree.join("a/link")).unwrap();
+        let trash = Trash::open(&dir.path().join("trash")).unwrap();
+        trash.discard(&tree).unwrap();
+        assert!(!tree.exists());
+        wait_empty(&dir.path().join("trash"));
+        assert!(kept.join("f").exists());
+        trash.discard(&tree).unwrap();
+    }
+
+    #[test]
+    fn a_deep_tree_does_not_exhaust_anything() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        fs::create_dir(&tree).unwrap();
+        let mut at = fsio::open_dir(&tree).unwrap();
+        for _ in 0..5000 {
+            rustix::fs::mkdirat(&at, "d", rustix::fs::Mode::RWXU).unwrap();
+            at = fsio::open_dir_below(&at, "d").unwrap();
+        }
+        drop(at);
+        let trash = Trash::open(&dir.path().join("trash")).unwrap();
+        trash.discard(&tree).unwrap();
+        wait_empty(&dir.path().join("trash"));
+    }
+
+    #[test]
+    fn what_a_crash_left_is_deleted_at_open() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("trash/0/x")).unwrap();
+        let _trash = Trash::open(&dir.path().join("trash")).unwrap();
+        wait_empty(&dir.path().join("trash"));
+    }
+}
