@@ -1,0 +1,705 @@
+//! The loop of PID 1.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Write},
+    os::fd::{AsFd, OwnedFd},
+    process::{ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::sys::{
+    signal::{SigSet, Signal as NixSignal},
+    signalfd::{SfdFlags, SignalFd},
+};
+use qvd_core::{DisplayKind, Geometry};
+use qvd_guest::{
+    Channel, Exit, GuestError, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::Errno,
+    net::SocketFlags,
+    process::Signal,
+};
+
+use crate::{
+    desktop::{self, Desktop},
+    exec::{self, Exec},
+    log::Log,
+    options::{HEAD_DISPLAY, SESSION_DISPLAY},
+    reap, session,
+    session::{Action, Client, Event, Moment, Role, Session},
+    spawn::{self, Identity, Program},
+    stats, x11,
+};
+
+/// Most connections from the node at once.
+const MAX_CONNECTIONS: usize = 64;
+/// How long programs have to end when a signal asks for it.
+const SIGNAL_GRACE: Duration = Duration::from_secs(5);
+/// Search path when the configuration has none.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Runs until it is told to stop.
+pub(crate) fn run() -> ExitCode {
+    let begin = Instant::now();
+    let outcome = qvd_sys::init::inherited([qvd_guest::fds::CONTROL, qvd_guest::fds::CONFIG])
+        .map_err(|e| format!("cannot take over the descriptors of the node: {e}"))
+        .and_then(|[control, config]| Init::new(begin, control, &fs::File::from(config)))
+        .and_then(|mut init| init.serve().map_err(|e| format!("cannot wait for events: {e}")));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _written = writeln!(io::stderr(), "qvd-init: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Reads the configuration, wherever the writer left the file's offset.
+fn read_config(file: &fs::File) -> Result<InitConfig, String> {
+    use std::os::unix::fs::FileExt;
+    let length = file.metadata().map_err(|e| format!("cannot read the configuration: {e}"))?.len();
+    let length = usize::try_from(length).ok().filter(|&length| length <= qvd_guest::MAX_FRAME);
+    let mut bytes = vec![0; length.ok_or("the configuration is too long")?];
+    file.read_exact_at(&mut bytes, 0).map_err(|e| format!("cannot read the configuration: {e}"))?;
+    parse_config(&bytes)
+}
+
+fn parse_config(bytes: &[u8]) -> Result<InitConfig, String> {
+    let config: InitConfig =
+        serde_json::from_slice(bytes).map_err(|e| format!("cannot understand the configuration: {e}"))?;
+    if config.version != VERSION {
+        return Err(format!("the configuration is of version {}, this init of {VERSION}", config.version));
+    }
+    let session = config.session.iter().flat_map(|session| session.autostart.iter().chain([&session.command]));
+    if config.services.iter().chain(session).any(|argv| argv.first().is_none_or(String::is_empty)) {
+        return Err("a program in the configuration has no name".to_owned());
+    }
+    Ok(config)
+}
+
+/// What a child of ours is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Child {
+    Session(Role),
+    Service(usize),
+    Exec(Client),
+    /// Nothing depends on how it ends.
+    Other,
+}
+
+/// A service that is kept running.
+#[derive(Debug, Default)]
+struct Service {
+    argv: Vec<String>,
+    failures: u32,
+    started: Moment,
+    /// When it is to be started; `None` while it runs.
+    due: Option<Moment>,
+}
+
+/// What a connection is about.
+#[derive(Debug)]
+enum Purpose {
+    Unknown,
+    Watch,
+    Attach,
+    Exec(Exec),
+}
+
+#[derive(Debug)]
+struct Connection {
+    channel: Channel,
+    purpose: Purpose,
+}
+
+/// The session with what it is made of.
+#[derive(Debug)]
+struct Graphical {
+    machine: Session,
+    desktop: Desktop,
+    config: SessionConfig,
+    env: BTreeMap<String, String>,
+    tuned: BTreeMap<String, String>,
+    pids: BTreeMap<Role, u32>,
+}
+
+#[derive(Debug)]
+struct Init {
+    begin: Instant,
+    control: OwnedFd,
+    signals: SignalFd,
+    log: Log,
+    env: BTreeMap<String, String>,
+    services: Vec<Service>,
+    graphical: Option<Graphical>,
+    children: BTreeMap<u32, Child>,
+    connections: BTreeMap<Client, Connection>,
+    next: Client,
+    /// When what is left is killed, once stopping.
+    stopping: Option<Moment>,
+    done: bool,
+}
+
+impl Init {
+    fn new(begin: Instant, control: OwnedFd, config: &fs::File) -> Result<Self, String> {
+        let config = read_config(config)?;
+        let mask =
+            [NixSignal::SIGCHLD, NixSignal::SIGTERM, NixSignal::SIGINT, NixSignal::SIGPWR, NixSignal::SIGHUP];
+        let mask: SigSet = mask.into_iter().collect();
+        let signals = mask
+            .thread_block()
+            .and_then(|()| SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
+            .map_err(|e| format!("cannot receive signals: {e}"))?;
+        desktop::prepare_root().map_err(|e| e.to_string())?;
+        let mut log = Log::new(std::path::Path::new(desktop::ROOT_DIR).join("log"))
+            .map_err(|e| format!("cannot make the log: {e}"))?;
+        if let Err(failure) = desktop::machine_id() {
+            log.note(&failure.to_string());
+        }
+        let mut env = config.env;
+        env.entry("PATH".to_owned()).or_insert_with(|| PATH.to_owned());
+        env.entry("LANG".to_owned()).or_insert_with(|| "C.UTF-8".to_owned());
+        let graphical = config.session.map(|session| Graphical::new(session, &env)).transpose()?;
+        env.insert("HOME".to_owned(), "/root".to_owned());
+        let service = |argv| Service { argv, due: Some(Moment::ZERO), ..Service::default() };
+        Ok(Self {
+            begin,
+            control,
+            signals,
+            log,
+            env,
+            services: config.services.into_iter().map(service).collect(),
+            graphical,
+            children: BTreeMap::new(),
+            connections: BTreeMap::new(),
+            next: 0,
+            stopping: None,
+            done: false,
+        })
+    }
+
+    fn now(&self) -> Moment {
+        self.begin.elapsed()
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        while !self.done {
+            self.step();
+            let ready = self.wait()?;
+            for source in ready {
+                match source {
+                    Source::Control => self.accept(),
+                    Source::Signals => self.signalled(),
+                    Source::Log => self.log.drain(),
+                    Source::Watch => self.look(),
+                    Source::Connection(id) => self.hear(id),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Does all that is due.
+    fn step(&mut self) {
+        let now = self.now();
+        if let Some(kill_at) = self.stopping {
+            if now >= kill_at {
+                // The kernel kills what is left when the init ends.
+                self.done = true;
+            }
+            return;
+        }
+        for index in 0..self.services.len() {
+            self.serve_service(index, now);
+        }
+        if self.graphical.is_some() {
+            self.session(None);
+        }
+    }
+
+    fn serve_service(&mut self, index: usize, now: Moment) {
+        let Some(service) = self.services.get_mut(index) else { return };
+        if service.due.is_none_or(|due| now < due) {
+            return;
+        }
+        service.due = None;
+        service.started = now;
+        let program =
+            Program { argv: &service.argv, env: &self.env, identity: &Identity::root(), terminal: false };
+        match start(&program, &self.log) {
+            Ok(pid) => drop(self.children.insert(pid, Child::Service(index))),
+            Err(e) => {
+                self.log.note(&format!("cannot start a service: {e}"));
+                self.service_ended(index, now);
+            }
+        }
+    }
+
+    fn service_ended(&mut self, index: usize, now: Moment) {
+        if let Some(service) = self.services.get_mut(index) {
+            let (failures, due) = session::restart(service.failures, service.started, now);
+            service.failures = failures;
+            service.due = Some(due);
+        }
+    }
+
+    /// How long nothing is due.
+    fn patience(&self) -> Option<Timespec> {
+        let now = self.now();
+        let due = match self.stopping {
+            Some(kill_at) => Some(kill_at),
+            None => {
+                let session = self.graphical.as_ref().and_then(|graphical| graphical.machine.deadline(now));
+                self.services.iter().filter_map(|service| service.due).chain(session).min()
+            }
+        };
+        due.and_then(|due| Timespec::try_from(due.saturating_sub(now)).ok())
+    }
+
+    fn wait(&self) -> io::Result<Vec<Source>> {
+        let mut sources = vec![Source::Signals, Source::Log];
+        let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.log, PollFlags::IN)];
+        if let Some(graphical) = &self.graphical {
+            sources.push(Source::Watch);
+            fds.push(PollFd::new(graphical.desktop.watch(), PollFlags::IN));
+        }
+        for (&id, connection) in &self.connections {
+            sources.push(Source::Connection(id));
+            fds.push(PollFd::new(&connection.channel, PollFlags::IN));
+        }
+        // Last: a new connection's number must not be taken for an old one's.
+        if self.connections.len() < MAX_CONNECTIONS {
+            sources.push(Source::Control);
+            fds.push(PollFd::new(&self.control, PollFlags::IN));
+        }
+        match rustix::event::poll(&mut fds, self.patience().as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(Vec::new()),
+            Err(e) => return Err(e.into()),
+        }
+        let ready = fds.iter().zip(sources).filter(|(fd, _)| !fd.revents().is_empty());
+        Ok(ready.map(|(_, source)| source).collect())
+    }
+
+    fn signalled(&mut self) {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            match i32::try_from(info.ssi_signo).ok().and_then(Signal::from_named_raw) {
+                Some(Signal::CHILD) => {}
+                Some(Signal::TERM | Signal::INT | Signal::POWER) => self.stop(SIGNAL_GRACE),
+                _ => {}
+            }
+        }
+        loop {
+            let reaped = reap::reap();
+            for (pid, exit) in reaped.ended {
+                self.ended(pid, exit);
+            }
+            if reaped.childless && self.stopping.is_some() {
+                self.done = true;
+            }
+            if !reaped.more {
+                return;
+            }
+        }
+    }
+
+    fn ended(&mut self, pid: u32, exit: Exit) {
+        match self.children.remove(&pid) {
+            Some(Child::Session(role)) => {
+                if exit != Exit::Code(0) || role == Role::Agent {
+                    self.log.note(&format!("{role:?} ended: {exit:?}"));
+                }
+                if let Some(graphical) = &mut self.graphical {
+                    graphical.pids.remove(&role);
+                }
+                // What it left behind or took with it counts before its end.
+                self.look();
+                self.session(Some(Event::Ended(role, exit)));
+            }
+            Some(Child::Service(index)) => {
+                self.log.note(&format!("a service ended: {exit:?}"));
+                let now = self.now();
+                self.service_ended(index, now);
+            }
+            Some(Child::Exec(id)) => {
+                self.answer(id, &Reply::Exited(exit));
+                self.connections.remove(&id);
+            }
+            Some(Child::Other) | None => {}
+        }
+    }
+
+    fn look(&mut self) {
+        if let Some(graphical) = &self.graphical {
+            let seen = graphical.desktop.look();
+            self.session(Some(Event::Seen(seen)));
+        }
+    }
+
+    /// Lets the session's machine take note of an event and does what it says.
+    fn session(&mut self, event: Option<Event>) {
+        let mut events = Vec::from_iter(event);
+        loop {
+            let now = self.now();
+            let mut actions = Vec::new();
+            let Some(graphical) = &mut self.graphical else { return };
+            for event in events.drain(..) {
+                graphical.machine.note(now, event, &mut actions);
+            }
+            if self.stopping.is_none() {
+                graphical.machine.step(now, &mut actions);
+            }
+            for action in actions {
+                events.extend(self.act(action));
+            }
+            if events.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Does what the session's machine decided; says what came of it.
+    fn act(&mut self, action: Action) -> Option<Event> {
+        let graphical = self.graphical.as_mut()?;
+        let failure = match action {
+            Action::Clear => graphical.desktop.clear().err().map(|failure| failure.to_string()),
+            Action::Options(kind) => graphical.desktop.write_options(kind).err().map(|failure| failure.to_string()),
+            Action::Start(role, geometry) => match graphical.start(role, geometry, &self.log) {
+                Ok(pid) => {
+                    self.children.insert(pid, Child::Session(role));
+                    None
+                }
+                Err(e) => {
+                    self.log.note(&format!("cannot start {role:?}: {e}"));
+                    return Some(Event::Ended(role, Exit::Code(127)));
+                }
+            },
+            Action::End(role) => graphical.signal(role, Signal::TERM),
+            Action::Kill(role) => graphical.signal(role, Signal::KILL),
+            Action::Toggle => graphical.signal(Role::Agent, Signal::HUP),
+            Action::Resize(geometry) => {
+                let argv = [x11::RESIZE.to_owned(), geometry.to_string()];
+                match graphical.helper(HEAD_DISPLAY, &argv, &self.log) {
+                    Ok(pid) => {
+                        self.children.insert(pid, Child::Other);
+                        None
+                    }
+                    Err(e) => Some(format!("cannot resize the head: {e}")),
+                }
+            }
+            Action::Connect(client, kind) => return Some(self.connect(client, kind)),
+            Action::Progress(client, step) => {
+                self.answer(client, &Reply::Progress(step.to_owned()));
+                None
+            }
+            Action::Refuse(client, op, reason) => {
+                self.refuse(client, op, reason);
+                self.connections.remove(&client);
+                None
+            }
+            Action::Autostart => {
+                for argv in &graphical.config.autostart {
+                    match graphical.program(argv, &self.log) {
+                        Ok(pid) => drop(self.children.insert(pid, Child::Other)),
+                        Err(e) => self.log.note(&format!("cannot start `{}`: {e}", argv.join(" "))),
+                    }
+                }
+                None
+            }
+            Action::Changed => {
+                self.broadcast();
+                None
+            }
+        };
+        if let Some(failure) = failure {
+            self.log.note(&failure);
+        }
+        None
+    }
+
+    /// Gives a client its display.
+    fn connect(&mut self, client: Client, kind: DisplayKind) -> Event {
+        let Some(graphical) = &self.graphical else { return Event::Gone(client) };
+        let Ok(stream) = graphical.desktop.connect(kind) else { return Event::NotConnected(client) };
+        let Some(connection) = self.connections.get_mut(&client) else { return Event::Gone(client) };
+        match connection.channel.send(&Reply::Display, &[stream.as_fd()]) {
+            Ok(()) => Event::Connected(client),
+            Err(_) => {
+                self.connections.remove(&client);
+                Event::Gone(client)
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        // An error is the caller's that is gone, or passes.
+        let Ok(socket) = rustix::net::accept_with(&self.control, flags) else { return };
+        self.connections
+            .insert(self.next, Connection { channel: Channel::new(socket), purpose: Purpose::Unknown });
+        self.next += 1;
+    }
+
+    /// Reads what the node says on a connection.
+    fn hear(&mut self, id: Client) {
+        loop {
+            let Some(connection) = self.connections.get_mut(&id) else { return };
+            match connection.channel.try_recv::<Request>() {
+                Ok(Some((request, fds))) => self.obey(id, request, fds),
+                Ok(None) => return,
+                Err(_) => return self.hung_up(id),
+            }
+        }
+    }
+
+    fn hung_up(&mut self, id: Client) {
+        let Some(connection) = self.connections.remove(&id) else { return };
+        match connection.purpose {
+            Purpose::Exec(exec) => {
+                self.children.insert(exec.pid(), Child::Other);
+                exec.signal(Signal::HUP.as_raw());
+            }
+            Purpose::Attach => self.session(Some(Event::Gone(id))),
+            Purpose::Unknown | Purpose::Watch => {}
+        }
+    }
+
+    fn obey(&mut self, id: Client, request: Request, fds: Vec<OwnedFd>) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        match (request, &connection.purpose) {
+            (Request::Resize { rows, columns }, Purpose::Exec(exec)) => exec.resize(rows, columns),
+            (Request::Signal { signal }, Purpose::Exec(exec)) => exec.signal(signal),
+            (_, Purpose::Exec(_) | Purpose::Attach | Purpose::Watch) => self.hung_up(id),
+            (Request::Watch, Purpose::Unknown) => {
+                connection.purpose = Purpose::Watch;
+                let status = self.status();
+                self.answer(id, &status);
+            }
+            (Request::Stats, Purpose::Unknown) => {
+                let stats = self.stats();
+                self.answer(id, &Reply::Stats(stats));
+            }
+            (Request::Attach(kind), Purpose::Unknown) => {
+                connection.purpose = Purpose::Attach;
+                match (&self.graphical, self.stopping) {
+                    (Some(_), None) => self.session(Some(Event::Attach(id, kind))),
+                    (None, _) => self.refuse(id, "open the display", "this image has no session"),
+                    (_, Some(_)) => self.refuse(id, "open the display", "the desktop is going down"),
+                }
+            }
+            (Request::Exec(request), Purpose::Unknown) => {
+                let session = self.graphical.as_ref().filter(|_| !request.root);
+                let (env, identity) = match session {
+                    Some(graphical) => (&graphical.env, graphical.desktop.user().clone()),
+                    None => (&self.env, Identity::root()),
+                };
+                match Exec::start(&request, fds, env, &identity) {
+                    Ok(exec) => self.started(id, exec),
+                    Err(e) => self.refuse(id, "run a program", &e.to_string()),
+                }
+            }
+            (Request::Stop { grace_ms }, Purpose::Unknown) => {
+                self.answer(id, &Reply::Stopping);
+                self.stop(Duration::from_millis(grace_ms.into()));
+            }
+            (Request::Resize { .. } | Request::Signal { .. }, Purpose::Unknown) => {
+                self.refuse(id, "reach a program", "none was started on this connection");
+            }
+        }
+    }
+
+    fn started(&mut self, id: Client, exec: Exec) {
+        self.children.insert(exec.pid(), Child::Exec(id));
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let fds = Vec::from_iter(exec.terminal());
+        let sent = connection.channel.send(&Reply::Started { pid: exec.pid() }, &fds);
+        drop(fds);
+        connection.purpose = Purpose::Exec(exec);
+        if sent.is_err() {
+            self.hung_up(id);
+        }
+    }
+
+    /// Sends a reply; a node that does not read it loses the connection.
+    fn answer(&mut self, id: Client, reply: &Reply) {
+        if let Some(connection) = self.connections.get_mut(&id)
+            && connection.channel.send(reply, &[]).is_err()
+            && !matches!(connection.purpose, Purpose::Exec(_) | Purpose::Attach)
+        {
+            // The others are noticed, with all that hangs on them, when read.
+            self.connections.remove(&id);
+        }
+    }
+
+    fn refuse(&mut self, id: Client, op: &str, reason: &str) {
+        self.answer(id, &Reply::Error(GuestError { op: op.to_owned(), reason: reason.to_owned() }));
+    }
+
+    fn status(&self) -> Reply {
+        let machine = self.graphical.as_ref().map(|graphical| &graphical.machine);
+        Reply::Status {
+            version: VERSION,
+            session: machine.map_or(SessionState::None, Session::state),
+            session_ready_ms: machine
+                .and_then(Session::ready_at)
+                .map(|ready| u32::try_from(ready.as_millis()).unwrap_or(u32::MAX)),
+        }
+    }
+
+    fn broadcast(&mut self) {
+        let status = self.status();
+        let watchers = self.connections.iter().filter(|(_, connection)| matches!(connection.purpose, Purpose::Watch));
+        for id in watchers.map(|(&id, _)| id).collect::<Vec<_>>() {
+            self.answer(id, &status);
+        }
+    }
+
+    fn stats(&self) -> Stats {
+        let pids = stats::processes();
+        let desktop = self.graphical.as_ref().map(|graphical| &graphical.desktop);
+        let pss = |&pid: &u32| desktop.map_or_else(|| stats::pss(pid), |desktop| desktop.pss(pid));
+        Stats {
+            pss_bytes: pids.iter().filter_map(pss).fold(0, u64::saturating_add),
+            processes: u32::try_from(pids.len()).unwrap_or(u32::MAX),
+            clients: self.graphical.as_ref().map_or(0, Graphical::clients),
+        }
+    }
+
+    /// Asks everything to end, and ends itself when it did or the time is up.
+    fn stop(&mut self, grace: Duration) {
+        let kill_at = self.now() + grace;
+        self.stopping = Some(self.stopping.map_or(kill_at, |before| before.min(kill_at)));
+        // As PID 1, this is everything inside but the init itself.
+        for signal in [NixSignal::SIGTERM, NixSignal::SIGCONT] {
+            if let Err(nix::errno::Errno::ESRCH) = nix::sys::signal::kill(nix::unistd::Pid::from_raw(-1), signal) {
+                self.done = true;
+            }
+        }
+    }
+}
+
+/// What became readable.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Control,
+    Signals,
+    Log,
+    Watch,
+    Connection(Client),
+}
+
+/// Starts a program that prints to the log.
+fn start(program: &Program<'_>, log: &Log) -> io::Result<u32> {
+    spawn::spawn(program, Stdio::null(), log.stdio()?, log.stdio()?)
+}
+
+impl Graphical {
+    fn new(config: SessionConfig, base: &BTreeMap<String, String>) -> Result<Self, String> {
+        let desktop = Desktop::prepare(&config, Identity::of(&config)).map_err(|e| e.to_string())?;
+        let mut env = base.clone();
+        env.extend([
+            ("HOME".to_owned(), config.home.clone()),
+            ("USER".to_owned(), config.user.clone()),
+            ("LOGNAME".to_owned(), config.user.clone()),
+            ("DISPLAY".to_owned(), format!(":{SESSION_DISPLAY}")),
+            ("XDG_RUNTIME_DIR".to_owned(), desktop.runtime().display().to_string()),
+        ]);
+        let mut tuned = env.clone();
+        tuned.extend([
+            // One arena and an early trim: an X server frees what clients leave.
+            ("MALLOC_ARENA_MAX".to_owned(), "1".to_owned()),
+            ("MALLOC_TRIM_THRESHOLD_".to_owned(), "65536".to_owned()),
+            ("NXAGENT_KEYSTROKEFILE".to_owned(), desktop::keystrokes().display().to_string()),
+        ]);
+        Ok(Self { machine: Session::new(config.geometry), desktop, config, env, tuned, pids: BTreeMap::new() })
+    }
+
+    /// Starts one of the session's programs.
+    fn start(&mut self, role: Role, geometry: Geometry, log: &Log) -> io::Result<u32> {
+        let pid = match role {
+            Role::Agent => self.agent(log),
+            Role::Head => self.head(geometry, log),
+            Role::Proxy => self.proxy(log),
+            Role::Fit => self.helper(HEAD_DISPLAY, &[x11::FIT.to_owned()], log),
+            Role::Watch => self.helper(SESSION_DISPLAY, &[x11::WATCH.to_owned()], log),
+            Role::WindowManager => self.program(&self.config.command, log),
+        }?;
+        self.pids.insert(role, pid);
+        Ok(pid)
+    }
+
+    fn run(&self, argv: &[String], env: &BTreeMap<String, String>, log: &Log) -> io::Result<u32> {
+        start(&Program { argv, env, identity: self.desktop.user(), terminal: false }, log)
+    }
+
+    /// Starts a program of the user's on the session's display.
+    fn program(&self, argv: &[String], log: &Log) -> io::Result<u32> {
+        self.run(argv, &self.env, log)
+    }
+
+    /// Starts a part of this program as the user on a display.
+    fn helper(&self, display: u8, argv: &[String], log: &Log) -> io::Result<u32> {
+        let mut env = self.env.clone();
+        env.insert("DISPLAY".to_owned(), format!(":{display}"));
+        let argv: Vec<_> = ["/proc/self/exe".to_owned()].into_iter().chain(argv.iter().cloned()).collect();
+        self.run(&argv, &env, log)
+    }
+
+    fn agent(&self, log: &Log) -> io::Result<u32> {
+        let options = desktop::options_file().display().to_string();
+        let mut env = self.tuned.clone();
+        env.insert("DISPLAY".to_owned(), format!("nx/nx,options={options}:{SESSION_DISPLAY}"));
+        let geometry = self.config.geometry.to_string();
+        let display = format!(":{SESSION_DISPLAY}");
+        let argv = [
+            "nxagent", "-D", "-options", &options, "-geometry", &geometry, "-name", "qvd", "-ac", "-nolisten", "tcp",
+            "-norootlessexit", &display,
+        ];
+        self.run(&argv.map(str::to_owned), &env, log)
+    }
+
+    fn head(&self, geometry: Geometry, log: &Log) -> io::Result<u32> {
+        if let Err(failure) = self.desktop.clear_head() {
+            return Err(io::Error::other(failure.to_string()));
+        }
+        let socket = self.desktop.rfb_socket().display().to_string();
+        let (geometry, linger) = (geometry.to_string(), self.config.head_linger_s.max(1).to_string());
+        let display = format!(":{HEAD_DISPLAY}");
+        // A port below zero listens on none. It ends by itself when nobody was
+        // connected for the time given; GLX would cost 10 MiB.
+        let argv = [
+            "Xvnc", &display, "-geometry", &geometry, "-depth", "24", "-SecurityTypes", "None", "-rfbport", "-1",
+            "-rfbunixpath", &socket, "-rfbunixmode", "0600", "-NeverShared", "-MaxDisconnectionTime", &linger,
+            "-nolisten", "tcp", "-extension", "GLX", "-ac", "-noreset",
+        ];
+        self.run(&argv.map(str::to_owned), &self.tuned, log)
+    }
+
+    fn proxy(&self, log: &Log) -> io::Result<u32> {
+        let mut env = self.tuned.clone();
+        env.insert("DISPLAY".to_owned(), format!(":{HEAD_DISPLAY}"));
+        let options = format!(
+            "nx/nx,connect=unix:{},root={},session=qvd,id=qvd,retry=5:{SESSION_DISPLAY}",
+            self.desktop.nx_socket().display(),
+            self.desktop.proxy_root().display()
+        );
+        self.run(&["nxproxy", "-S", &options].map(str::to_owned), &env, log)
+    }
+
+    /// Signals a program; says what failed. One that ended already is not ours
+    /// to signal: its end is on the way.
+    fn signal(&self, role: Role, signal: Signal) -> Option<String> {
+        let pid = *self.pids.get(&role)?;
+        // The window manager's own children are the user's programs, in its group.
+        exec::group(pid, signal).err().map(|e| format!("cannot signal {role:?}: {e}"))
+    }
+
+    fn clients(&self) -> u32 {
+        let heads = stats::clients(&self.desktop.rfb_socket().display().to_string());
+        heads + u32::from(self.machine.is_native())
+    }
+}

@@ -1,0 +1,74 @@
+//! What the desktop uses, from `/proc` inside.
+
+use std::{fs, io::Read};
+
+/// Longest part of a `/proc` file that is looked at.
+const MAX_READ: u64 = 4096;
+/// Longest list of sockets that is looked at, in bytes.
+const MAX_SOCKETS: u64 = 4 * 1024 * 1024;
+/// Most processes looked at; a desktop may have no more by its limits.
+const MAX_PROCESSES: usize = 65_536;
+
+/// Proportional set size in bytes from the text of a `smaps_rollup`.
+fn pss_bytes(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+fn read(path: &str, limit: u64) -> Option<String> {
+    let mut text = String::new();
+    fs::File::open(path).ok()?.take(limit).read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+/// Process ids inside.
+pub(crate) fn processes() -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).take(MAX_PROCESSES).collect()
+}
+
+/// Proportional set size of one process in bytes, if we may see it.
+pub(crate) fn pss(pid: u32) -> Option<u64> {
+    pss_bytes(&read(&format!("/proc/{pid}/smaps_rollup"), MAX_READ)?)
+}
+
+/// Connections in `/proc/net/unix` that were accepted on `socket`.
+///
+/// Source: `net/unix/af_unix.c`, `unix_seq_show`: the sixth column is the state
+/// (3 is connected), the eighth the path the socket was bound to.
+fn connected(text: &str, socket: &str) -> usize {
+    let is_connected = |line: &&str| {
+        let mut columns = line.split_ascii_whitespace();
+        columns.nth(5) == Some("03") && columns.nth(1) == Some(socket)
+    };
+    text.lines().filter(is_connected).count()
+}
+
+/// Clients connected to a listening unix socket.
+pub(crate) fn clients(socket: &str) -> u32 {
+    let text = read("/proc/net/unix", MAX_SOCKETS).unwrap_or_default();
+    u32::try_from(connected(&text, socket)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rollup_is_read_in_bytes() {
+        let text = "5581-7ffe ---p 00000000 00:00 0    [rollup]\nRss:    2000 kB\nPss:    1034 kB\nPss_Dirty: 9 kB\n";
+        assert_eq!(pss_bytes(text), Some(1034 * 1024));
+        assert_eq!(pss_bytes("Pss: many kB"), None);
+        assert_eq!(pss_bytes(""), None);
+    }
+
+    #[test]
+    fn only_connections_to_the_socket_count() {
+        let text = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 78644 /run/rfb.sock\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 78645 /run/rfb.sock\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 78646 /run/other.sock\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 78647\n";
+        assert_eq!(connected(text, "/run/rfb.sock"), 1);
+    }
+}
