@@ -1,2 +1,26 @@
-//! What clients connect to: TLS, QVD wire protocol, browser display, REST API, portal.
+//! What clients talk to: one TLS listener for the QVD wire protocol, the
+//! browser's portal and display, and the REST API.
+//!
+//! Nothing here decides who may do what: that is the [`qvd_farm::Farm`]'s part.
+//! Here is what stands between it and a stranger: deadlines, bounds, parsers,
+//! cookies.
 #![forbid(unsafe_code)]
+
+pub mod api;
+mod config;
+mod display;
+mod error;
+mod portal;
+mod rewind;
+mod server;
+mod tls;
+mod wire;
+
+pub use config::{ConnectionLimits, GatewayConfig, TlsSource};
+pub use error::GatewayError;
+pub use server::Gateway;
+
+/// Names one request in the log and in what its sender sees.
+fn request_id() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}

@@ -1,0 +1,50 @@
+//! The API's front door over HTTPS: finds out who calls.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{Request, State},
+    http::{HeaderMap, Method, StatusCode, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use qvd_farm::{Secret, SessionKind};
+
+use super::guard::{SESSION_COOKIE, SignedIn, cookie, same_origin};
+use crate::{api::Caller, server::Shared};
+
+/// Puts the [`Caller`] of a `Bearer` token or a session's cookie into the
+/// request; without one the API refuses what needs one.
+pub(super) async fn caller(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response {
+    // Whatever was there before did not come from here.
+    request.extensions_mut().remove::<Caller>();
+    let headers = request.headers();
+    let (token, kind) = match (bearer(headers), cookie(headers, SESSION_COOKIE)) {
+        (Some(token), _) => (Secret::from(token), SessionKind::Bearer),
+        (None, Some(token)) => (Secret::from(token), SessionKind::Web),
+        (None, None) => return next.run(request).await,
+    };
+    let session = match shared.farm.find_session(&token, kind).await {
+        Ok(session) => session,
+        // The API says in its own words that nobody is signed in.
+        Err(error) if error.kind() == qvd_farm::ErrorKind::Unauthenticated => return next.run(request).await,
+        Err(error) => return super::pages::failure(request.headers(), request.extensions(), &error),
+    };
+    let caller = Caller::from(&session.user);
+    // A browser sends cookies by itself, also for other sites' pages.
+    if kind == SessionKind::Web && !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let ours = same_origin(headers) == Some(true) || SignedIn { session, token }.allows(headers, None);
+        if !ours {
+            let body = serde_json::json!({ "error": { "code": "csrf", "message": "another site sent this", "id": "" } });
+            return (StatusCode::FORBIDDEN, axum::Json(body)).into_response();
+        }
+    }
+    request.extensions_mut().insert(caller);
+    next.run(request).await
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+}
