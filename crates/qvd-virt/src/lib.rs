@@ -1,2 +1,32 @@
 //! Virtualizers: containers on Linux namespaces.
+//!
+//! [`Runtime`] makes containers in two phases. [`Runtime::prepare`] gives a
+//! process in namespaces of its own that has set up everything but its
+//! network; [`Prepared::netns`] is where a port goes; [`Prepared::start`] lets
+//! it execute its program. No helper program, no daemon, and nothing in the
+//! host's mount table.
+//!
+//! A container is confined by a user namespace with a range of ids for it
+//! alone, a system call filter, a small bounding set of capabilities,
+//! `no_new_privs`, masked and read-only parts of `/proc` and `/sys`, a minimal
+//! `/dev` and cgroup limits. [`Container::enforced`] reads back from the
+//! kernel what of that is really so.
 #![forbid(unsafe_code)]
+
+mod cgroup;
+mod container;
+mod enforced;
+mod error;
+mod layout;
+mod probe;
+mod runtime;
+mod seccomp;
+mod spec;
+
+pub use container::{Container, ContainerRecord, Prepared};
+pub use enforced::Enforced;
+pub use error::Error;
+pub use probe::probe;
+pub use qvd_sys::process::{Exit, seal};
+pub use runtime::Runtime;
+pub use spec::{ContainerMount, ContainerSpec, InheritedFd, Profile, Program};

@@ -43,11 +43,24 @@ pub struct Process {
     pid: u32,
     pidfd: OwnedFd,
     exit: Option<Exit>,
+    /// Whether nobody but us knows of it yet, so that it goes with this value.
+    newborn: bool,
 }
+
+/// How long the kernel may take to end a process that was killed.
+const KILLED_WITHIN: Duration = Duration::from_secs(10);
 
 impl Process {
     pub(super) const fn new(pid: u32, pidfd: OwnedFd) -> Self {
-        Self { pid, pidfd, exit: None }
+        Self { pid, pidfd, exit: None, newborn: false }
+    }
+
+    pub(super) const fn newborn(pid: u32, pidfd: OwnedFd) -> Self {
+        Self { pid, pidfd, exit: None, newborn: true }
+    }
+
+    pub(super) const fn grow_up(&mut self) {
+        self.newborn = false;
     }
 
     /// Opens the process that has the number `pid` at this moment.
@@ -142,6 +155,15 @@ impl Process {
         let result = unsafe { libc::ioctl(self.pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) };
         let told = result == 0 && info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0;
         Ok(if told { Exit::from_wait_status(info.exit_code) } else { Exit::Unknown })
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.newborn {
+            // A child that has ended stays a zombie until it is waited for.
+            let _gone = self.signal(Signal::KILL).and_then(|()| self.wait(KILLED_WITHIN));
+        }
     }
 }
 

@@ -256,17 +256,23 @@ impl Plan {
         Ok(place)
     }
 
-    /// A place for a descriptor that a step opens. A plan has eight; opening
+    /// A place for a descriptor that a step opens. A plan has seven; opening
     /// into one again closes what was there.
     ///
     /// # Errors
     /// All are taken.
     pub fn slot(&mut self) -> io::Result<PlanFd> {
-        if self.slots == SLOTS {
-            return Err(io::Error::other("a plan has only eight slots"));
+        if self.slots == SLOTS - 1 {
+            return Err(io::Error::other("a plan has only seven slots"));
         }
         self.slots += 1;
         Ok(PlanFd(Place::Slot(self.slots - 1)))
+    }
+
+    /// The place for a descriptor that the next step but none after it uses.
+    #[must_use]
+    pub const fn scratch(&self) -> PlanFd {
+        PlanFd(Place::Slot(SLOTS - 1))
     }
 
     /// Adds a step. `name` is what an error calls it: a verb and its object.

@@ -53,7 +53,7 @@ pub enum Event {
     Closed,
 }
 
-/// A child that executes its plan. Dropping it ends a child that waits.
+/// A child that executes its plan. Dropping it kills and reaps it.
 #[derive(Debug)]
 pub struct Spawned {
     process: Process,
@@ -101,7 +101,7 @@ pub fn spawn(plan: Plan, namespaces: Namespaces, cgroup: Option<BorrowedFd<'_>>)
     // SAFETY: the kernel has just opened it for us, and nobody else knows it.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     let names = steps.into_iter().map(|(name, _)| name).collect();
-    Ok(Spawned { process: Process::new(pid, pidfd), control, names })
+    Ok(Spawned { process: Process::newborn(pid, pidfd), control, names })
 }
 
 /// Source: Linux `include/uapi/linux/sched.h`; libc types them as `c_int`,
@@ -195,9 +195,10 @@ impl Spawned {
         Err(SpawnError::Step { name, source: io::Error::from_raw_os_error(error) })
     }
 
-    /// Gives up the channel and keeps the process. A child that waits ends.
+    /// Gives up the channel and keeps the process, which is on its own now.
     #[must_use]
-    pub fn into_process(self) -> Process {
+    pub fn into_process(mut self) -> Process {
+        self.process.grow_up();
         self.process
     }
 }

@@ -1,0 +1,395 @@
+//! Limits: a cgroup per container, in the unified hierarchy (v2) or in as many
+//! v1 hierarchies as the controllers need.
+//!
+//! Two levels, `qvd-<instance>/<desktop>`, at the top of the tree: whatever
+//! manages services on this host may end the node's own group, and desktops
+//! outlive the node. Limits are on files that no process inside can reach, as
+//! no cgroup file system is mounted there.
+
+mod tree;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use qvd_core::{DesktopId, Instance, Limits, Missing};
+use qvd_sys::process::Process;
+use rustix::process::Signal;
+
+pub(crate) use tree::{Kernel, Tree};
+
+use crate::{Error, error::io_error};
+
+/// How long the kernel may take to empty a group whose processes were killed.
+const EMPTY_WITHIN: Duration = Duration::from_secs(5);
+
+/// Period of the processor limit. Source: Linux
+/// `Documentation/admin-guide/cgroup-v2.rst`, the default of `cpu.max`.
+const CPU_PERIOD_US: u64 = 100_000;
+
+/// Smallest quota that the kernel takes: `min_cfs_quota_period`, 1 ms.
+const CPU_QUOTA_MIN_US: u64 = 1000;
+
+/// What is limited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Controller {
+    Memory,
+    Cpu,
+    Pids,
+}
+
+impl Controller {
+    pub(crate) const ALL: [Self; 3] = [Self::Memory, Self::Cpu, Self::Pids];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Cpu => "cpu",
+            Self::Pids => "pids",
+        }
+    }
+}
+
+/// A mounted tree of cgroups and what of ours it controls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hierarchy {
+    pub(crate) root: PathBuf,
+    pub(crate) unified: bool,
+    pub(crate) controllers: Vec<Controller>,
+}
+
+/// Finds where the controllers live: a hybrid host has an empty v2 tree beside
+/// the v1 ones, so each is looked for in turn.
+pub(crate) fn find(tree: &dyn Tree, mountinfo: &str) -> Vec<Hierarchy> {
+    let mut found: Vec<Hierarchy> = Vec::new();
+    let mut taken = BTreeSet::new();
+    // Options before ` - ` are the mount's, behind it type, source and super
+    // block options; see proc(5).
+    let mounts = mountinfo.lines().filter_map(|line| {
+        let (mount, fs) = line.split_once(" - ")?;
+        let mut fs = fs.split(' ');
+        let (fields, kind, options) = (mount.split(' ').collect::<Vec<_>>(), fs.next()?, fs.nth(1)?);
+        // Only a mount of the whole tree, not of a part of it.
+        (*fields.get(3)? == "/").then_some((PathBuf::from(*fields.get(4)?), kind, options))
+    });
+    for (root, kind, options) in mounts {
+        let unified = kind == "cgroup2";
+        let listed = match kind {
+            "cgroup2" => tree.read(&root.join("cgroup.controllers")).unwrap_or_default().replace(' ', ","),
+            "cgroup" => options.to_owned(),
+            _ => continue,
+        };
+        let names: Vec<_> = listed.trim().split(',').collect();
+        let ours = Controller::ALL.into_iter().filter(|c| names.contains(&c.name()));
+        let controllers: Vec<_> = ours.filter(|&controller| taken.insert(controller)).collect();
+        if !controllers.is_empty() {
+            found.push(Hierarchy { root, unified, controllers });
+        }
+    }
+    found
+}
+
+/// The groups of one installation.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    tree: Box<dyn Tree>,
+    hierarchies: Vec<Hierarchy>,
+    group: String,
+}
+
+impl Cgroups {
+    pub(crate) fn open(instance: Instance) -> Result<Self, Error> {
+        let mountinfo = std::fs::read_to_string("/proc/thread-self/mountinfo").map_err(io_error("read the mount table"))?;
+        let tree = Box::new(Kernel);
+        let hierarchies = find(tree.as_ref(), &mountinfo);
+        Self::new(tree, hierarchies, instance)
+    }
+
+    fn new(tree: Box<dyn Tree>, hierarchies: Vec<Hierarchy>, instance: Instance) -> Result<Self, Error> {
+        for controller in Controller::ALL {
+            if !hierarchies.iter().any(|h| h.controllers.contains(&controller)) {
+                let missing = Missing::Kernel(format!("the cgroup controller `{}`, or it is not mounted", controller.name()));
+                return Err(Error::Unsupported { op: "limit a desktop", missing });
+            }
+        }
+        Ok(Self { tree, hierarchies, group: instance.cgroup_name() })
+    }
+
+    /// The hierarchy that a child can be born in: the only one, and v2.
+    fn birthplace(&self) -> Option<&Hierarchy> {
+        match self.hierarchies.as_slice() {
+            [only] if only.unified => Some(only),
+            _ => None,
+        }
+    }
+
+    /// Whether a child can be made in its group at once, in principle.
+    pub(crate) fn is_birthplace(&self) -> bool {
+        self.birthplace().is_some()
+    }
+
+    fn parent(&self, hierarchy: &Hierarchy) -> PathBuf {
+        hierarchy.root.join(&self.group)
+    }
+
+    fn make_parent(&self, hierarchy: &Hierarchy) -> io::Result<()> {
+        let parent = self.parent(hierarchy);
+        match self.tree.make(&parent) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        if hierarchy.unified {
+            let enable: Vec<_> = hierarchy.controllers.iter().map(|c| format!("+{}", c.name())).collect();
+            for above in [&hierarchy.root, &parent] {
+                self.tree.write(&above.join("cgroup.subtree_control"), &enable.join(" "))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a fresh group with `limits`. Never one that was there before: a
+    /// v2 group whose processes were once killed kills what is born in it.
+    pub(crate) fn create(self: &Arc<Self>, id: DesktopId, limits: Limits) -> Result<Cgroup, Error> {
+        let mut cgroup = Cgroup { all: Arc::clone(self), name: id.to_string(), closed: false };
+        for hierarchy in &self.hierarchies {
+            let path = cgroup.path(hierarchy);
+            let op = || format!("make cgroup `{}`", path.display());
+            let made = match self.tree.make(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    self.make_parent(hierarchy).and_then(|()| self.tree.make(&path))
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    if !self.tree.processes(&path).map_err(io_error(op()))?.is_empty() {
+                        // It is another's: leave it alone.
+                        cgroup.closed = true;
+                        return Err(Error::Busy(id));
+                    }
+                    self.tree.remove(&path).and_then(|()| self.tree.make(&path))
+                }
+                made => made,
+            };
+            made.map_err(io_error(op()))?;
+            for (file, value, optional) in files(hierarchy, limits) {
+                match self.tree.write(&path.join(file), &value) {
+                    Err(error) if optional && error.kind() == io::ErrorKind::NotFound => {}
+                    result => result.map_err(io_error(format!("write {value} to `{}`", path.join(file).display())))?,
+                }
+            }
+        }
+        Ok(cgroup)
+    }
+
+    /// The group of a container that runs already.
+    pub(crate) fn adopt(self: &Arc<Self>, id: DesktopId) -> Cgroup {
+        Cgroup { all: Arc::clone(self), name: id.to_string(), closed: false }
+    }
+
+    /// The names of all groups there are.
+    pub(crate) fn names(&self) -> Result<BTreeSet<String>, Error> {
+        let mut names = BTreeSet::new();
+        for hierarchy in &self.hierarchies {
+            let parent = self.parent(hierarchy);
+            let list = self.tree.list(&parent).map_err(io_error(format!("list `{}`", parent.display())))?;
+            names.extend(list);
+        }
+        Ok(names)
+    }
+
+    /// A group by name, to remove it.
+    pub(crate) fn stray(self: &Arc<Self>, name: String) -> Cgroup {
+        Cgroup { all: Arc::clone(self), name, closed: false }
+    }
+
+    /// Whether `pid` is in the group of `id`, in every hierarchy.
+    pub(crate) fn holds(&self, id: DesktopId, pid: u32) -> io::Result<bool> {
+        for hierarchy in &self.hierarchies {
+            let path = self.parent(hierarchy).join(id.to_string());
+            if !self.tree.processes(&path)?.contains(&pid) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        for hierarchy in &self.hierarchies {
+            // Groups of desktops that live on keep it.
+            if let Err(error) = self.tree.remove(&self.parent(hierarchy)) {
+                tracing::debug!(group = %self.group, %error, "cgroup of the installation stays");
+            }
+        }
+    }
+}
+
+/// Which files get which value, and whether the kernel may lack the file.
+fn files(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String, bool)> {
+    let memory = limits.memory.get();
+    let quota = (u64::from(limits.cpu.0) * CPU_PERIOD_US / 1000).max(CPU_QUOTA_MIN_US);
+    let mut files = Vec::new();
+    for controller in &hierarchy.controllers {
+        match (controller, hierarchy.unified) {
+            (Controller::Memory, true) => {
+                files.push(("memory.max", memory.to_string(), false));
+                // As much swap again: idle desktops may be swapped out, but
+                // none can fill the host's swap.
+                files.push(("memory.swap.max", memory.to_string(), true));
+            }
+            (Controller::Memory, false) => {
+                files.push(("memory.limit_in_bytes", memory.to_string(), false));
+                files.push(("memory.memsw.limit_in_bytes", memory.saturating_mul(2).to_string(), true));
+            }
+            (Controller::Cpu, true) => files.push(("cpu.max", format!("{quota} {CPU_PERIOD_US}"), false)),
+            (Controller::Cpu, false) => {
+                files.push(("cpu.cfs_period_us", CPU_PERIOD_US.to_string(), false));
+                files.push(("cpu.cfs_quota_us", quota.to_string(), false));
+            }
+            (Controller::Pids, _) => files.push(("pids.max", limits.pids.to_string(), false)),
+        }
+    }
+    files
+}
+
+/// The group of one container. Closing it kills what is in it.
+#[must_use = "dropping it kills what is in the cgroup and can only log a failure"]
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    all: Arc<Cgroups>,
+    name: String,
+    closed: bool,
+}
+
+impl Cgroup {
+    fn path(&self, hierarchy: &Hierarchy) -> PathBuf {
+        self.all.parent(hierarchy).join(&self.name)
+    }
+
+    /// The directory that a child can be born in, if there is one.
+    pub(crate) fn birthplace(&self) -> Result<Option<OwnedFd>, Error> {
+        let Some(hierarchy) = self.all.birthplace() else { return Ok(None) };
+        let path = self.path(hierarchy);
+        let dir = File::open(&path).map_err(io_error(format!("open `{}`", path.display())))?;
+        Ok(Some(dir.into()))
+    }
+
+    /// Moves a process in, in every hierarchy.
+    pub(crate) fn attach(&self, pid: u32) -> Result<(), Error> {
+        for hierarchy in &self.all.hierarchies {
+            let path = self.path(hierarchy).join("cgroup.procs");
+            let op = || format!("move process {pid} to `{}`", path.display());
+            self.all.tree.write(&path, &pid.to_string()).map_err(io_error(op()))?;
+        }
+        Ok(())
+    }
+
+    /// What the kernel says the limits are.
+    pub(crate) fn limits(&self) -> Result<Vec<(String, String)>, Error> {
+        let mut values = Vec::new();
+        for hierarchy in &self.all.hierarchies {
+            for (file, _, optional) in files(hierarchy, Limits::default()) {
+                let path = self.path(hierarchy).join(file);
+                match self.all.tree.read(&path) {
+                    Err(error) if optional && error.kind() == io::ErrorKind::NotFound => {}
+                    value => {
+                        let value = value.map_err(io_error(format!("read `{}`", path.display())))?;
+                        values.push((file.to_owned(), value.trim().to_owned()));
+                    }
+                }
+            }
+        }
+        Ok(values)
+    }
+
+    /// Leaves the group as it is, for another to adopt.
+    pub(crate) fn leave(&mut self) {
+        self.closed = true;
+    }
+
+    /// Whether it has been removed or left.
+    pub(crate) const fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Kills what is in it and removes it. Goes on after a failure in one
+    /// hierarchy; still armed after an error.
+    pub(crate) fn close(&mut self) -> Result<(), Error> {
+        if self.closed {
+            return Ok(());
+        }
+        let mut first = None;
+        for hierarchy in self.all.hierarchies.iter().rev() {
+            if let Err(error) = empty(self.all.tree.as_ref(), hierarchy, &self.path(hierarchy)) {
+                tracing::warn!(cgroup = %self.path(hierarchy).display(), %error, "cgroup not removed");
+                first.get_or_insert(error);
+            }
+        }
+        self.closed = first.is_none();
+        first.map_or(Ok(()), Err)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(cgroup = %self.name, %error, "cgroup left behind");
+        }
+    }
+}
+
+fn empty(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path) -> Result<(), Error> {
+    let op = || format!("remove cgroup `{}`", path.display());
+    let deadline = Instant::now() + EMPTY_WITHIN;
+    let mut pause = Duration::from_micros(100);
+    loop {
+        match tree.remove(path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.raw_os_error() != Some(libc::EBUSY) => return Err(io_error(op())(error)),
+            Err(_) => {}
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::Timeout { op: op(), limit: EMPTY_WITHIN });
+        }
+        let processes = tree.processes(path).map_err(io_error(op()))?;
+        if processes.is_empty() {
+            // What has ended leaves its group a moment later, without an event
+            // that v1 would tell.
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(20));
+            continue;
+        }
+        kill(tree, hierarchy, path, &processes, deadline).map_err(io_error(op()))?;
+    }
+}
+
+fn kill(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path, found: &[u32], deadline: Instant) -> io::Result<()> {
+    if hierarchy.unified {
+        match tree.write(&path.join("cgroup.kill"), "1") {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => return other,
+        }
+    } else if hierarchy.controllers.contains(&Controller::Pids) {
+        // Nobody can fork away from the loop below.
+        tree.write(&path.join("pids.max"), "0")?;
+    }
+    for &pid in found {
+        let Ok(mut process) = Process::open(pid) else { continue };
+        // The number may have come to mean another process since it was read.
+        if tree.processes(path)?.contains(&pid) {
+            process.signal(Signal::KILL)?;
+            process.wait(deadline.saturating_duration_since(Instant::now()))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,269 @@
+//! A container, before and after its program runs.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use qvd_core::{DesktopId, UidRange};
+use qvd_sys::process::{Event, Exit, Process, SpawnError, Spawned, boot_id, start_time};
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+use tracing::info_span;
+
+use crate::{
+    Enforced, Error,
+    cgroup::Cgroup,
+    error::io_error,
+    runtime::{PLAN_WITHIN, Shared},
+};
+
+/// How long a killed process may take to be gone.
+const KILLED_WITHIN: Duration = Duration::from_secs(10);
+
+/// What is the container's beside its process.
+#[derive(Debug)]
+pub(crate) struct Place {
+    shared: Arc<Shared>,
+    cgroup: Cgroup,
+    id: DesktopId,
+    ids: UidRange,
+}
+
+impl Place {
+    pub(crate) const fn new(shared: Arc<Shared>, cgroup: Cgroup, id: DesktopId, ids: UidRange) -> Self {
+        Self { shared, cgroup, id, ids }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // The cgroup first: until it is gone, the number is taken.
+        if let Err(error) = self.cgroup.close() {
+            tracing::warn!(desktop = %self.id, %error, "container left behind");
+        }
+        self.shared.release(self.id);
+    }
+}
+
+/// A process in the namespaces of a container that has not executed its
+/// program. Dropping it removes it.
+#[must_use = "dropping it removes the container"]
+#[derive(Debug)]
+pub struct Prepared {
+    // Before `place`: the process has to be gone before its cgroup can go.
+    spawned: Spawned,
+    place: Place,
+}
+
+impl Prepared {
+    pub(crate) const fn new(place: Place, spawned: Spawned) -> Self {
+        Self { spawned, place }
+    }
+
+    pub(crate) fn release(&self) -> Result<(), Error> {
+        self.spawned.release().map_err(|source| self.failed(source))
+    }
+
+    pub(crate) const fn cgroup(&self) -> &Cgroup {
+        &self.place.cgroup
+    }
+
+    fn failed(&self, source: SpawnError) -> Error {
+        Error::Start { id: self.place.id, source }
+    }
+
+    /// Number of the process on the host.
+    #[must_use]
+    pub const fn pid(&self) -> u32 {
+        self.spawned.process().pid()
+    }
+
+    /// The container's network namespace, to make a port in.
+    ///
+    /// # Errors
+    /// The process was killed.
+    pub fn netns(&self) -> Result<OwnedFd, Error> {
+        let path = format!("/proc/{}/ns/net", self.pid());
+        Ok(File::open(&path).map_err(io_error(format!("open `{path}`")))?.into())
+    }
+
+    /// Executes the program, and returns once that has succeeded.
+    ///
+    /// # Errors
+    /// [`Error::Start`] names the step that failed; nothing is left.
+    pub fn start(self) -> Result<Container, Error> {
+        let _span = info_span!("start", desktop = %self.place.id).entered();
+        // A child that has failed cannot be released; why it failed is what
+        // its report says.
+        let released = self.spawned.release();
+        for expected in [Event::Ready, Event::Closed] {
+            match self.spawned.event(PLAN_WITHIN) {
+                Ok(event) if event == expected => {}
+                Ok(_) => return Err(self.failed(SpawnError::Died)),
+                Err(source) => return Err(self.failed(source)),
+            }
+        }
+        released.map_err(|source| self.failed(source))?;
+        Ok(Container::new(self.place, self.spawned.into_process()))
+    }
+}
+
+/// A running container, or one that has ended and is not yet removed.
+///
+/// Dropping it kills it; [`Container::detach`] leaves it for another process
+/// to adopt. It runs on when this process dies.
+#[must_use = "dropping it kills the container"]
+#[derive(Debug)]
+pub struct Container {
+    process: Process,
+    place: Place,
+}
+
+impl Container {
+    pub(crate) const fn new(place: Place, process: Process) -> Self {
+        Self { process, place }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub const fn id(&self) -> DesktopId {
+        self.place.id
+    }
+
+    /// Number of its process 1 on the host.
+    #[must_use]
+    pub const fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Descriptor of its process 1; readable when that has ended.
+    #[must_use]
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.process.as_fd()
+    }
+
+    /// The container's network namespace.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn netns(&self) -> Result<OwnedFd, Error> {
+        let path = format!("/proc/{}/ns/net", self.pid());
+        Ok(File::open(&path).map_err(io_error(format!("open `{path}`")))?.into())
+    }
+
+    /// How process 1 ended, if it has.
+    ///
+    /// # Errors
+    /// The kernel refuses to say.
+    pub fn try_wait(&mut self) -> Result<Option<Exit>, Error> {
+        self.wait(Duration::ZERO)
+    }
+
+    /// Waits at most `limit` for the end of process 1. `None`: it runs.
+    ///
+    /// # Errors
+    /// The kernel refuses to wait.
+    pub fn wait(&mut self, limit: Duration) -> Result<Option<Exit>, Error> {
+        let op = format!("wait for desktop {}", self.place.id);
+        self.process.wait(limit).map_err(io_error(op))
+    }
+
+    /// Sends a signal to process 1; `Ok` if that has ended. A process 1 gets
+    /// from its own host only signals that it handles, and SIGKILL and SIGSTOP.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn signal(&self, signal: Signal) -> Result<(), Error> {
+        self.process.signal(signal).map_err(io_error(format!("signal desktop {}", self.place.id)))
+    }
+
+    /// Kills process 1 and, with it, everything in the container.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn kill(&self) -> Result<(), Error> {
+        self.signal(Signal::KILL)
+    }
+
+    /// What is needed to adopt it later.
+    ///
+    /// # Errors
+    /// It has been reaped already.
+    pub fn record(&self) -> Result<ContainerRecord, Error> {
+        let op = || format!("record desktop {}", self.place.id);
+        Ok(ContainerRecord {
+            id: self.place.id,
+            pid: self.pid(),
+            start_time_ticks: start_time(self.pid()).map_err(io_error(op()))?,
+            boot_id: boot_id().map_err(io_error(op()))?,
+            ids: self.place.ids,
+        })
+    }
+
+    /// Lets go of it without ending it.
+    ///
+    /// # Errors
+    /// As [`Container::record`]; then it is killed, as nobody could adopt it.
+    pub fn detach(mut self) -> Result<ContainerRecord, Error> {
+        let record = self.record()?;
+        self.place.cgroup.leave();
+        Ok(record)
+    }
+
+    /// What the kernel says of its confinement.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn enforced(&self) -> Result<Enforced, Error> {
+        Enforced::read(self.pid(), &self.place.cgroup)
+    }
+
+    /// Kills what still runs and removes it. Idempotent; still armed after an
+    /// error.
+    ///
+    /// # Errors
+    /// Something does not go away; calling again retries.
+    pub fn close(&mut self) -> Result<(), Error> {
+        if self.place.cgroup.is_closed() {
+            return Ok(());
+        }
+        let id = self.place.id;
+        let _span = info_span!("close", desktop = %id).entered();
+        self.kill()?;
+        if self.wait(KILLED_WITHIN)?.is_none() {
+            return Err(Error::Timeout { op: format!("kill desktop {id}"), limit: KILLED_WITHIN });
+        }
+        self.place.cgroup.close()
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(desktop = %self.place.id, %error, "container left behind");
+        }
+    }
+}
+
+/// What names a running container for ever: number and start time of its
+/// process 1, and the boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContainerRecord {
+    pub(crate) id: DesktopId,
+    pub(crate) pid: u32,
+    pub(crate) start_time_ticks: u64,
+    pub(crate) boot_id: String,
+    pub(crate) ids: UidRange,
+}
+
+impl ContainerRecord {
+    /// Which desktop it is.
+    #[must_use]
+    pub const fn id(&self) -> DesktopId {
+        self.id
+    }
+}

@@ -1,0 +1,371 @@
+//! The file system of a container: which mounts go where, and how they get
+//! there without a name that the image could have chosen.
+//!
+//! Directories of the root are opened by the parent below the root's own
+//! descriptor, links refused; what has to be made is made by the child, as
+//! root of its namespace and so with the right owner. Masks go on paths below
+//! descriptors of file systems that the child has just made itself: an image
+//! cannot fake those.
+
+use std::{
+    ffi::{CString, OsStr},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use qvd_core::Bytes;
+use qvd_sys::{
+    mount::{FsContext, Restrictions, clone_dir, restrict},
+    process::{Op, Plan, PlanFd},
+};
+use rustix::{
+    fs::{FileType, Mode, OFlags, ResolveFlags, makedev, mkdirat, mknodat, openat, openat2, symlinkat},
+    io::Errno,
+};
+
+use crate::{ContainerSpec, Error, error::io_error, spec::components};
+
+// Source: Linux `include/uapi/linux/mount.h`.
+const RDONLY: u32 = 1;
+const NOSUID: u32 = 2;
+const NODEV: u32 = 4;
+const NOEXEC: u32 = 8;
+
+/// Files of `/proc` that tell of the host or act on it. Those that other
+/// runtimes mask, and what this kernel has beside them.
+const PROC_FILES: &[&str] = &[
+    "config.gz", "interrupts", "kallsyms", "kcore", "key-users", "keys", "kmsg", "latency_stats", "modules",
+    "pagetypeinfo", "sched_debug", "slabinfo", "softirqs", "sysrq-trigger", "timer_list", "timer_stats", "vmallocinfo",
+];
+/// Directories of `/proc` likewise.
+const PROC_DIRS: &[&str] = &["acpi", "dynamic_debug", "pressure", "scsi"];
+/// Directories of `/proc` that may be read.
+const PROC_READ_ONLY: &[&str] = &["asound", "bus", "driver", "fs", "irq", "sys", "tty"];
+/// Directories of `/sys` that tell of the host's hardware and kernel. All of
+/// `/sys` is read-only.
+const SYS_DIRS: &[&str] = &["devices/virtual/powercap", "firmware", "hypervisor", "kernel/slab", "module"];
+
+/// What every container of this host gets, found and made once.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    /// Detached read-only tmpfs, cloned for each container.
+    dev: OwnedFd,
+    null: OwnedFd,
+    proc_files: Vec<&'static str>,
+    proc_dirs: Vec<&'static str>,
+    proc_read_only: Vec<&'static str>,
+    sys_dirs: Vec<&'static str>,
+}
+
+impl Layout {
+    pub(crate) fn new() -> Result<Self, Error> {
+        let dev = make_dev().map_err(io_error("make the device file system"))?;
+        let null = openat(&dev, "null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(io_error("open the null device"))?;
+        let below = |top: &'static str, names: &[&'static str]| {
+            names.iter().copied().filter(|name| Path::new(top).join(name).exists()).collect::<Vec<_>>()
+        };
+        Ok(Self {
+            dev,
+            null,
+            proc_files: below("/proc", PROC_FILES),
+            proc_dirs: below("/proc", PROC_DIRS),
+            proc_read_only: below("/proc", PROC_READ_ONLY),
+            sys_dirs: below("/sys", SYS_DIRS),
+        })
+    }
+
+    /// The null device, without a way to the host's file system.
+    pub(crate) fn null(&self) -> io::Result<OwnedFd> {
+        self.null.try_clone()
+    }
+
+    /// Adds the steps that build and enter the file system of `spec`.
+    pub(crate) fn compile(&self, plan: &mut Plan, spec: &mut Parts<'_>) -> Result<(), Error> {
+        let own = io_error("keep a descriptor for the container");
+        let root = spec.root.try_clone_to_owned().and_then(|fd| plan.own(fd)).map_err(own)?;
+        let mut tree = Tree { root_fd: spec.root, root, work: slot(plan)?, mounted: Vec::new() };
+
+        plan.step("attach the root", Op::Attach { mount: root, dir: PlanFd::CWD, path: c"/".to_owned() });
+        let dev = clone_dir(self.dev.as_fd()).map_err(io_error("clone the device file system"))?;
+        let dev = keep(plan, dev)?;
+        tree.attach(plan, "/dev", dev)?;
+        self.proc(plan, &mut tree, dev)?;
+        self.sys(plan, &mut tree, dev)?;
+        let base = spec.uid;
+        let shm = tmpfs(spec.shm, spec.inodes, 0o1777, base)?;
+        let shm = keep(plan, shm)?;
+        plan.step("mount /dev/shm", Op::Attach { mount: shm, dir: dev, path: c"shm".to_owned() });
+        self.devpts(plan, dev)?;
+        for (target, size, mode) in [("/tmp", spec.tmp, 0o1777), ("/run", spec.run, 0o755)] {
+            let mount = tmpfs(size, spec.inodes, mode, base)?;
+            let mount = keep(plan, mount)?;
+            tree.attach(plan, target, mount)?;
+        }
+        for (target, mount) in spec.mounts.drain(..) {
+            let mount = keep(plan, mount)?;
+            tree.attach(plan, &target, mount)?;
+        }
+        plan.step("enter the root", Op::PivotRoot(root));
+        Ok(())
+    }
+
+    /// All processes of the container see each other: `hidepid` would save
+    /// nothing from a single user, and breaks session services.
+    fn proc(&self, plan: &mut Plan, tree: &mut Tree<'_>, dev: PlanFd) -> Result<(), Error> {
+        let proc = slot(plan)?;
+        let attributes = NOSUID | NODEV | NOEXEC;
+        let fs = Op::MakeFs { kind: c"proc".to_owned(), options: Vec::new(), attributes, into: proc };
+        plan.step("mount /proc", fs);
+        tree.attach(plan, "/proc", proc)?;
+        for name in &self.proc_read_only {
+            cover(plan, "make read-only", "/proc", proc, name, Cover { from: proc, path: name, read_only: true })?;
+        }
+        for name in &self.proc_files {
+            cover(plan, "mask", "/proc", proc, name, Cover { from: dev, path: "null", read_only: false })?;
+        }
+        for name in &self.proc_dirs {
+            cover(plan, "mask", "/proc", proc, name, Cover { from: dev, path: EMPTY_DIR, read_only: false })?;
+        }
+        Ok(())
+    }
+
+    fn sys(&self, plan: &mut Plan, tree: &mut Tree<'_>, dev: PlanFd) -> Result<(), Error> {
+        let sys = slot(plan)?;
+        let attributes = RDONLY | NOSUID | NODEV | NOEXEC;
+        plan.step("mount /sys", Op::MakeFs { kind: c"sysfs".to_owned(), options: Vec::new(), attributes, into: sys });
+        tree.attach(plan, "/sys", sys)?;
+        for name in &self.sys_dirs {
+            cover(plan, "mask", "/sys", sys, name, Cover { from: dev, path: EMPTY_DIR, read_only: false })?;
+        }
+        Ok(())
+    }
+
+    fn devpts(&self, plan: &mut Plan, dev: PlanFd) -> Result<(), Error> {
+        // Group 5 is `tty` in Debian's base-passwd and most others.
+        let options = [("mode", "0620"), ("ptmxmode", "0666"), ("gid", "5")]
+            .map(|(key, value)| Ok((crate::spec::c_string(key)?, crate::spec::c_string(value)?)));
+        let options = options.into_iter().collect::<Result<_, Error>>()?;
+        let into = slot(plan)?;
+        let attributes = NOSUID | NOEXEC;
+        plan.step("mount /dev/pts", Op::MakeFs { kind: c"devpts".to_owned(), options, attributes, into });
+        plan.step("attach /dev/pts", Op::Attach { mount: into, dir: dev, path: c"pts".to_owned() });
+        let attributes = NOSUID | NODEV | NOEXEC;
+        plan.step(
+            "mount /dev/mqueue",
+            Op::MakeFs { kind: c"mqueue".to_owned(), options: Vec::new(), attributes, into },
+        );
+        plan.step("attach /dev/mqueue", Op::Attach { mount: into, dir: dev, path: c"mqueue".to_owned() });
+        Ok(())
+    }
+}
+
+/// The parts of a specification that make its file system.
+pub(crate) struct Parts<'a> {
+    root: BorrowedFd<'a>,
+    mounts: Vec<(String, OwnedFd)>,
+    uid: u32,
+    tmp: Bytes,
+    shm: Bytes,
+    run: Bytes,
+    inodes: u32,
+}
+
+impl<'a> Parts<'a> {
+    /// Restricts the mounts of `spec` and takes them out of it.
+    pub(crate) fn of(spec: &mut ContainerSpec, root: BorrowedFd<'a>) -> Result<Self, Error> {
+        let nodev = Restrictions { nodev: true, ..Restrictions::default() };
+        restrict(root, nodev, None).map_err(io_error("restrict the root"))?;
+        let mut mounts = Vec::new();
+        for ContainerMount { target, mount } in spec.mounts.drain(..) {
+            let target = text(&target)?;
+            let limited = Restrictions { nosuid: true, ..nodev };
+            restrict(mount.as_fd(), limited, None).map_err(io_error(format!("restrict the mount for `{target}`")))?;
+            mounts.push((target, mount));
+        }
+        let profile = &spec.profile;
+        Ok(Self {
+            root,
+            mounts,
+            uid: spec.ids.base(),
+            tmp: profile.tmp,
+            shm: profile.shm,
+            run: profile.run,
+            inodes: profile.inodes,
+        })
+    }
+}
+
+use crate::ContainerMount;
+
+fn text(target: &Path) -> Result<String, Error> {
+    target.to_str().map(ToOwned::to_owned).ok_or_else(|| Error::Invalid {
+        what: format!("mount target {target:?}"),
+        reason: "it is not UTF-8",
+    })
+}
+
+/// An empty directory of the device file system, seen before anything is
+/// mounted there: what hides a directory.
+const EMPTY_DIR: &str = "mqueue";
+
+/// What is put over something, and from where.
+struct Cover<'a> {
+    from: PlanFd,
+    path: &'a str,
+    read_only: bool,
+}
+
+fn cover(
+    plan: &mut Plan,
+    verb: &str,
+    top: &str,
+    fs: PlanFd,
+    name: &str,
+    with: Cover<'_>,
+) -> Result<(), Error> {
+    let attributes = if with.read_only { u64::from(RDONLY) } else { 0 };
+    let into = plan.scratch();
+    let path = crate::spec::c_string(with.path)?;
+    plan.step(format!("{verb} {top}/{name}"), Op::CloneTree { dir: with.from, path, attributes, into });
+    let path = crate::spec::c_string(name)?;
+    plan.step(format!("{verb} {top}/{name}"), Op::Attach { mount: into, dir: fs, path });
+    Ok(())
+}
+
+/// The container's tree of mounts as it grows.
+struct Tree<'a> {
+    root_fd: BorrowedFd<'a>,
+    root: PlanFd,
+    work: PlanFd,
+    mounted: Vec<(PathBuf, PlanFd)>,
+}
+
+impl Tree<'_> {
+    /// Attaches `mount` at the absolute path `target`, making directories.
+    fn attach(&mut self, plan: &mut Plan, target: &str, mount: PlanFd) -> Result<(), Error> {
+        let path = Path::new(target);
+        // The last one mounted above the target is what its path leads through.
+        let above = self.mounted.iter().rev().find(|(top, _)| path.starts_with(top));
+        let dir = match above {
+            Some((top, fd)) => {
+                let rest = path.strip_prefix(top).unwrap_or(path);
+                descend(plan, *fd, &components_below(rest), self.work, target)
+            }
+            None => {
+                let (found, missing) = self.resolve(path)?;
+                let found = match found {
+                    Some(fd) => keep(plan, fd)?,
+                    None => self.root,
+                };
+                descend(plan, found, &missing, self.work, target)
+            }
+        }?;
+        plan.step(format!("attach {target}"), Op::Attach { mount, dir, path: CString::default() });
+        self.mounted.push((path.to_owned(), mount));
+        Ok(())
+    }
+
+    /// Opens as much of `target` as there is in the root; the rest has to be
+    /// made. A link on the way, or anything but a directory, is refused.
+    fn resolve<'p>(&self, target: &'p Path) -> Result<(Option<OwnedFd>, Vec<&'p OsStr>), Error> {
+        let names = components(target);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        for there in (1..=names.len()).rev() {
+            let (path, missing) = names.split_at(there);
+            let path: PathBuf = path.iter().collect();
+            match openat2(self.root_fd, &path, flags, Mode::empty(), how) {
+                Ok(fd) => return Ok((Some(fd), missing.to_vec())),
+                Err(Errno::NOENT) => {}
+                Err(Errno::LOOP | Errno::NOTDIR | Errno::XDEV) => {
+                    return Err(Error::Invalid {
+                        what: format!("`/{}` of the image", path.display()),
+                        reason: "it must be a directory and not a link, as something is mounted there",
+                    });
+                }
+                Err(error) => return Err(io_error(format!("open `/{}` of the root", path.display()))(error)),
+            }
+        }
+        Ok((None, names))
+    }
+}
+
+fn components_below(path: &Path) -> Vec<&OsStr> {
+    path.iter().collect()
+}
+
+/// Makes and opens `names` one below the other, in the child.
+fn descend(plan: &mut Plan, from: PlanFd, names: &[&OsStr], work: PlanFd, target: &str) -> Result<PlanFd, Error> {
+    let mut dir = from;
+    for name in names {
+        let path = CString::new(name.as_bytes())
+            .map_err(|_| Error::Invalid { what: format!("mount target `{target}`"), reason: "it contains a NUL" })?;
+        let make = Op::MakeDir { dir, path: path.clone(), mode: 0o755 };
+        plan.step(format!("make directory {target}"), make);
+        plan.step(format!("open directory {target}"), Op::OpenDir { dir, path, into: work });
+        dir = work;
+    }
+    Ok(dir)
+}
+
+fn keep(plan: &mut Plan, fd: OwnedFd) -> Result<PlanFd, Error> {
+    plan.own(fd).map_err(io_error("keep a descriptor for the container"))
+}
+
+fn slot(plan: &mut Plan) -> Result<PlanFd, Error> {
+    plan.slot().map_err(io_error("plan the container's file system"))
+}
+
+/// A tmpfs for one container. Made by us, not by the child, so that its
+/// limits cannot be changed from inside even by a mount call.
+fn tmpfs(size: Bytes, inodes: u32, mode: u32, owner: u32) -> Result<OwnedFd, Error> {
+    let make = || {
+        let fs = FsContext::open("tmpfs")?;
+        fs.set("size", &size.get().to_string())?;
+        fs.set("nr_inodes", &inodes.to_string())?;
+        fs.set("mode", &format!("{mode:o}"))?;
+        fs.set("uid", &owner.to_string())?;
+        fs.set("gid", &owner.to_string())?;
+        fs.mount(Restrictions { nosuid: true, nodev: true, ..Restrictions::default() })
+    };
+    make().map_err(|error| Error::Io { op: "make a tmpfs".to_owned(), source: io::Error::other(error) })
+}
+
+/// Devices without a host behind them. Nodes work because the file system
+/// belongs to the host's user namespace; nobody inside may change it, as it is
+/// read-only and its owner has no id there.
+fn make_dev() -> io::Result<OwnedFd> {
+    let fs = FsContext::open("tmpfs").map_err(io::Error::other)?;
+    for (key, value) in [("mode", "755"), ("size", "64k"), ("nr_inodes", "32")] {
+        fs.set(key, value).map_err(io::Error::other)?;
+    }
+    let limited = Restrictions { nosuid: true, noexec: true, ..Restrictions::default() };
+    let dev = fs.mount(limited).map_err(io::Error::other)?;
+    // Source: Linux `Documentation/admin-guide/devices.txt`.
+    let nodes = [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+    for (name, major, minor) in nodes {
+        mknodat(&dev, name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(major, minor))?;
+        // The mode of mknod(2) is cut by the umask of whoever embeds us.
+        rustix::fs::chmodat(&dev, name, Mode::from_raw_mode(0o666), rustix::fs::AtFlags::empty())?;
+    }
+    let links = [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
+    ];
+    for (name, target) in links {
+        symlinkat(target, &dev, name)?;
+    }
+    for name in ["pts", "shm", "mqueue"] {
+        mkdirat(&dev, name, Mode::from_raw_mode(0o755))?;
+    }
+    restrict(dev.as_fd(), Restrictions { read_only: true, ..limited }, None)?;
+    Ok(dev)
+}

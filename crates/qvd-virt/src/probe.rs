@@ -1,0 +1,110 @@
+//! What this host can do for containers, found by doing it.
+
+use std::{
+    io,
+    os::fd::AsFd,
+    time::Duration,
+};
+
+use qvd_core::{Missing, Support};
+use qvd_sys::{
+    mount::{FsContext, Restrictions, restrict},
+    process::{Event, Namespaces, Op, Plan, SpawnError, spawn},
+};
+
+use crate::{
+    cgroup::{Controller, Hierarchy, Kernel, find},
+    seccomp,
+};
+
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// Asks the host, by trying, for everything a container needs. Nothing is
+/// left of the trials.
+///
+/// # Errors
+/// A trial failed for a reason that says nothing about the host, such as no
+/// memory.
+pub fn probe() -> io::Result<Vec<(&'static str, Support)>> {
+    let mut answers = vec![("new mount calls", answer(mounts(), "the mount calls of Linux 5.12, fsopen to mount_setattr")?)];
+    let namespaces = [
+        ("user namespaces", Namespaces::USER),
+        ("mount namespaces", Namespaces::MOUNT),
+        ("process namespaces", Namespaces::PID),
+        ("network namespaces", Namespaces::NET),
+        ("host name namespaces", Namespaces::UTS),
+        ("ipc namespaces", Namespaces::IPC),
+    ];
+    for (name, namespace) in namespaces {
+        answers.push((name, child(namespace, None, name)?));
+    }
+    let filter = Op::Seccomp(seccomp::desktop_filter());
+    answers.push(("system call filters", child(Namespaces::USER, Some(filter), "seccomp filters")?));
+    let hierarchies = find(&Kernel, &std::fs::read_to_string("/proc/thread-self/mountinfo")?);
+    for controller in Controller::ALL {
+        answers.push((controller.limit(), limited(&hierarchies, controller)));
+    }
+    Ok(answers)
+}
+
+impl Controller {
+    const fn limit(self) -> &'static str {
+        match self {
+            Self::Memory => "memory limits",
+            Self::Cpu => "processor limits",
+            Self::Pids => "process limits",
+        }
+    }
+}
+
+fn limited(hierarchies: &[Hierarchy], controller: Controller) -> Support {
+    if hierarchies.iter().any(|h| h.controllers.contains(&controller)) {
+        Support::Yes
+    } else {
+        Support::No(Missing::Kernel(format!("a mounted cgroup controller `{}`", controller.name())))
+    }
+}
+
+fn mounts() -> io::Result<()> {
+    let fs = FsContext::open("tmpfs").map_err(|e| copy(e.io()))?;
+    let mount = fs.mount(Restrictions::default()).map_err(|e| copy(e.io()))?;
+    restrict(mount.as_fd(), Restrictions { nodev: true, ..Restrictions::default() }, None)
+}
+
+fn copy(error: &io::Error) -> io::Error {
+    error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
+}
+
+/// Makes a child in a namespace, lets it do `op`, and hears whether it got on.
+fn child(namespace: Namespaces, op: Option<Op>, what: &str) -> io::Result<Support> {
+    let mut plan = Plan::new();
+    if let Some(op) = op {
+        plan.step(what, op);
+    }
+    plan.step("report", Op::Ready);
+    let tried = spawn(plan, namespace, None).and_then(|mut child| {
+        let event = child.event(ANSWER_WITHIN);
+        child.process_mut().wait(ANSWER_WITHIN).map_err(SpawnError::Control)?;
+        event
+    });
+    let result = match tried {
+        Ok(Event::Ready) => Ok(()),
+        Ok(Event::Closed) => Err(io::ErrorKind::BrokenPipe.into()),
+        Err(SpawnError::Clone(source) | SpawnError::Step { source, .. } | SpawnError::Control(source)) => Err(source),
+        Err(error) => Err(io::Error::other(error)),
+    };
+    answer(result, what)
+}
+
+/// Only what means "cannot" is a no; anything else would be remembered as a
+/// property of the host.
+fn answer(result: io::Result<()>, what: &str) -> io::Result<Support> {
+    let Err(error) = result else { return Ok(Support::Yes) };
+    match error.raw_os_error() {
+        Some(libc::ENOSYS | libc::EINVAL | libc::ENODEV) => Ok(Support::No(Missing::Kernel(what.to_owned()))),
+        // User namespaces switched off by user.max_user_namespaces.
+        Some(libc::ENOSPC) => Ok(Support::No(Missing::Kernel(format!("{what}: their sysctl allows none")))),
+        Some(libc::EPERM | libc::EACCES) => Ok(Support::No(Missing::Privilege(format!("use {what}; run as root")))),
+        _ => Err(error),
+    }
+}

@@ -1,0 +1,179 @@
+//! What a container is asked to be.
+
+use std::{
+    ffi::CString,
+    os::fd::OwnedFd,
+    path::{Component, Path, PathBuf},
+};
+
+use caps::Capability;
+use qvd_core::{Bytes, DesktopId, Limits, UidRange};
+
+use crate::Error;
+
+/// A program in a descriptor, with its arguments and environment.
+#[derive(Debug)]
+pub struct Program {
+    /// The program, for instance from [`seal`](crate::seal). A script needs an
+    /// interpreter that is inside, and cannot be a sealed file.
+    pub file: OwnedFd,
+    /// Its arguments, its own name first.
+    pub argv: Vec<String>,
+    /// Its environment, each `NAME=value`.
+    pub env: Vec<String>,
+}
+
+/// A mount for the container to have.
+#[derive(Debug)]
+pub struct ContainerMount {
+    /// Where inside. Directories that are missing are made.
+    pub target: PathBuf,
+    /// A detached mount. It is made `nosuid`, `nodev` and private.
+    pub mount: OwnedFd,
+}
+
+/// A descriptor for the program to inherit.
+#[derive(Debug)]
+pub struct InheritedFd {
+    /// Its number inside, below 16. 0, 1 and 2 are `/dev/null` unless given.
+    pub number: u8,
+    /// The descriptor.
+    pub fd: OwnedFd,
+}
+
+/// How a container is confined, as far as there is a choice.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Profile {
+    /// Whether no program inside can gain privileges by being executed. `sudo`
+    /// and `su` do not work then.
+    pub no_new_privileges: bool,
+    /// All the capabilities, over its own user namespace, that root inside and
+    /// programs it starts can ever have.
+    pub capabilities: Vec<Capability>,
+    /// Size of `/tmp`; what is in it counts as memory of the container.
+    pub tmp: Bytes,
+    /// Size of `/dev/shm`; counts as memory too.
+    pub shm: Bytes,
+    /// Size of `/run`; counts as memory too.
+    pub run: Bytes,
+    /// Files, directories and links in each of these.
+    pub inodes: u32,
+}
+
+impl Default for Profile {
+    /// Nothing gains privileges, and root has what `qvd-init` and the services
+    /// of a desktop need: file owners and modes (`CHOWN`, `DAC_OVERRIDE`,
+    /// `FOWNER`, `FSETID`), other users' processes (`KILL`), becoming a user
+    /// (`SETUID`, `SETGID`, and `SETPCAP` to give up the rest), low ports
+    /// (`NET_BIND_SERVICE`), sshd's and browsers' empty root (`SYS_CHROOT`).
+    /// Not even over its own namespaces has it `SYS_ADMIN`, `NET_ADMIN`,
+    /// `NET_RAW`, `MKNOD`, `SYS_PTRACE` or `SETFCAP`.
+    fn default() -> Self {
+        Self {
+            no_new_privileges: true,
+            capabilities: vec![
+                Capability::CAP_CHOWN,
+                Capability::CAP_DAC_OVERRIDE,
+                Capability::CAP_FOWNER,
+                Capability::CAP_FSETID,
+                Capability::CAP_KILL,
+                Capability::CAP_SETGID,
+                Capability::CAP_SETUID,
+                Capability::CAP_SETPCAP,
+                Capability::CAP_NET_BIND_SERVICE,
+                Capability::CAP_SYS_CHROOT,
+            ],
+            tmp: Bytes::mib(512),
+            shm: Bytes::mib(512),
+            run: Bytes::mib(64),
+            inodes: 1 << 16,
+        }
+    }
+}
+
+/// All that is needed to start a container.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct ContainerSpec {
+    /// Its number; names its cgroup.
+    pub id: DesktopId,
+    /// Host name inside.
+    pub hostname: String,
+    /// Detached mount of the root. Its files belong to `ids`. It is made
+    /// `nodev` and private.
+    pub root: OwnedFd,
+    /// What else is mounted, in this order, after `/tmp` and `/run`.
+    pub mounts: Vec<ContainerMount>,
+    /// Host ids of 0 to 65535 inside.
+    pub ids: UidRange,
+    /// What it may use.
+    pub limits: Limits,
+    /// Process 1.
+    pub program: Program,
+    /// What process 1 inherits.
+    pub fds: Vec<InheritedFd>,
+    /// How it is confined.
+    pub profile: Profile,
+}
+
+impl ContainerSpec {
+    /// A container named after its number, with default limits and profile,
+    /// nothing mounted but its root, and nothing inherited.
+    #[must_use]
+    pub fn new(id: DesktopId, root: OwnedFd, ids: UidRange, program: Program) -> Self {
+        Self {
+            id,
+            hostname: format!("desktop-{id}"),
+            root,
+            mounts: Vec::new(),
+            ids,
+            limits: Limits::default(),
+            program,
+            fds: Vec::new(),
+            profile: Profile::default(),
+        }
+    }
+
+    /// Everything that can be found wrong without touching the kernel.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let refuse = |what: String, reason| Err(Error::Invalid { what, reason });
+        let label = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.');
+        if self.hostname.is_empty() || self.hostname.len() > 64 || !self.hostname.bytes().all(label) {
+            return refuse(format!("host name {:?}", self.hostname), "use 1 to 64 of a-z A-Z 0-9 . -");
+        }
+        if self.program.argv.is_empty() {
+            return refuse("an empty argument list".to_owned(), "the program's own name comes first");
+        }
+        if self.limits.memory.get() == 0 || self.limits.cpu.0 == 0 || self.limits.pids == 0 {
+            return refuse("a limit of zero".to_owned(), "a desktop needs memory, processor time and processes");
+        }
+        for (index, fd) in self.fds.iter().enumerate() {
+            if fd.number >= 16 || self.fds.iter().take(index).any(|other| other.number == fd.number) {
+                return refuse(format!("descriptor number {}", fd.number), "use each of 0 to 15 once at most");
+            }
+        }
+        for mount in &self.mounts {
+            let target = &mount.target;
+            let whole = target.is_absolute()
+                && target.components().skip(1).all(|c| matches!(c, Component::Normal(_)))
+                && target.components().nth(1).is_some();
+            let ours = ["/proc", "/sys", "/dev"].iter().any(|own| target.starts_with(own));
+            if !whole || ours {
+                let reason = "name an absolute directory outside of /proc, /sys and /dev, without `..`";
+                return refuse(format!("mount target {target:?}"), reason);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Text for the kernel, which ends at the first NUL.
+pub(crate) fn c_string(text: &str) -> Result<CString, Error> {
+    CString::new(text).map_err(|_| Error::Invalid { what: format!("{text:?}"), reason: "it contains a NUL" })
+}
+
+/// The components of a checked target.
+pub(crate) fn components(target: &Path) -> Vec<&std::ffi::OsStr> {
+    target.components().filter_map(|c| if let Component::Normal(name) = c { Some(name) } else { None }).collect()
+}
