@@ -23,7 +23,7 @@ pub use message::{
 /// Descriptors that the init inherits besides standard input, output and error.
 pub mod fds {
     /// The listening unix socket that the node's orders arrive on.
-    pub const CONTROL: i32 = 3;
+    pub const CONTROL: u8 = 3;
     /// A sealed memory file with [`crate::InitConfig`] as JSON.
-    pub const CONFIG: i32 = 4;
+    pub const CONFIG: u8 = 4;
 }

@@ -45,7 +45,7 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// Runs until it is told to stop.
 pub(crate) fn run() -> ExitCode {
     let begin = Instant::now();
-    let outcome = qvd_sys::init::inherited([qvd_guest::fds::CONTROL, qvd_guest::fds::CONFIG])
+    let outcome = qvd_sys::init::inherited([qvd_guest::fds::CONTROL, qvd_guest::fds::CONFIG].map(i32::from))
         .map_err(|e| format!("cannot take over the descriptors of the node: {e}"))
         .and_then(|[control, config]| Init::new(begin, control, &fs::File::from(config)))
         .and_then(|mut init| init.serve().map_err(|e| format!("cannot wait for events: {e}")));

@@ -6,7 +6,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -14,7 +14,7 @@ use qvd_core::DisplayKind;
 use qvd_guest::{Channel, ChannelError, ExecRequest, GuestError, Reply, Request, SessionState, Stats, VERSION};
 use rustix::{fs::Mode, pipe::PipeFlags};
 
-use crate::{ExecSession, ExecStdio};
+use crate::{ExecSession, ExecStdio, HostError, HostErrorKind};
 
 /// An init that works answers such requests within microseconds; a desktop
 /// whose processors are all taken may need longer.
@@ -40,6 +40,17 @@ pub(crate) enum Error {
     SessionLate(Duration),
 }
 
+impl Error {
+    /// Says what could not be done for want of the init's help.
+    pub(crate) fn into_host_error(self, what: String) -> HostError {
+        let kind = match &self {
+            Self::SessionLate(_) | Self::Channel(ChannelError::Timeout(_)) => HostErrorKind::Timeout,
+            _ => HostErrorKind::Failed,
+        };
+        HostError::because(kind, what, self)
+    }
+}
+
 /// The node's end: the path of the socket.
 #[derive(Debug, Clone)]
 pub(crate) struct Guest {
@@ -49,10 +60,6 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn at(path: PathBuf) -> Self {
         Self { path }
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Makes the listening socket that the init will inherit.

@@ -1,11 +1,19 @@
 //! One host: storage, virtualizers and network composed into desktops.
 #![forbid(unsafe_code)]
 
+mod desktop;
 #[cfg(feature = "fake")]
 pub mod fake;
+mod guest;
 mod host;
+mod node;
+mod probe;
+mod record;
+mod supervisor;
 
 pub use host::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecControl, ExecSession, ExecStdio, Host, HostError,
     HostErrorKind, ImageSummary, Timings,
 };
+pub use node::{Node, NodeConfig};
+pub use probe::{Probe, probe};

@@ -31,12 +31,7 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    pub(crate) fn new(
-        spec: DesktopSpec,
-        uid_slot: u32,
-        container: ContainerRecord,
-        address: Option<Ipv4Addr>,
-    ) -> Self {
+    pub(crate) fn new(spec: DesktopSpec, uid_slot: u32, container: ContainerRecord, address: Option<Ipv4Addr>) -> Self {
         Self { version: VERSION, spec, uid_slot, container, address }
     }
 }

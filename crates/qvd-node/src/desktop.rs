@@ -1,0 +1,448 @@
+//! One desktop, made of what storage, runtime and network give, in order; and
+//! taken apart in the reverse order.
+
+use std::{
+    collections::BTreeSet,
+    error::Error as StdError,
+    fmt,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::Path,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant, UNIX_EPOCH},
+};
+
+use qvd_core::{DesktopId, DesktopSpec, NetPolicy, StartStep, UidRange, Virtualizer};
+use qvd_guest::{InitConfig, SessionConfig, VERSION};
+use qvd_net::{Network, Port, PortSpec, loopback_up};
+use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Root, RootId, Store};
+use qvd_virt::{Container, ContainerMount, ContainerSpec, Exit, InheritedFd, Program, Runtime, seal};
+
+use crate::{
+    HostError, HostErrorKind, ImageSummary, NodeConfig, Timings,
+    guest::Guest,
+    record::{Record, Records},
+};
+
+/// How long the init has beyond the programs' grace to end by itself.
+const INIT_GRACE: Duration = Duration::from_secs(2);
+
+/// A desktop that runs, or of which something is left.
+#[derive(Debug)]
+pub(crate) struct Desktop {
+    id: DesktopId,
+    uid_slot: u32,
+    guest: Guest,
+    root: Box<dyn Root>,
+    port: Option<Port>,
+    container: Container,
+}
+
+/// Why a desktop could not be taken apart whole; what is left stays owned.
+#[derive(Debug, thiserror::Error)]
+#[error("{} of its parts are left, first: {}", .0.len(), .0.first().map_or(String::new(), ToString::to_string))]
+pub(crate) struct Left(Vec<Box<dyn StdError + Send + Sync>>);
+
+impl Desktop {
+    pub(crate) const fn id(&self) -> DesktopId {
+        self.id
+    }
+
+    pub(crate) const fn guest(&self) -> &Guest {
+        &self.guest
+    }
+
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.container.pidfd()
+    }
+
+    /// Whether its first process still runs.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        matches!(self.container.try_wait(), Ok(None))
+    }
+
+    /// Lets go of it: it runs on, and the next node adopts it.
+    pub(crate) fn leave(self) {
+        if let Some(port) = self.port {
+            port.leave();
+        }
+        if let Err(error) = self.container.detach() {
+            tracing::warn!(desktop = %self.id, error = &error as &dyn StdError, "cannot leave the desktop running");
+        }
+    }
+
+    /// Lets its programs end by themselves, within a limit.
+    pub(crate) fn ask_to_end(&mut self, grace: Duration) {
+        if grace.is_zero() {
+            return;
+        }
+        let asked = self.guest.stop(grace).map_err(|e| Box::new(e) as Box<dyn StdError + Send + Sync>);
+        let ended = asked.and_then(|()| Ok(self.container.wait(grace + INIT_GRACE)?));
+        if let Err(error) = ended {
+            tracing::info!(desktop = %self.id, error, "the desktop did not end by itself");
+        }
+    }
+}
+
+/// What every desktop of a node is made from.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    store: Store,
+    runtime: Runtime,
+    /// `None` once it was closed.
+    network: Mutex<Option<Network>>,
+    records: Records,
+    /// The init program, sealed: one copy in memory for all desktops.
+    init: OwnedFd,
+    slots: Mutex<BTreeSet<u32>>,
+}
+
+/// Undoes the steps of a start, last first, unless the start succeeds.
+#[derive(Default)]
+struct Undo<'a>(Vec<Box<dyn FnOnce() + 'a>>);
+
+impl<'a> Undo<'a> {
+    fn step(&mut self, undo: impl FnOnce() + 'a) {
+        self.0.push(Box::new(undo));
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        while let Some(undo) = self.0.pop() {
+            undo();
+        }
+    }
+}
+
+fn failed<E>(kind: HostErrorKind, what: impl fmt::Display) -> impl FnOnce(E) -> HostError
+where
+    E: Into<Box<dyn StdError + Send + Sync>>,
+{
+    move |source| HostError::because(kind, what.to_string(), source)
+}
+
+impl Parts {
+    /// Opens everything, adopts what runs, removes what nobody owns.
+    pub(crate) fn open(config: &NodeConfig) -> Result<(Self, Vec<Desktop>), HostError> {
+        let path = config.init.display();
+        let program = std::fs::read(&config.init)
+            .map_err(failed(HostErrorKind::NotFound, format!("cannot read the desktops' init `{path}`")))?;
+        let init = seal(c"qvd-init", &program)
+            .map_err(failed(HostErrorKind::Failed, format!("cannot seal the desktops' init `{path}`")))?;
+        let store = Store::open(&config.root).map_err(storage("cannot open the store"))?;
+        let runtime = Runtime::new(config.instance).map_err(virt("cannot make the container runtime"))?;
+        let network = Network::open(config.network).map_err(net("cannot make the network"))?;
+        let records = Records::open(&config.run).map_err(failed(
+            HostErrorKind::Failed,
+            format!("cannot open the records below `{}`", config.run.display()),
+        ))?;
+        let parts = Self { store, runtime, network: Mutex::new(Some(network)), records, init, slots: Mutex::default() };
+        let adopted = parts.adopt_all()?;
+        Ok((parts, adopted))
+    }
+
+    /// Compares records with the kernel.
+    fn adopt_all(&self) -> Result<Vec<Desktop>, HostError> {
+        let mut adopted = Vec::new();
+        let all = self.records.all().map_err(failed(HostErrorKind::Failed, "cannot list the desktops that ran"))?;
+        for id in all {
+            match self.adopt(id) {
+                Ok(desktop) => {
+                    tracing::info!(desktop = %id, "adopted");
+                    adopted.push(desktop);
+                }
+                Err(error) => {
+                    tracing::info!(desktop = %id, error, "not adopted; what is left of it goes");
+                    self.records
+                        .end(id)
+                        .map_err(failed(HostErrorKind::Failed, format!("cannot remove the record of desktop {id}")))?;
+                }
+            }
+        }
+        let keep: Vec<_> = adopted.iter().map(Desktop::id).collect();
+        self.runtime.sweep(&keep).map_err(virt("cannot end what earlier desktops left running"))?;
+        let ports = keep.iter().copied().collect();
+        self.with_network(|network| network.sweep(&ports).map_err(net("cannot remove ports that nobody owns")))?;
+        let roots: Vec<_> = keep.iter().map(|&id| RootId::from(id)).collect();
+        self.store.sweep(&roots).map_err(storage("cannot remove the roots that earlier desktops left"))?;
+        Ok(adopted)
+    }
+
+    fn adopt(&self, id: DesktopId) -> Result<Desktop, Box<dyn StdError + Send + Sync>> {
+        let Record { spec, uid_slot, container, address, .. } = self.records.read(id)?;
+        let container = self.runtime.adopt(&container)?.ok_or("its first process has ended")?;
+        let guest = Guest::at(self.records.socket(id));
+        guest.check()?;
+        let image = self.store.image(spec.image)?;
+        let root = self.store.root(&image, &RootId::from(id), spec.root)?;
+        let port = match address {
+            None => None,
+            Some(address) => Some(
+                self.with_network(|n| n.adopt(id, address, self.allowed(spec.net, n)).map_err(net("cannot adopt")))?,
+            ),
+        };
+        if !lock(&self.slots).insert(uid_slot) {
+            return Err("its range of ids is another's".into());
+        }
+        Ok(Desktop { id, uid_slot, guest, root, port, container })
+    }
+
+    /// Makes everything up to the running init. Each owner undoes its part
+    /// when it is dropped, so an early return leaves nothing.
+    ///
+    /// `began` is when it was asked for; `session_us` of the result is not
+    /// known yet.
+    pub(crate) fn start(
+        &self,
+        spec: &DesktopSpec,
+        began: Instant,
+        step: &mut dyn FnMut(StartStep),
+    ) -> Result<(Desktop, Timings), HostError> {
+        let id = spec.id;
+        let what = format!("cannot start desktop {id}");
+        if spec.virtualizer != Virtualizer::Container {
+            let missing = format!("{what}: this host runs containers only");
+            return Err(HostError::new(HostErrorKind::Unsupported, missing));
+        }
+        let image = self.store.image(spec.image).map_err(storage(&what))?;
+        let mut undo = Undo::default();
+        let uid_slot = self.take_slot()?;
+        undo.step(move || self.free_slot(uid_slot));
+        let ids = UidRange::of_slot(uid_slot).map_err(failed(HostErrorKind::Busy, &what))?;
+        let userns =
+            qvd_sys::userns::create(ids.base(), UidRange::LEN).map_err(failed(HostErrorKind::Failed, &what))?;
+        let mut timings = Timings::default();
+
+        let root = self.store.root(&image, &RootId::from(id), spec.root).map_err(storage(&what))?;
+        undo.step(|| note(id, self.store.root(&image, &RootId::from(id), spec.root).and_then(|mut root| root.close())));
+        let root_mount = root.mount(Some(userns.as_fd())).map_err(storage(&what))?;
+        let home = self.home(spec, &image).and_then(|home| home.mount(Some(userns.as_fd()))).map_err(storage(&what))?;
+        timings.root_us = micros(began);
+
+        step(StartStep::Confinement);
+        undo.step(|| note(id, self.records.end(id)));
+        self.records.begin(id).map_err(failed(HostErrorKind::Failed, &what))?;
+        let guest = Guest::at(self.records.socket(id));
+        let control = guest.listen().map_err(|e| e.into_host_error(what.clone()))?;
+        let init_config = serde_json::to_vec(&init_config(&image)).map_err(failed(HostErrorKind::Failed, &what))?;
+        let init_config = seal(c"qvd-init.json", &init_config).map_err(failed(HostErrorKind::Failed, &what))?;
+        let file = self.init.try_clone().map_err(failed(HostErrorKind::Failed, &what))?;
+        let program = Program { file, argv: vec!["qvd-init".to_owned()], env: Vec::new() };
+        let mut container = ContainerSpec::new(id, root_mount, ids, program);
+        container.hostname.clone_from(&spec.hostname);
+        container.limits = spec.limits;
+        container.mounts = vec![ContainerMount { target: image.config().user.home().into(), mount: home }];
+        container.fds = vec![
+            InheritedFd { number: qvd_guest::fds::CONTROL, fd: control },
+            InheritedFd { number: qvd_guest::fds::CONFIG, fd: init_config },
+        ];
+        let prepared = self.runtime.prepare(container).map_err(virt(&what))?;
+
+        step(StartStep::Port);
+        let port_began = Instant::now();
+        let netns = prepared.netns().map_err(virt(&what))?;
+        let port = if spec.net.port {
+            Some(self.with_network(|network| {
+                let policy = self.allowed(spec.net, network);
+                let port = PortSpec { desktop: id, netns: netns.as_fd(), address: spec.address, policy };
+                network.attach(&port).map_err(net(&what))
+            })?)
+        } else {
+            loopback_up(netns.as_fd()).map_err(net(&what))?;
+            None
+        };
+        timings.port_us = micros(port_began);
+
+        step(StartStep::Init);
+        let container = prepared.start().map_err(virt(&what))?;
+        timings.start_us = micros(began);
+        let address = port.as_ref().map(Port::address);
+        let facts = container.record().map_err(virt(&what))?;
+        self.records
+            .write(&Record::new(spec.clone(), uid_slot, facts, address))
+            .map_err(failed(HostErrorKind::Failed, &what))?;
+        undo.keep();
+        Ok((Desktop { id, uid_slot, guest, root, port, container }, timings))
+    }
+
+    /// Takes a desktop apart, last made first, and goes on after a failure.
+    /// Tells how its first process ended.
+    pub(crate) fn close(&self, desktop: &mut Desktop) -> Result<String, Left> {
+        let mut errors: Vec<Box<dyn StdError + Send + Sync>> = Vec::new();
+        errors.extend(desktop.container.close().err().map(Into::into));
+        if errors.is_empty()
+            && let Some(port) = &mut desktop.port
+        {
+            match port.release() {
+                Ok(()) => desktop.port = None,
+                Err(error) => errors.push(error.into()),
+            }
+        }
+        // While a process may be left, the root may be mounted.
+        if errors.is_empty() {
+            errors.extend(desktop.root.close().err().map(Into::into));
+        }
+        if errors.is_empty() {
+            errors.extend(self.records.end(desktop.id).err().map(Into::into));
+        }
+        if !errors.is_empty() {
+            return Err(Left(errors));
+        }
+        self.free_slot(desktop.uid_slot);
+        Ok(match desktop.container.try_wait().ok().flatten() {
+            Some(Exit::Code(0)) => "ended by itself".to_owned(),
+            Some(Exit::Code(code)) => format!("ended with status {code}"),
+            Some(Exit::Signal(signal)) => format!("was killed by signal {signal}"),
+            _ => "ended".to_owned(),
+        })
+    }
+
+    /// Deletes the root and the home that this node keeps for a desktop.
+    pub(crate) fn forget(&self, id: DesktopId) -> Result<(), HostError> {
+        let what = format!("cannot remove desktop {id}");
+        self.store.remove_root(&RootId::from(id)).map_err(storage(&what))?;
+        self.store.remove_home(&HomeId::from(id)).map_err(storage(&what))
+    }
+
+    pub(crate) fn close_network(&self) -> Result<(), HostError> {
+        let mut network = lock(&self.network);
+        if let Some(open) = network.as_mut() {
+            open.close().map_err(net("cannot remove the network"))?;
+            *network = None;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {
+        let what = format!("cannot build `{}`", recipe.display());
+        let text = std::fs::read_to_string(recipe).map_err(failed(HostErrorKind::NotFound, &what))?;
+        let recipe = Recipe::parse(&text).map_err(failed(HostErrorKind::Invalid, &what))?;
+        let built = self.store.build(&recipe, &BuildOptions::default(), progress).map_err(storage(&what))?;
+        Ok(summary(&built.image, built.reused))
+    }
+
+    pub(crate) fn images(&self) -> Result<Vec<ImageSummary>, HostError> {
+        let list = || {
+            let flavours = self.store.flavours()?;
+            flavours.iter().map(|flavour| Ok(summary(&self.store.flavour(flavour)?, true))).collect::<Result<_, _>>()
+        };
+        list().map_err(storage("cannot list images"))
+    }
+
+    fn home(&self, spec: &DesktopSpec, image: &Image) -> Result<Home, qvd_storage::Error> {
+        match &spec.home {
+            Some(dir) => Home::open(dir, image),
+            None => self.store.home(&HomeId::from(spec.id), image),
+        }
+    }
+
+    /// A way out needs two permissions: the desktop's and the host's.
+    fn allowed(&self, policy: NetPolicy, network: &Network) -> NetPolicy {
+        NetPolicy { internet: policy.internet && network.config().internet, ..policy }
+    }
+
+    fn with_network<T>(&self, f: impl FnOnce(&Network) -> Result<T, HostError>) -> Result<T, HostError> {
+        let network = lock(&self.network);
+        f(network.as_ref().ok_or_else(|| HostError::new(HostErrorKind::Busy, "this host is shutting down"))?)
+    }
+
+    fn take_slot(&self) -> Result<u32, HostError> {
+        let mut slots = lock(&self.slots);
+        let free = (0..UidRange::COUNT).find(|slot| !slots.contains(slot));
+        let slot = free.ok_or_else(|| HostError::new(HostErrorKind::Busy, "all ranges of user ids are taken"))?;
+        slots.insert(slot);
+        Ok(slot)
+    }
+
+    fn free_slot(&self, slot: u32) {
+        lock(&self.slots).remove(&slot);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A failed undo must not hide the failure that it follows.
+fn note<E: StdError + 'static>(id: DesktopId, undone: Result<(), E>) {
+    if let Err(error) = undone {
+        tracing::warn!(desktop = %id, error = &error as &dyn StdError, "left behind by a start that failed");
+    }
+}
+
+pub(crate) fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+/// What the init is told, from what the image's recipe said.
+fn init_config(image: &Image) -> InitConfig {
+    let config = image.config();
+    let env = config.session.as_ref().map(|session| session.env.clone()).unwrap_or_default();
+    let session = config.session.as_ref().map(|session| SessionConfig {
+        user: config.user.name.clone(),
+        uid: config.user.uid,
+        gid: config.user.gid,
+        home: config.user.home(),
+        command: session.command.clone(),
+        autostart: session.autostart.clone(),
+        geometry: session.geometry,
+        head_linger_s: session.head_linger_s,
+    });
+    InitConfig { version: VERSION, env, services: config.services.clone(), session }
+}
+
+fn summary(image: &Image, reused: bool) -> ImageSummary {
+    let created = image.created().duration_since(UNIX_EPOCH).unwrap_or_default();
+    ImageSummary {
+        flavour: image.config().flavour.clone(),
+        digest: image.digest(),
+        created_unix_s: created.as_secs(),
+        entries: image.entries(),
+        size_bytes: image.size_bytes(),
+        reused,
+    }
+}
+
+fn storage(what: impl fmt::Display) -> impl FnOnce(qvd_storage::Error) -> HostError {
+    use qvd_storage::ErrorKind as Kind;
+    move |error| {
+        let kind = match error.kind() {
+            Kind::Invalid => HostErrorKind::Invalid,
+            Kind::NotFound => HostErrorKind::NotFound,
+            Kind::Busy => HostErrorKind::Busy,
+            Kind::Unsupported => HostErrorKind::Unsupported,
+            _ => HostErrorKind::Failed,
+        };
+        HostError::because(kind, what.to_string(), error)
+    }
+}
+
+fn net(what: impl fmt::Display) -> impl FnOnce(qvd_net::Error) -> HostError {
+    use qvd_net::ErrorKind as Kind;
+    move |error| {
+        let kind = match error.kind() {
+            Kind::Invalid => HostErrorKind::Invalid,
+            Kind::Busy => HostErrorKind::Busy,
+            Kind::Unsupported => HostErrorKind::Unsupported,
+            _ => HostErrorKind::Failed,
+        };
+        HostError::because(kind, what.to_string(), error)
+    }
+}
+
+fn virt(what: impl fmt::Display) -> impl FnOnce(qvd_virt::Error) -> HostError {
+    move |error| {
+        let kind = match &error {
+            qvd_virt::Error::Invalid { .. } => HostErrorKind::Invalid,
+            qvd_virt::Error::Unsupported { .. } => HostErrorKind::Unsupported,
+            qvd_virt::Error::Busy(_) => HostErrorKind::Busy,
+            qvd_virt::Error::Timeout { .. } => HostErrorKind::Timeout,
+            _ => HostErrorKind::Failed,
+        };
+        HostError::because(kind, what.to_string(), error)
+    }
+}

@@ -1,0 +1,364 @@
+//! The host itself: which desktops there are, and who may touch each when.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use qvd_core::{DesktopId, DesktopSpec, DesktopState, DisplayKind, Instance, StartStep};
+use qvd_guest::{ExecRequest, Stats};
+
+use crate::{
+    Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, Host, HostError, HostErrorKind, ImageSummary,
+    Timings,
+    desktop::{Desktop, Parts, micros},
+    guest::Guest,
+    supervisor::{Supervisor, Watcher},
+};
+
+/// Where a node keeps things and how long it waits for them.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct NodeConfig {
+    /// Directory of what lasts: images, roots, homes.
+    pub root: PathBuf,
+    /// Directory of what lasts until the next boot: records, sockets.
+    pub run: PathBuf,
+    /// The static program that becomes process 1 of every desktop.
+    pub init: PathBuf,
+    /// What stands in the names of this node's kernel objects.
+    pub instance: Instance,
+    /// The bridge and its addresses.
+    pub network: qvd_net::NetConfig,
+    /// How long a session may take until its window manager is up.
+    pub session_limit: Duration,
+    /// How long a session may take to open a display.
+    pub attach_limit: Duration,
+}
+
+impl NodeConfig {
+    /// A node with the usual limits and a network without a way out.
+    #[must_use]
+    pub fn new(root: &Path, run: &Path, init: PathBuf, instance: Instance) -> Self {
+        Self {
+            root: root.to_path_buf(),
+            run: run.to_path_buf(),
+            init,
+            instance,
+            network: qvd_net::NetConfig::new(instance),
+            session_limit: Duration::from_secs(60),
+            attach_limit: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A host that runs desktops here, in this kernel.
+///
+/// Dropping it leaves the desktops running; the next node opened on the same
+/// directories adopts them. [`Node::shut_down`] ends them.
+#[derive(Debug)]
+pub struct Node {
+    inner: Arc<Inner>,
+    supervisor: Supervisor,
+}
+
+#[derive(Debug)]
+struct Inner {
+    parts: Parts,
+    config: NodeConfig,
+    slots: Mutex<HashMap<DesktopId, Arc<Slot>>>,
+}
+
+/// One desktop's place. `live` is held for as long as a start or a stop takes,
+/// so that these wait for one another; `face` only for a moment.
+#[derive(Debug, Default)]
+struct Slot {
+    live: Mutex<Option<Desktop>>,
+    face: Mutex<Face>,
+}
+
+/// What others may know of a desktop while somebody works on it.
+#[derive(Debug, Default)]
+struct Face {
+    state: State,
+    timings: Option<Timings>,
+    ended: Option<String>,
+    guest: Option<Guest>,
+    attachment: Option<AttachmentEnd>,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum State {
+    #[default]
+    Stopped,
+    Starting(StartStep),
+    Running,
+    Stopping,
+    Zombie,
+}
+
+/// A panic elsewhere has not broken what these locks protect: every change
+/// under them is one assignment.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Node {
+    /// Opens the host: adopts the desktops that an earlier node left running
+    /// and removes what nobody owns.
+    ///
+    /// # Errors
+    /// Another node has the directories, the host lacks something that every
+    /// desktop needs, or something left behind cannot be removed.
+    pub fn open(config: NodeConfig) -> Result<Arc<Self>, HostError> {
+        let (parts, adopted) = Parts::open(&config)?;
+        let inner = Arc::new(Inner { parts, config, slots: Mutex::default() });
+        let supervisor = Supervisor::start(Arc::downgrade(&inner))
+            .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot start the supervisor", e))?;
+        let node = Arc::new(Self { inner, supervisor });
+        for desktop in adopted {
+            let slot = node.inner.slot(desktop.id());
+            let mut face = lock(&slot.face);
+            face.state = State::Running;
+            face.guest = Some(desktop.guest().clone());
+            drop(face);
+            node.watch(&desktop)?;
+            *lock(&slot.live) = Some(desktop);
+        }
+        Ok(node)
+    }
+
+    /// Ends every desktop and removes the bridge and its rules: afterwards
+    /// nothing of this node is in the kernel.
+    ///
+    /// # Errors
+    /// Something could not be removed; the rest was.
+    pub fn shut_down(&self, grace: Duration) -> Result<(), HostError> {
+        let ids: Vec<_> = lock(&self.inner.slots).keys().copied().collect();
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let stops: Vec<_> = ids.iter().map(|&id| scope.spawn(move || self.stop(id, grace))).collect();
+            stops.into_iter().map(|stop| stop.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        });
+        let network = self.inner.parts.close_network();
+        results.into_iter().chain([network]).collect()
+    }
+
+    fn watch(&self, desktop: &Desktop) -> Result<(), HostError> {
+        self.supervisor
+            .watch(desktop.id(), desktop.pidfd())
+            .map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot watch desktop {}", desktop.id()), e))
+    }
+}
+
+impl Drop for Inner {
+    /// Leaves every desktop running, for the next node to adopt.
+    fn drop(&mut self) {
+        for slot in lock(&self.slots).values() {
+            if let Some(desktop) = lock(&slot.live).take() {
+                desktop.leave();
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn slot(&self, id: DesktopId) -> Arc<Slot> {
+        Arc::clone(lock(&self.slots).entry(id).or_default())
+    }
+
+    /// Ends what is left of a desktop and says so on its face.
+    fn close(&self, slot: &Slot, live: &mut Option<Desktop>) -> Result<(), HostError> {
+        let Some(desktop) = live else { return Ok(()) };
+        {
+            let mut face = lock(&slot.face);
+            face.guest = None;
+            if let Some(end) = face.attachment.take() {
+                end.end(EndReason::Stopped);
+            }
+        }
+        let id = desktop.id();
+        let result = self.parts.close(desktop);
+        let mut face = lock(&slot.face);
+        match result {
+            Ok(ended) => {
+                *live = None;
+                face.state = State::Stopped;
+                tracing::info!(desktop = %id, ended, "desktop stopped");
+                face.ended = Some(ended);
+                Ok(())
+            }
+            Err(error) => {
+                face.state = State::Zombie;
+                Err(HostError::because(HostErrorKind::Failed, format!("cannot remove all of desktop {id}"), error))
+            }
+        }
+    }
+
+    fn guest(&self, id: DesktopId) -> Result<Guest, HostError> {
+        let slot = lock(&self.slots).get(&id).cloned();
+        slot.and_then(|slot| lock(&slot.face).guest.clone())
+            .ok_or_else(|| HostError::new(HostErrorKind::NotFound, format!("desktop {id} does not run")))
+    }
+}
+
+impl Watcher for Weak<Inner> {
+    fn ended(&self, id: DesktopId) {
+        let Some(inner) = self.upgrade() else { return };
+        let slot = inner.slot(id);
+        // Whoever holds the lock is starting or stopping this very desktop and
+        // finds out by itself.
+        if let Ok(mut live) = slot.live.try_lock()
+            && let Err(error) = inner.close(&slot, &mut live)
+        {
+            tracing::warn!(desktop = %id, error = &error as &dyn std::error::Error, "desktop ended");
+        };
+    }
+
+    fn tick(&self) {
+        let Some(inner) = self.upgrade() else { return };
+        let slots: Vec<_> = lock(&inner.slots).values().cloned().collect();
+        for slot in slots.into_iter().filter(|slot| lock(&slot.face).state == State::Zombie) {
+            if let Ok(mut live) = slot.live.try_lock()
+                && let Err(error) = inner.close(&slot, &mut live)
+            {
+                tracing::debug!(error = &error as &dyn std::error::Error, "will try again");
+            }
+        }
+    }
+}
+
+impl Host for Node {
+    fn ensure_running(&self, spec: &DesktopSpec, progress: &mut dyn FnMut(StartStep)) -> Result<Timings, HostError> {
+        let began = Instant::now();
+        let slot = self.inner.slot(spec.id);
+        let mut live = lock(&slot.live);
+        if let Some(desktop) = live.as_mut() {
+            if desktop.is_alive() {
+                return Ok(lock(&slot.face).timings.unwrap_or_default());
+            }
+            self.inner.close(&slot, &mut live)?;
+        }
+        let mut step = |step: StartStep| {
+            lock(&slot.face).state = State::Starting(step);
+            progress(step);
+        };
+        step(StartStep::Root);
+        let started = self.inner.parts.start(spec, began, &mut step).and_then(|(desktop, timings)| {
+            step(StartStep::Session);
+            let desktop = live.insert(desktop);
+            self.watch(desktop)?;
+            let waited = desktop.guest().wait_session(self.inner.config.session_limit);
+            waited.map_err(|e| e.into_host_error(format!("the session of desktop {} did not start", spec.id)))?;
+            let guest = desktop.guest().clone();
+            Ok((guest, Timings { session_us: micros(began), ..timings }))
+        });
+        match started {
+            Ok((guest, timings)) => {
+                let mut face = lock(&slot.face);
+                *face = Face { state: State::Running, timings: Some(timings), guest: Some(guest), ..Face::default() };
+                tracing::info!(desktop = %spec.id, session_us = timings.session_us, "desktop runs");
+                Ok(timings)
+            }
+            Err(error) => {
+                lock(&slot.face).state = State::Stopped;
+                if let Err(left) = self.inner.close(&slot, &mut live) {
+                    tracing::warn!(desktop = %spec.id, error = &left as &dyn std::error::Error, "parts are left");
+                }
+                lock(&slot.face).ended = Some(error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    fn stop(&self, id: DesktopId, grace: Duration) -> Result<(), HostError> {
+        let slot = self.inner.slot(id);
+        let mut live = lock(&slot.live);
+        if let Some(desktop) = live.as_mut() {
+            lock(&slot.face).state = State::Stopping;
+            desktop.ask_to_end(grace);
+        }
+        self.inner.close(&slot, &mut live)?;
+        // It was asked to: that is nothing to report.
+        lock(&slot.face).ended = None;
+        Ok(())
+    }
+
+    fn remove(&self, id: DesktopId) -> Result<(), HostError> {
+        self.stop(id, Duration::ZERO)?;
+        let slot = self.inner.slot(id);
+        let live = lock(&slot.live);
+        if live.is_some() {
+            return Err(HostError::new(HostErrorKind::Busy, format!("desktop {id} was started again")));
+        }
+        self.inner.parts.forget(id)?;
+        drop(live);
+        lock(&self.inner.slots).remove(&id);
+        Ok(())
+    }
+
+    fn status(&self, id: DesktopId) -> DesktopStatus {
+        let slot = lock(&self.inner.slots).get(&id).cloned().unwrap_or_default();
+        let face = lock(&slot.face);
+        let (state, step) = match face.state {
+            State::Stopped => (DesktopState::Stopped, None),
+            State::Starting(step) => (DesktopState::Starting, Some(step)),
+            State::Running => (DesktopState::Running, None),
+            State::Stopping => (DesktopState::Stopping, None),
+            State::Zombie => (DesktopState::Zombie, None),
+        };
+        DesktopStatus {
+            state,
+            step,
+            timings: face.timings,
+            attached: face.attachment.as_ref().is_some_and(AttachmentEnd::is_open),
+            ended: face.ended.clone(),
+        }
+    }
+
+    fn attach(
+        &self,
+        id: DesktopId,
+        kind: DisplayKind,
+        progress: &mut dyn FnMut(String),
+    ) -> Result<Attachment, HostError> {
+        let guest = self.inner.guest(id)?;
+        let slot = self.inner.slot(id);
+        if let Some(end) = lock(&slot.face).attachment.take() {
+            end.end(EndReason::TakenOver);
+        }
+        let what = || format!("cannot open the display of desktop {id}");
+        let stream =
+            guest.attach(kind, self.inner.config.attach_limit, progress).map_err(|e| e.into_host_error(what()))?;
+        let (attachment, end) =
+            Attachment::new(stream).map_err(|e| HostError::because(HostErrorKind::Failed, what(), e))?;
+        let mut face = lock(&slot.face);
+        if face.guest.is_none() {
+            return Err(HostError::new(HostErrorKind::NotFound, format!("desktop {id} was stopped")));
+        }
+        // Two clients may have asked at once: the later answer has the display.
+        if let Some(other) = face.attachment.replace(end) {
+            other.end(EndReason::TakenOver);
+        }
+        drop(face);
+        Ok(attachment)
+    }
+
+    fn exec(&self, id: DesktopId, request: ExecRequest) -> Result<ExecSession, HostError> {
+        let guest = self.inner.guest(id)?;
+        guest.exec(request).map_err(|e| e.into_host_error(format!("cannot run a program in desktop {id}")))
+    }
+
+    fn stats(&self, id: DesktopId) -> Result<Stats, HostError> {
+        self.inner.guest(id)?.stats().map_err(|e| e.into_host_error(format!("cannot ask desktop {id} for its figures")))
+    }
+
+    fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {
+        self.inner.parts.build_image(recipe, progress)
+    }
+
+    fn images(&self) -> Result<Vec<ImageSummary>, HostError> {
+        self.inner.parts.images()
+    }
+}

@@ -1,0 +1,122 @@
+//! What this host can do, found by doing it, and what a no costs.
+
+use std::path::Path;
+
+use qvd_core::{Missing, Support};
+use qvd_storage::Store;
+use serde::Serialize;
+
+/// One answer about this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Probe {
+    /// What was tried.
+    pub name: String,
+    /// Whether no desktop can run without it.
+    pub required: bool,
+    /// Whether it works.
+    pub support: Support,
+    /// What is lost without it.
+    pub cost: String,
+    /// How to get it.
+    pub remedy: String,
+}
+
+/// What is known of a thing that was tried: whether desktops need it, what is
+/// lost without it, how to get it.
+struct Advice {
+    name: &'static str,
+    required: bool,
+    cost: &'static str,
+    remedy: &'static str,
+}
+
+const ADVICE: &[Advice] = &[
+    Advice {
+        name: "id-mapped layers",
+        required: true,
+        cost: "desktops cannot each have user ids of their own on one image",
+        remedy: "use Linux 5.19 or later, and ext4, xfs or btrfs for the state directory",
+    },
+    Advice {
+        name: "volatile roots",
+        required: false,
+        cost: "a desktop that stops may wait for the disk",
+        remedy: "use Linux 5.10 or later",
+    },
+    Advice {
+        name: "reflink",
+        required: false,
+        cost: "the first write to a large file of an image copies it",
+        remedy: "put the state directory on xfs or btrfs",
+    },
+    Advice {
+        name: "processor limits",
+        required: false,
+        cost: "one desktop can take all processors",
+        remedy: "enable the cpu controller of cgroups",
+    },
+    Advice {
+        name: "way out (nftables NAT, IPv4 forwarding)",
+        required: false,
+        cost: "desktops cannot be let out to other networks",
+        remedy: "load the kernel's nftables NAT support, and install nftables",
+    },
+    Advice {
+        name: "image building (mmdebstrap)",
+        required: false,
+        cost: "images cannot be built on this host",
+        remedy: "install the package mmdebstrap",
+    },
+];
+
+/// Tries what desktops need of a host and of the file system that `root` is,
+/// or would be, on. Nothing is left of the trials.
+#[must_use]
+pub fn probe(root: &Path) -> Vec<Probe> {
+    let mut found = Vec::new();
+    match qvd_virt::probe() {
+        Ok(answers) => found.extend(answers),
+        Err(error) => found.push(("containers", Support::No(Missing::Privilege(format!("try namespaces: {error}"))))),
+    }
+    for answer in qvd_net::probe() {
+        if !found.iter().any(|(name, _)| *name == answer.0) {
+            found.push(answer);
+        }
+    }
+    found.extend(storage(root));
+    found.into_iter().map(|(name, support)| advise(name, support)).collect()
+}
+
+fn advise(name: &str, support: Support) -> Probe {
+    let usual = Advice {
+        name: "",
+        required: true,
+        cost: "no desktop can run here",
+        remedy: "run as root on Linux 5.19 or later with namespaces, cgroups and nftables built in or loaded",
+    };
+    let advice = ADVICE.iter().find(|advice| advice.name == name).unwrap_or(&usual);
+    Probe {
+        name: name.to_owned(),
+        required: advice.required,
+        support,
+        cost: advice.cost.to_owned(),
+        remedy: advice.remedy.to_owned(),
+    }
+}
+
+/// Tries in a store of its own beside the real one, which a daemon may hold.
+fn storage(root: &Path) -> Vec<(&'static str, Support)> {
+    let there = root.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
+    let tried = tempfile::Builder::new()
+        .prefix(".qvd-probe-")
+        .tempdir_in(there)
+        .map_err(|e| e.to_string())
+        .and_then(|scratch| Store::open(scratch.path()).and_then(|store| store.probe()).map_err(|e| e.to_string()));
+    tried.unwrap_or_else(|error| {
+        vec![(
+            "overlayfs",
+            Support::No(Missing::Filesystem(format!("room for a trial below `{}`: {error}", there.display()))),
+        )]
+    })
+}
