@@ -30,21 +30,39 @@ pub(crate) struct Place {
     cgroup: Cgroup,
     id: DesktopId,
     ids: UidRange,
+    /// Whether the number is ours: until the cgroup is gone.
+    claimed: bool,
 }
 
 impl Place {
     pub(crate) const fn new(shared: Arc<Shared>, cgroup: Cgroup, id: DesktopId, ids: UidRange) -> Self {
-        Self { shared, cgroup, id, ids }
+        Self { shared, cgroup, id, ids, claimed: true }
+    }
+
+    fn close(&mut self) -> Result<(), Error> {
+        self.cgroup.close()?;
+        self.release();
+        Ok(())
+    }
+
+    fn leave(&mut self) {
+        self.cgroup.leave();
+        self.release();
+    }
+
+    fn release(&mut self) {
+        if std::mem::take(&mut self.claimed) {
+            self.shared.release(self.id);
+        }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // The cgroup first: until it is gone, the number is taken.
-        if let Err(error) = self.cgroup.close() {
+        if let Err(error) = self.close() {
             tracing::warn!(desktop = %self.id, %error, "container left behind");
+            self.release();
         }
-        self.shared.release(self.id);
     }
 }
 
@@ -209,7 +227,7 @@ impl Container {
     /// As [`Container::record`]; then it is killed, as nobody could adopt it.
     pub fn detach(mut self) -> Result<ContainerRecord, Error> {
         let record = self.record()?;
-        self.place.cgroup.leave();
+        self.place.leave();
         Ok(record)
     }
 
@@ -236,7 +254,7 @@ impl Container {
         if self.wait(KILLED_WITHIN)?.is_none() {
             return Err(Error::Timeout { op: format!("kill desktop {id}"), limit: KILLED_WITHIN });
         }
-        self.place.cgroup.close()
+        self.place.close()
     }
 }
 

@@ -1,0 +1,6 @@
+//! Containers as their users and their inmates see them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
+
+mod bed;
+mod confinement;
+mod lifecycle;
