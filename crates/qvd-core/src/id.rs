@@ -73,10 +73,25 @@ impl FromStr for DesktopId {
 pub struct Instance(u16);
 
 impl Instance {
-    /// Makes one of a number, normally a hash of the state directory's path.
+    /// Makes one of a number.
     #[must_use]
     pub const fn new(number: u16) -> Self {
         Self(number)
+    }
+
+    /// The instance of the installation that keeps its state in the directory
+    /// of this absolute path: the same in every version of this library.
+    ///
+    /// FNV-1a of 64 bits, folded to 16. The standard library does not promise
+    /// that its hashes stay the same. Source:
+    /// datatracker.ietf.org/doc/html/draft-eastlake-fnv.
+    #[must_use]
+    pub fn of_root(path: &[u8]) -> Self {
+        let full = path.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let [a, b, c, d, e, f, g, h] = full.to_be_bytes();
+        Self(u16::from_be_bytes([a ^ c ^ e ^ g, b ^ d ^ f ^ h]))
     }
 
     /// Name of the bridge: `qvd1a2b`.
@@ -264,6 +279,12 @@ mod tests {
         let longest = Instance::new(0xffff).link_name(DesktopId::new(DesktopId::MAX).unwrap());
         // Source: Linux `include/uapi/linux/if.h`, IFNAMSIZ 16 with the NUL.
         assert!(longest.len() <= 15, "{longest}");
+    }
+
+    #[test]
+    fn an_installation_keeps_its_name() {
+        // An upgraded program has to find what the older one left.
+        assert_eq!(Instance::of_root(b"/srv/qvd").to_string(), "18a0");
     }
 
     #[test]

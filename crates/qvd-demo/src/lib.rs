@@ -3,7 +3,9 @@
 //! demonstration runs on it, and so do the tests of the whole.
 #![forbid(unsafe_code)]
 
+mod browser;
 pub mod rfb;
 mod server;
 
+pub use browser::{Browser, Display};
 pub use server::{Server, Setup};

@@ -159,6 +159,20 @@ impl Server {
         Ok(())
     }
 
+    /// Waits for an interrupt from the keyboard, which the terminal sends to
+    /// the server as well, and for the server's end.
+    ///
+    /// # Errors
+    /// As [`Server::stop`].
+    pub fn wait_for_interrupt(mut self) -> anyhow::Result<()> {
+        let mut child = self.child.take().context("the server is gone")?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(tokio::signal::ctrl_c())?;
+        let status = child.wait()?;
+        ensure!(status.success(), "`qvd up` ended with {status}");
+        Ok(())
+    }
+
     fn terminate(&self) -> anyhow::Result<()> {
         let child = self.child.as_ref().context("the server is gone")?;
         let pid = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw).context("no process id")?;

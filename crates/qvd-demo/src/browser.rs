@@ -1,0 +1,200 @@
+//! A signed-in browser: cookies, forms and the display's WebSocket.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::{Context as _, bail, ensure};
+use futures_util::{SinkExt as _, StreamExt as _};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    header,
+};
+use hyper_util::rt::TokioIo;
+use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
+use tokio::{io::DuplexStream, net::TcpStream, task::JoinHandle};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{Message, client::IntoClientRequest as _, protocol::CloseFrame},
+};
+
+use crate::rfb::Rfb;
+
+/// A browser with one server's cookie.
+#[derive(Debug, Clone)]
+pub struct Browser {
+    authority: String,
+    tls: Arc<rustls::ClientConfig>,
+    cookie: Option<String>,
+}
+
+/// An open display, and how it closed once it did.
+#[derive(Debug)]
+pub struct Display {
+    /// The screen.
+    pub rfb: Rfb<DuplexStream>,
+    pump: JoinHandle<anyhow::Result<Option<CloseFrame>>>,
+}
+
+impl Browser {
+    /// A browser that trusts the server's certificate and no other.
+    ///
+    /// # Errors
+    /// The address is no `https://HOST:PORT`, or the file holds no certificate.
+    pub fn new(url: &str, certificate: &Path) -> anyhow::Result<Self> {
+        let authority = url.strip_prefix("https://").with_context(|| format!("`{url}` is no https address"))?;
+        let mut roots = rustls::RootCertStore::empty();
+        for certificate in CertificateDer::pem_file_iter(certificate)
+            .with_context(|| format!("cannot read `{}`", certificate.display()))?
+        {
+            roots.add(certificate?)?;
+        }
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let tls = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        Ok(Self { authority: authority.trim_end_matches('/').to_owned(), tls: Arc::new(tls), cookie: None })
+    }
+
+    async fn connect(&self) -> anyhow::Result<TlsStream<TcpStream>> {
+        let tcp =
+            TcpStream::connect(&self.authority).await.with_context(|| format!("cannot reach {}", self.authority))?;
+        tcp.set_nodelay(true)?;
+        let host = self.authority.rsplit_once(':').map_or(&*self.authority, |(host, _)| host);
+        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())?;
+        Ok(TlsConnector::from(Arc::clone(&self.tls)).connect(name, tcp).await?)
+    }
+
+    async fn send(&self, method: Method, path: &str, form: Option<String>) -> anyhow::Result<Response<Incoming>> {
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(self.connect().await?)).await?;
+        tokio::spawn(connection);
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, &self.authority)
+            .header(header::ORIGIN, format!("https://{}", self.authority));
+        if let Some(cookie) = &self.cookie {
+            request = request.header(header::COOKIE, cookie);
+        }
+        if form.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/x-www-form-urlencoded");
+        }
+        Ok(sender.send_request(request.body(Full::new(Bytes::from(form.unwrap_or_default())))?).await?)
+    }
+
+    /// Loads a page and returns its status and text.
+    ///
+    /// # Errors
+    /// The server did not answer.
+    pub async fn page(&self, path: &str) -> anyhow::Result<(StatusCode, String)> {
+        let response = self.send(Method::GET, path, None).await?;
+        let status = response.status();
+        let body = response.into_body().collect().await?.to_bytes();
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    }
+
+    /// Fills in the form and keeps the cookie.
+    ///
+    /// # Errors
+    /// The server refused; the error holds what its page says.
+    pub async fn sign_in(&mut self, user: &str, password: &str) -> anyhow::Result<()> {
+        let response = self.send(Method::GET, "/sign-in", None).await?;
+        self.take_cookie(&response)?;
+        let page = String::from_utf8(response.into_body().collect().await?.to_bytes().to_vec())?;
+        let csrf = between(&page, r#"name="csrf" value=""#, "\"").context("the sign-in page has no form")?;
+        let form = [("csrf", csrf), ("next", ""), ("user", user), ("password", password)]
+            .map(|(name, value)| format!("{name}={}", escape(value)))
+            .join("&");
+        let response = self.send(Method::POST, "/sign-in", Some(form)).await?;
+        self.take_cookie(&response)?;
+        if response.status() != StatusCode::SEE_OTHER {
+            let status = response.status();
+            let page = String::from_utf8_lossy(&response.into_body().collect().await?.to_bytes()).into_owned();
+            bail!(
+                "sign-in refused ({status}): {}",
+                between(&page, r#"id="problem">"#, "<").unwrap_or("no reason given")
+            );
+        }
+        Ok(())
+    }
+
+    fn take_cookie<B>(&mut self, response: &Response<B>) -> anyhow::Result<()> {
+        for cookie in response.headers().get_all(header::SET_COOKIE) {
+            let pair = cookie.to_str()?.split(';').next().unwrap_or_default();
+            self.cookie = Some(pair.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Opens a desktop's display, starting the desktop if need be.
+    ///
+    /// # Errors
+    /// The server refused, or what it speaks is no RFB.
+    pub async fn open(&self, desktop: u32, width: u16, height: u16) -> anyhow::Result<Display> {
+        let cookie = self.cookie.as_deref().context("not signed in")?;
+        let url = format!("wss://{}/desktops/{desktop}/display?width={width}&height={height}", self.authority);
+        let mut request = url.into_client_request()?;
+        request.headers_mut().insert(header::COOKIE, cookie.parse()?);
+        request.headers_mut().insert(header::ORIGIN, format!("https://{}", self.authority).parse()?);
+        request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, "binary".parse()?);
+        let (socket, response) = tokio_tungstenite::client_async(request, self.connect().await?).await?;
+        ensure!(response.status() == StatusCode::SWITCHING_PROTOCOLS, "no display: {}", response.status());
+        let (near, far) = tokio::io::duplex(1 << 20);
+        let pump = tokio::spawn(pump(socket, far));
+        Ok(Display { rfb: Rfb::handshake(near).await?, pump })
+    }
+}
+
+impl Display {
+    /// Waits until the server closes the display, and tells how.
+    ///
+    /// # Errors
+    /// The connection broke instead.
+    pub async fn closed(mut self) -> anyhow::Result<Option<CloseFrame>> {
+        // Reading on is what a browser does; the updates that come are let go.
+        while self.rfb.update(true).await.is_ok() {}
+        self.pump.await?
+    }
+
+    /// Leaves, as a closed tab does.
+    pub fn leave(self) {
+        self.pump.abort();
+    }
+}
+
+/// Copies between the WebSocket's binary messages and a byte stream.
+async fn pump(
+    mut socket: WebSocketStream<TlsStream<TcpStream>>,
+    stream: DuplexStream,
+) -> anyhow::Result<Option<CloseFrame>> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let (mut read, mut write) = tokio::io::split(stream);
+    let mut bytes = vec![0; 1 << 16];
+    loop {
+        tokio::select! {
+            got = read.read(&mut bytes) => match got? {
+                0 => { socket.close(None).await?; return Ok(None); }
+                n => socket.send(Message::Binary(Bytes::copy_from_slice(&bytes[..n]))).await?,
+            },
+            message = socket.next() => match message.transpose()? {
+                Some(Message::Binary(data)) => write.write_all(&data).await?,
+                Some(Message::Close(frame)) => return Ok(frame),
+                Some(_) => {}
+                None => return Ok(None),
+            },
+        }
+    }
+}
+
+fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
+    Some(text.split_once(before)?.1.split_once(after)?.0)
+}
+
+/// Percent-encodes all but what never needs it (RFC 3986, section 2.3).
+fn escape(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~".contains(&b);
+    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}
