@@ -263,7 +263,7 @@ mod tests {
     fn global_options_stand_anywhere() {
         for line in ["qvd --json --root /x desktop ls", "qvd desktop ls --json --root /x"] {
             let cli = parse(line).unwrap();
-            assert!(cli.global.json && cli.global.root == PathBuf::from("/x"), "{line}");
+            assert!(cli.global.json && cli.global.root.as_os_str() == "/x", "{line}");
         }
     }
 

@@ -9,10 +9,10 @@ use std::{
 };
 
 use anyhow::Context;
-use qvd_gateway::api::{Client, ExecInput, ExecOutput, ExecReader, ExecWriter};
+use qvd_gateway::api::{Client, ExecOutput, ExecReader, ExecWriter};
 use qvd_guest::{ExecRequest, Exit};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 
@@ -36,12 +36,8 @@ pub(crate) async fn run(client: &Client, command: cli::Exec) -> anyhow::Result<E
         variables.extend(env::var("TERM").ok().map(|term| ("TERM".to_owned(), term)));
     }
     variables.extend(command.env);
-    let request = ExecRequest {
-        argv: command.command,
-        env: variables,
-        root: command.as_root,
-        tty: tty.then(terminal::size),
-    };
+    let request =
+        ExecRequest { argv: command.command, env: variables, root: command.as_root, tty: tty.then(terminal::size) };
     let (writer, reader) = client.exec(command.id, &request).await?;
     let raw = if tty && interactive { Some(Raw::enter().context("cannot set up the terminal")?) } else { None };
     let ended = tokio::select! {
@@ -69,6 +65,8 @@ async fn output(mut reader: ExecReader) -> anyhow::Result<Exit> {
             ExecOutput::Stdout(bytes) => print(&mut io::stdout(), &bytes),
             ExecOutput::Stderr(bytes) => print(&mut io::stderr(), &bytes),
             ExecOutput::Exit(exit) => return Ok(exit),
+            // News that a later daemon may have, and nothing to print.
+            _ => Ok(()),
         };
         written.context("cannot write the program's output")?;
     }
@@ -79,40 +77,77 @@ fn print(to: &mut dyn Write, bytes: &[u8]) -> io::Result<()> {
     to.flush()
 }
 
-/// Sends what is typed, the terminal's size and our signals, until it fails.
+/// Sends what is typed, the terminal's size and our signals; returns only when
+/// it cannot learn of those.
 async fn input(mut writer: ExecWriter, tty: bool) -> anyhow::Error {
-    match send_all(&mut writer, tty).await {
-        Ok(never) => match never {},
-        Err(error) => error,
+    let mut sources = match Sources::new(tty) {
+        Ok(sources) => sources,
+        Err(error) => return anyhow::Error::new(error).context("cannot watch the terminal"),
+    };
+    loop {
+        let sent = match sources.next().await {
+            Input::Bytes(bytes) if bytes.is_empty() => writer.end_stdin().await,
+            Input::Bytes(bytes) => writer.stdin(&bytes).await,
+            Input::Resized((rows, columns)) => writer.resize(rows, columns).await,
+            Input::Signal(kind) => writer.signal(kind.as_raw_value()).await,
+        };
+        if let Err(error) = sent {
+            // The program ended while we wrote, or the daemon did: the reader
+            // learns which.
+            tracing::debug!(%error, "input goes nowhere");
+            return std::future::pending().await;
+        }
     }
 }
 
-async fn send_all(writer: &mut ExecWriter, tty: bool) -> anyhow::Result<std::convert::Infallible> {
-    let cannot = "cannot watch for signals";
-    let mut resized = signal(SignalKind::window_change()).context(cannot)?;
-    // On a terminal these arrive as keys.
-    let mut interrupted = signal(SignalKind::interrupt()).context(cannot)?;
-    let mut terminated = signal(SignalKind::terminate()).context(cannot)?;
-    let mut hung_up = signal(SignalKind::hangup()).context(cannot)?;
-    let mut stdin = Some(standard_input().context("cannot read standard input")?);
-    loop {
-        let next = tokio::select! {
-            chunk = async { match &mut stdin { Some(stdin) => stdin.recv().await, None => std::future::pending().await } } => {
-                let chunk = chunk.unwrap_or_default();
-                if chunk.is_empty() {
-                    stdin = None;
-                }
-                ExecInput::Stdin(chunk)
+/// What goes to the program.
+enum Input {
+    /// Standard input; empty at its end.
+    Bytes(Vec<u8>),
+    Resized((u16, u16)),
+    Signal(SignalKind),
+}
+
+struct Sources {
+    tty: bool,
+    stdin: Option<mpsc::Receiver<Vec<u8>>>,
+    resized: Signal,
+    interrupted: Signal,
+    terminated: Signal,
+    hung_up: Signal,
+}
+
+impl Sources {
+    fn new(tty: bool) -> io::Result<Self> {
+        Ok(Self {
+            tty,
+            stdin: Some(standard_input()?),
+            resized: signal(SignalKind::window_change())?,
+            interrupted: signal(SignalKind::interrupt())?,
+            terminated: signal(SignalKind::terminate())?,
+            hung_up: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> Input {
+        let stdin = &mut self.stdin;
+        let bytes = async {
+            match stdin {
+                Some(stdin) => stdin.recv().await.unwrap_or_default(),
+                None => std::future::pending().await,
             }
-            Some(()) = resized.recv(), if tty => {
-                let (rows, columns) = terminal::size();
-                ExecInput::Resize { rows, columns }
-            }
-            Some(()) = interrupted.recv() => ExecInput::Signal(SignalKind::interrupt().as_raw_value()),
-            Some(()) = terminated.recv() => ExecInput::Signal(SignalKind::terminate().as_raw_value()),
-            Some(()) = hung_up.recv() => ExecInput::Signal(SignalKind::hangup().as_raw_value()),
         };
-        writer.send(next).await?;
+        let input = tokio::select! {
+            bytes = bytes => Input::Bytes(bytes),
+            Some(()) = self.resized.recv(), if self.tty => Input::Resized(terminal::size()),
+            Some(()) = self.interrupted.recv() => Input::Signal(SignalKind::interrupt()),
+            Some(()) = self.terminated.recv() => Input::Signal(SignalKind::terminate()),
+            Some(()) = self.hung_up.recv() => Input::Signal(SignalKind::hangup()),
+        };
+        if matches!(&input, Input::Bytes(bytes) if bytes.is_empty()) {
+            self.stdin = None;
+        }
+        input
     }
 }
 

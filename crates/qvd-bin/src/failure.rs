@@ -4,7 +4,7 @@ use std::{io, io::Write, process::ExitCode};
 
 use anyhow::Error;
 use qvd_farm::{ErrorKind, FarmError};
-use qvd_gateway::GatewayError;
+use qvd_gateway::{GatewayError, api::ClientError};
 use qvd_node::{HostError, HostErrorKind};
 use serde_json::json;
 
@@ -81,10 +81,55 @@ fn exit_of_one(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             _ => Some(Exit::Failed),
         };
     }
+    if let Some(error) = error.downcast_ref::<qvd_storage::Error>() {
+        return match error.kind() {
+            qvd_storage::ErrorKind::Invalid => Some(Exit::Usage),
+            qvd_storage::ErrorKind::NotFound => Some(Exit::NotFound),
+            qvd_storage::ErrorKind::Busy => Some(Exit::Busy),
+            qvd_storage::ErrorKind::Unsupported => Some(Exit::Unsupported),
+            _ => Some(Exit::Failed),
+        };
+    }
+    if error.is::<qvd_storage::RecipeError>() {
+        return Some(Exit::Usage);
+    }
+    if let Some(error) = error.downcast_ref::<ClientError>() {
+        return Some(error.code().map_or(Exit::Failed, exit_of_code));
+    }
     match error.downcast_ref::<GatewayError>()? {
         GatewayError::PortInUse { .. } => Some(Exit::Busy),
         _ => Some(Exit::Failed),
     }
+}
+
+/// The status that fits a word of the daemon's: a failure half-way has no HTTP
+/// status of its own, so the words decide everywhere.
+fn exit_of_code(code: &str) -> Exit {
+    match code {
+        "not_found" => Exit::NotFound,
+        "busy" | "conflict" | "too_many_attempts" | "user_has_desktops" | "desktop_removing" | "desktop_blocked" => {
+            Exit::Busy
+        }
+        "invalid" => Exit::Usage,
+        "unsupported" => Exit::Unsupported,
+        _ if code.starts_with("unknown_") => Exit::NotFound,
+        _ if code.starts_with("invalid_") => Exit::Usage,
+        _ if code.ends_with("_taken") || code.ends_with("_exists") => Exit::Busy,
+        _ => Exit::Failed,
+    }
+}
+
+/// The error and its causes, those that the daemon tells of included.
+fn message(error: &Error) -> String {
+    let mut message = format!("{error:#}");
+    for client in error.chain().filter_map(|e| e.downcast_ref::<ClientError>()) {
+        match client {
+            ClientError::Refused { info, .. } => info.cause.iter().for_each(|cause| message += &format!(": {cause}")),
+            ClientError::Connect { .. } => message += "; does `qvd up` run?",
+            _ => {}
+        }
+    }
+    one_line(&message)
 }
 
 /// Tells why a command failed and what its status is.
@@ -96,7 +141,7 @@ pub(crate) fn report(error: &Error, output: &Output) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let exit = exit_of(error);
-    say(&one_line(&format!("{error:#}")), exit, output.is_json());
+    say(&message(error), exit, output.is_json());
     exit.into()
 }
 
@@ -158,6 +203,6 @@ mod tests {
     #[test]
     fn an_error_is_one_line_with_its_causes() {
         let error = in_context(io::Error::other("first\nsecond"));
-        assert_eq!(one_line(&format!("{error:#}")), "cannot start desktop 7: first second");
+        assert_eq!(message(&error), "cannot start desktop 7: first second");
     }
 }

@@ -2,20 +2,29 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod doctor;
+mod exec;
 mod failure;
 mod generate;
+mod image;
+mod logging;
 mod output;
 mod password;
 mod paths;
+mod remote;
 mod terminal;
+mod up;
 
 use std::{ffi::OsString, process::ExitCode};
 
+use anyhow::Context;
 use clap::Parser;
+use tracing_subscriber::filter::LevelFilter;
 
-use cli::{Cli, Command};
+use cli::{Cli, Command, Global};
 pub use failure::Exit;
 use output::Output;
+use paths::Paths;
 
 /// Carries out a command line, its first word being the program's name.
 ///
@@ -26,18 +35,33 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error, args.iter().any(|arg| arg == "--json")),
     };
-    let mut output = Output::new(cli.global.json);
-    match dispatch(cli, &mut output) {
+    let output = Output::new(cli.global.json);
+    let level = if matches!(cli.command, Command::Up(_)) { LevelFilter::INFO } else { LevelFilter::WARN };
+    logging::start(level, cli.global.verbose, cli.global.json);
+    match dispatch(&cli.global, cli.command, &output) {
         Ok(code) => code,
         Err(error) => failure::report(&error, &output),
     }
 }
 
-fn dispatch(cli: Cli, output: &mut Output) -> anyhow::Result<ExitCode> {
-    match cli.command {
+fn dispatch(global: &Global, command: Command, output: &Output) -> anyhow::Result<ExitCode> {
+    let paths = || {
+        Paths::of(&global.root).with_context(|| format!("cannot find the state directory `{}`", global.root.display()))
+    };
+    match command {
+        Command::Up(up) => up::run(&paths()?, &up, output)?,
+        Command::Doctor => return doctor::run(&paths()?, output),
         Command::Completions { shell } => generate::completions(shell, output)?,
         Command::Man { directory } => generate::man(&directory, output)?,
-        _ => anyhow::bail!("x"),
+        Command::Image(command) => image::run(&paths()?, global.server.as_deref(), command, output)?,
+        Command::Desktop(command) => {
+            let client = remote::connect(&paths()?, global.server.as_deref())?;
+            return remote::wait(remote::desktop(&client, command, output))?;
+        }
+        Command::User(command) => {
+            let client = remote::connect(&paths()?, global.server.as_deref())?;
+            remote::wait(remote::user(&client, command, output))??;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

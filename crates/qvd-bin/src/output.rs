@@ -33,7 +33,11 @@ impl Output {
     }
 
     /// Prints `value` as one line of JSON, or the `text` made of it.
-    pub(crate) fn result<T: Serialize + ?Sized>(&self, value: &T, text: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+    pub(crate) fn result<T: Serialize + ?Sized>(
+        &self,
+        value: &T,
+        text: impl FnOnce(&T) -> String,
+    ) -> anyhow::Result<()> {
         let line = if self.json { serde_json::to_string(value).context("cannot write JSON")? } else { text(value) };
         self.line(&line)
     }

@@ -45,9 +45,9 @@ impl Paths {
 ///
 /// Source: datatracker.ietf.org/doc/html/draft-eastlake-fnv.
 fn hash(bytes: &[u8]) -> u16 {
-    let full = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let full = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
     let [a, b, c, d, e, f, g, h] = full.to_be_bytes();
     u16::from_be_bytes([a ^ c ^ e ^ g, b ^ d ^ f ^ h])
 }

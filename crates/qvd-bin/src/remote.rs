@@ -1,19 +1,42 @@
 //! Commands that the daemon carries out.
 
-use std::{process::ExitCode, time::Duration};
+use std::{future::Future, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use qvd_core::{DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy};
 use qvd_farm::{DesktopInfo, OwnedDesktops};
-use qvd_gateway::api::{Client, dto::CreateDesktop};
+use qvd_gateway::api::{
+    Client,
+    dto::{AddUser, CreateDesktop, SetPassword},
+};
 use serde_json::json;
+use tokio::runtime;
 
 use crate::{
     cli::{Create, Desktop, Image, User},
-    exec, image,
+    exec,
+    failure::{Exit, Refusal},
+    image,
     output::{Output, age},
     password::{self, Password},
+    paths::Paths,
 };
+
+/// A client of the daemon at `server`, or of the one of this installation.
+pub(crate) fn connect(paths: &Paths, server: Option<&Path>) -> anyhow::Result<Client> {
+    let socket = server.map_or_else(|| paths.socket(), Path::to_owned);
+    if socket.as_os_str().as_encoded_bytes().starts_with(b"https://") {
+        let text = format!("cannot use `{}`: --server takes the path of a unix socket on this host", socket.display());
+        return Err(Refusal::new(Exit::Usage, text).into());
+    }
+    Ok(Client::unix(&socket))
+}
+
+/// Runs a command's future to its end.
+pub(crate) fn wait<F: Future>(command: F) -> anyhow::Result<F::Output> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
+    Ok(runtime.block_on(command))
+}
 
 /// Carries out a command about images.
 pub(crate) async fn image(client: &Client, command: Image, output: &Output) -> anyhow::Result<()> {
@@ -24,7 +47,7 @@ pub(crate) async fn image(client: &Client, command: Image, output: &Output) -> a
             let progress = output.progress();
             let built = client.build_image(&path, |line| progress.say(line)).await?;
             drop(progress);
-            image::built(&built, output)
+            image::show_built(&built, output)
         }
         Image::Ls => image::list(&client.images().await?, output),
     }
@@ -55,7 +78,7 @@ pub(crate) async fn desktop(client: &Client, command: Desktop, output: &Output) 
         Desktop::Show { id } => output.result(&client.desktop(id).await?, details)?,
         Desktop::Start { id } => {
             let progress = output.progress();
-            let timings = client.start(id, |text| progress.say(text)).await?;
+            let timings = client.start(id, |_, text| progress.say(text)).await?;
             drop(progress);
             let session = Duration::from_micros(timings.session_us);
             output.result(&timings, |_| format!("desktop {id} is ready after {} ms", session.as_millis()))?;
@@ -135,10 +158,10 @@ pub(crate) async fn user(client: &Client, command: User, output: &Output) -> any
     match command {
         User::Add { name, admin, password } => {
             let password = password::obtain(&password)?;
-            let user = client.add_user(&name, &password.secret, admin).await?;
+            let user = client.add_user(&AddUser { name, password: password.secret.clone(), admin }).await?;
             let mut json = serde_json::to_value(&user).context("cannot write JSON")?;
             with_password(&mut json, &password);
-            output.result(&json, |_| shown(&password, format!("user {name} added")))
+            output.result(&json, |_| shown(&password, format!("user {} added", user.name)))
         }
         User::Ls => output.table(&client.users().await?, ["NAME", "ROLE", "AGE"], |user| {
             let role = if user.admin { "administrator" } else { "user" };
@@ -151,7 +174,8 @@ pub(crate) async fn user(client: &Client, command: User, output: &Output) -> any
         }
         User::Passwd { name, password } => {
             let password = password::obtain(&password)?;
-            client.set_password(&name, &password.secret).await?;
+            let set = SetPassword { password: password.secret.clone(), current: None };
+            client.set_password(&name, &set).await?;
             let mut json = json!({ "name": name, "done": "password set" });
             with_password(&mut json, &password);
             output.result(&json, |_| shown(&password, format!("password of {name} set")))

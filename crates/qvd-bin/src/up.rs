@@ -1,23 +1,27 @@
 //! The daemon: everything on one machine.
 
 use std::{
-    fs, io,
+    env, fs,
+    future::Future,
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    process::ExitCode,
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context;
+use qvd_core::DesktopState;
 use qvd_farm::Farm;
 use qvd_gateway::{
-    ConnectionLimits, Gateway, GatewayConfig, TlsSource,
-    api::{ApiState, serve_unix},
+    ConnectionLimits, Gateway, GatewayConfig, GatewayError, TlsSource,
+    api::{self, ApiState, UnixDoor},
 };
 use qvd_node::{Node, NodeConfig};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::{
+    runtime,
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
@@ -32,3 +36,175 @@ use crate::{
 /// How long the programs of a desktop have to end by themselves when the
 /// daemon takes its desktops with it.
 const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// Runs everything until SIGINT or SIGTERM.
+pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Refusal::new(Exit::Unsupported, "cannot run desktops: this takes root").into());
+    }
+    let init = find_init(args.init.as_deref())?;
+    is_free(args.listen)?;
+    raise_descriptor_limit();
+    for directory in [&paths.root, &paths.run] {
+        private_directory(directory)?;
+    }
+    let runtime = runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+
+    let mut config = NodeConfig::new(&paths.root, &paths.run, init, paths.instance);
+    config.network.internet = args.internet;
+    let node = Node::open(config).context("cannot open this host")?;
+    let served = runtime.block_on(serve(Arc::clone(&node), paths, args, output));
+    let keep = match &served {
+        _ if args.ephemeral => false,
+        Ok(some_run) => *some_run,
+        // What was adopted has to stay when nobody knows whether it runs.
+        Err(_) => runtime.block_on(some_run(&node, paths)).unwrap_or(true),
+    };
+    // Where no desktop is left, neither is a network for them.
+    let ended = if keep { Ok(()) } else { node.shut_down(STOP_GRACE).context("cannot take everything down") };
+    served.map(drop).and(ended)
+}
+
+/// Serves until a signal; then says whether a desktop runs.
+async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Result<bool> {
+    let farm = Farm::open(&database(paths), node).await?;
+    let door = UnixDoor::bind(&paths.socket()).await?;
+    let gateway = Gateway::bind(gateway_config(paths, args), farm.clone()).await?;
+    let (stop, stopped) = watch::channel(false);
+    let signals = signals()?;
+
+    let url = format!("https://{}", reachable(gateway.local_addr()));
+    let ready = json!({ "url": url, "socket": paths.socket(), "root": paths.root });
+    output.result(&ready, |_| format!("listening on {url}"))?;
+
+    let until = |mut stopped: watch::Receiver<bool>| async move {
+        // A sender that is gone has stopped too.
+        drop(stopped.wait_for(|stopped| *stopped).await);
+    };
+    let router = api::router(ApiState { farm: farm.clone() });
+    let ((), closed, ()) =
+        tokio::join!(gateway.serve(until(stopped.clone())), door.serve(router, until(stopped)), async {
+            tracing::info!(signal = signals.await, "stopping");
+            stop.send_replace(true);
+        },);
+    let running = any_running(&farm).await?;
+    farm.close().await;
+    closed?;
+    Ok(running)
+}
+
+async fn some_run(node: &Arc<Node>, paths: &Paths) -> anyhow::Result<bool> {
+    let farm = Farm::open(&database(paths), Arc::clone(node) as _).await?;
+    let running = any_running(&farm).await?;
+    farm.close().await;
+    Ok(running)
+}
+
+async fn any_running(farm: &Farm) -> anyhow::Result<bool> {
+    Ok(farm.desktop_infos(None).await?.iter().any(|info| info.status.state != DesktopState::Stopped))
+}
+
+fn database(paths: &Paths) -> PathBuf {
+    paths.root.join("qvd.sqlite")
+}
+
+fn gateway_config(paths: &Paths, args: &cli::Up) -> GatewayConfig {
+    let tls = match (&args.tls_cert, &args.tls_key) {
+        (Some(certificate), Some(key)) => TlsSource::Files { certificate: certificate.clone(), key: key.clone() },
+        _ => TlsSource::SelfSigned { directory: paths.root.join("tls") },
+    };
+    GatewayConfig { listen: args.listen, tls, hosts: args.host.clone(), limits: ConnectionLimits::default() }
+}
+
+/// Resolves to the name of the signal that ends the daemon.
+fn signals() -> anyhow::Result<impl Future<Output = &'static str>> {
+    let cannot = "cannot watch for signals";
+    let mut interrupt = signal(SignalKind::interrupt()).context(cannot)?;
+    let mut terminate = signal(SignalKind::terminate()).context(cannot)?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => "SIGINT",
+            _ = terminate.recv() => "SIGTERM",
+        }
+    })
+}
+
+/// The static init: the one named, or the one beside this program.
+fn find_init(named: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let path = match named {
+        Some(path) => std::path::absolute(path).context("cannot find the init for desktops")?,
+        None => env::current_exe().context("cannot find this program")?.with_file_name("qvd-init"),
+    };
+    match fs::metadata(&path) {
+        Ok(found) if found.is_file() => Ok(path),
+        _ => {
+            let text = format!("cannot find the init for desktops at `{}`: name it with --init", path.display());
+            Err(Refusal::new(Exit::Unsupported, text).into())
+        }
+    }
+}
+
+/// Refuses a port in use before anything of the host is touched.
+fn is_free(listen: SocketAddr) -> Result<(), GatewayError> {
+    TcpListener::bind(listen).map(drop).map_err(|source| match source.kind() {
+        std::io::ErrorKind::AddrInUse => GatewayError::PortInUse { address: listen, source },
+        _ => GatewayError::Listen { address: listen, source },
+    })
+}
+
+/// Each desktop takes a few descriptors; the usual limit of 1024 is for programs
+/// that use `select`.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, "the number of open files stays limited");
+    }
+}
+
+/// Makes a directory that root alone may enter; one that exists stays as it is.
+fn private_directory(path: &Path) -> anyhow::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make the directory `{}`", path.display()))
+}
+
+/// An address that a browser can use: a listener on all of them has to name one.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    if !address.ip().is_unspecified() {
+        return address;
+    }
+    // Connecting a UDP socket sends nothing; it asks the routing table which
+    // address of ours leads out. The target is reserved for documentation
+    // (RFC 5737).
+    let outward = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))
+        .and_then(|socket| socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9)).and_then(|()| socket.local_addr()));
+    let ip = outward.map_or_else(|_| Ipv4Addr::LOCALHOST.into(), |local| local.ip());
+    SocketAddr::new(ip, address.port())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_in_use_is_refused_by_name() {
+        let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = taken.local_addr().unwrap();
+        let error = is_free(address).unwrap_err();
+        assert!(matches!(error, GatewayError::PortInUse { .. }), "{error}");
+        drop(taken);
+        is_free(address).unwrap();
+    }
+
+    #[test]
+    fn the_address_shown_can_be_connected_to() {
+        let all = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8443));
+        assert!(!reachable(all).ip().is_unspecified());
+        assert_eq!(reachable(all).port(), 8443);
+        let one = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        assert_eq!(reachable(one), one);
+    }
+}
