@@ -40,8 +40,7 @@ pub(crate) fn server_config(source: &TlsSource, listen: IpAddr) -> Result<Arc<Se
     let chain = CertificateDer::pem_file_iter(&certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(|source| bad("read the certificate", &certificate, source))?;
-    let private =
-        PrivateKeyDer::from_pem_file(&key).map_err(|source| bad("read the private key", &key, source))?;
+    let private = PrivateKeyDer::from_pem_file(&key).map_err(|source| bad("read the private key", &key, source))?;
     let unfit = |source: rustls::Error| GatewayError::Certificate { path: certificate.clone(), source: source.into() };
     let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()
@@ -66,12 +65,9 @@ fn own_certificate(directory: &Path, listen: IpAddr) -> Result<(PathBuf, PathBuf
         let path = path.to_owned();
         move |source| GatewayError::Io { op, path, source }
     };
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .map_err(io("make the directory", directory))?;
-    let (certificate_pem, key_pem) = self_signed(&names(listen)).map_err(|error| GatewayError::MakeCertificate(error.into()))?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(io("make the directory", directory))?;
+    let (certificate_pem, key_pem) =
+        self_signed(&names(listen)).map_err(|error| GatewayError::MakeCertificate(error.into()))?;
     // The certificate goes first and comes last: it is there only beside the
     // key that belongs to it, whenever we are killed.
     match fs::remove_file(&certificate) {

@@ -11,7 +11,7 @@ use axum::{
 use qvd_farm::{Secret, SessionKind};
 
 use super::guard::{SESSION_COOKIE, SignedIn, cookie, same_origin};
-use crate::{api::Caller, server::Shared};
+use crate::{api::Caller, server::Shared, wire};
 
 /// Puts the [`Caller`] of a `Bearer` token or a session's cookie into the
 /// request; without one the API refuses what needs one.
@@ -20,7 +20,7 @@ pub(super) async fn caller(State(shared): State<Arc<Shared>>, mut request: Reque
     request.extensions_mut().remove::<Caller>();
     let headers = request.headers();
     let (token, kind) = match (bearer(headers), cookie(headers, SESSION_COOKIE)) {
-        (Some(token), _) => (Secret::from(token), SessionKind::Bearer),
+        (Some(token), _) => (token, SessionKind::Bearer),
         (None, Some(token)) => (Secret::from(token), SessionKind::Web),
         (None, None) => return next.run(request).await,
     };
@@ -35,7 +35,8 @@ pub(super) async fn caller(State(shared): State<Arc<Shared>>, mut request: Reque
     if kind == SessionKind::Web && !matches!(*request.method(), Method::GET | Method::HEAD) {
         let ours = same_origin(headers) == Some(true) || SignedIn { session, token }.allows(headers, None);
         if !ours {
-            let body = serde_json::json!({ "error": { "code": "csrf", "message": "another site sent this", "id": "" } });
+            let body =
+                serde_json::json!({ "error": { "code": "csrf", "message": "another site sent this", "id": "" } });
             return (StatusCode::FORBIDDEN, axum::Json(body)).into_response();
         }
     }
@@ -43,8 +44,11 @@ pub(super) async fn caller(State(shared): State<Arc<Shared>>, mut request: Reque
     next.run(request).await
 }
 
-fn bearer(headers: &HeaderMap) -> Option<&str> {
+/// The token of an `Authorization: Bearer`; what is no token of ours is one
+/// that nobody has.
+fn bearer(headers: &HeaderMap) -> Option<Secret> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+    let token = token.trim();
+    scheme.eq_ignore_ascii_case("bearer").then(|| wire::token(token).unwrap_or_else(|| Secret::from(token)))
 }

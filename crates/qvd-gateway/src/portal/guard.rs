@@ -66,7 +66,11 @@ pub(super) async fn around(State(shared): State<Arc<Shared>>, mut request: Reque
         headers.insert("x-request-id", value);
     }
     let (status, ms) = (response.status().as_u16(), began.elapsed().as_millis());
-    tracing::info!(reference = id, ?peer, %method, path, status, ms, "http request");
+    if path.starts_with("/assets/") || path == "/desktops/state" {
+        tracing::debug!(reference = id, ?peer, %method, path, status, ms, "http request");
+    } else {
+        tracing::info!(reference = id, ?peer, %method, path, status, ms, "http request");
+    }
     response
 }
 
@@ -74,7 +78,8 @@ pub(super) async fn around(State(shared): State<Arc<Shared>>, mut request: Reque
 fn host_is_ours(shared: &Shared, headers: &HeaderMap) -> bool {
     let Some(host) = host(headers) else { return false };
     let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.ends_with(']') { host } else { name });
-    shared.hosts.is_empty() || shared.hosts.iter().any(|ours| ours.eq_ignore_ascii_case(host) || ours.eq_ignore_ascii_case(name))
+    shared.hosts.is_empty()
+        || shared.hosts.iter().any(|ours| ours.eq_ignore_ascii_case(host) || ours.eq_ignore_ascii_case(name))
 }
 
 /// The one `Host` header, if it is an authority.

@@ -26,7 +26,9 @@ use sha2::{Digest as _, Sha256};
 use tokio::{sync::mpsc, time::timeout};
 
 use self::{
-    guard::{FORM_COOKIE, RequestId, SESSION_COOKIE, SignedIn, cookie, forget_cookie, same_origin, set_cookie, wants_json},
+    guard::{
+        FORM_COOKIE, RequestId, SESSION_COOKIE, SignedIn, cookie, forget_cookie, same_origin, set_cookie, wants_json,
+    },
     pages::{is_own_page, refusal, render},
 };
 use crate::{
@@ -116,7 +118,11 @@ fn with_cookies(mut response: Response, cookies: &[String]) -> Response {
     response
 }
 
-async fn sign_in_page(State(shared): State<Arc<Shared>>, headers: HeaderMap, Query(query): Query<SignInQuery>) -> Response {
+async fn sign_in_page(
+    State(shared): State<Arc<Shared>>,
+    headers: HeaderMap,
+    Query(query): Query<SignInQuery>,
+) -> Response {
     if let Some(token) = cookie(&headers, SESSION_COOKIE)
         && shared.farm.find_session(&Secret::from(token), SessionKind::Web).await.is_ok()
     {
@@ -343,7 +349,6 @@ fn line(progress: &Progress) -> String {
 }
 
 async fn licences() -> Response {
-    let page =
-        pages::Licences { assets: &assets::BASE, version: assets::NOVNC_VERSION, texts: assets::LICENCES };
+    let page = pages::Licences { assets: &assets::BASE, version: assets::NOVNC_VERSION, texts: assets::LICENCES };
     render(StatusCode::OK, &page)
 }

@@ -60,9 +60,7 @@ impl From<DesktopInfo> for Row {
             DesktopState::Running => "Running".to_owned(),
             DesktopState::Starting => status.step.map_or("Starting", |step| step.text()).to_owned(),
             DesktopState::Stopping => "Stopping".to_owned(),
-            DesktopState::Stopped => {
-                status.ended.map_or_else(|| "Stopped".to_owned(), |why| format!("Stopped: {why}"))
-            }
+            DesktopState::Stopped => status.ended.map_or_else(|| "Stopped".to_owned(), |why| format!("Stopped: {why}")),
             _ => "Needs the administrator".to_owned(),
         };
         Self {
@@ -169,7 +167,9 @@ mod tests {
     #[test]
     fn only_own_pages_are_gone_to() {
         assert!(is_own_page("/desktops") && is_own_page("/desktops/7"));
-        for foreign in ["", "/", "//evil.example", "https://evil.example", "/desktops/7/../..", "/desktops/x", "/sign-out"] {
+        for foreign in
+            ["", "/", "//evil.example", "https://evil.example", "/desktops/7/../..", "/desktops/x", "/sign-out"]
+        {
             assert!(!is_own_page(foreign), "{foreign}");
         }
     }

@@ -57,7 +57,7 @@ pub(crate) fn split_tenant(login: &str) -> (&str, Option<&str>) {
 
 /// Finds the token in a `Bearer` value. Clients store what they were given,
 /// which is base64, and some encode it once more before they send it.
-fn token(value: &str) -> Option<Secret> {
+pub(crate) fn token(value: &str) -> Option<Secret> {
     let is_token = |text: &str| text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     let mut text = value.to_owned();
     for _ in 0..2 {
@@ -136,7 +136,8 @@ mod tests {
 
     #[test]
     fn passwords_are_not_in_debug_output() {
-        let credentials = parse(&format!("Authorization: Basic {}\r\n", BASE64_STANDARD.encode("ada:hunter2"))).unwrap();
+        let credentials =
+            parse(&format!("Authorization: Basic {}\r\n", BASE64_STANDARD.encode("ada:hunter2"))).unwrap();
         assert!(!format!("{credentials:?}").contains("hunter2"));
     }
 }

@@ -149,7 +149,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const CONNECT: &[u8] = b"GET /qvd/connect_to_vm?id=7&qvd.client.keyboard=pc105%2Fes&qvd.client.link=adsl HTTP/1.1\r\n\
+    const CONNECT: &[u8] =
+        b"GET /qvd/connect_to_vm?id=7&qvd.client.keyboard=pc105%2Fes&qvd.client.link=adsl HTTP/1.1\r\n\
         Authorization: Basic YTpi\r\nConnection: Upgrade\r\nUpgrade: QVD/1.0\r\n\r\nNXPROXY";
 
     #[test]

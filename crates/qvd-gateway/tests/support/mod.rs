@@ -1,0 +1,188 @@
+//! A gateway over a host in memory, and a client that sees every byte.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use qvd_core::DesktopId;
+use qvd_farm::{Farm, NewDesktop, Secret};
+use qvd_gateway::{ConnectionLimits, Gateway, GatewayConfig, TlsSource};
+use qvd_node::fake::FakeHost;
+use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
+use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::oneshot,
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+/// Bounds a failure; nothing is measured with it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PASSWORD: &str = "correct horse";
+
+pub(crate) struct Site {
+    pub(crate) address: SocketAddr,
+    pub(crate) host: Arc<FakeHost>,
+    pub(crate) farm: Farm,
+    pub(crate) desktop: DesktopId,
+    connector: TlsConnector,
+    stop: Option<oneshot::Sender<()>>,
+    serving: JoinHandle<()>,
+    _dir: tempfile::TempDir,
+}
+
+impl Site {
+    /// Users ada (with a desktop) and bob (with another).
+    pub(crate) async fn new() -> Self {
+        Self::with(ConnectionLimits::default(), Vec::new()).await
+    }
+
+    pub(crate) async fn with(limits: ConnectionLimits, hosts: Vec<String>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let host = Arc::new(FakeHost::new());
+        let farm = Farm::open(&dir.path().join("qvd.sqlite"), Arc::clone(&host) as _).await.unwrap();
+        for name in ["ada", "bob"] {
+            farm.add_user(&name.parse().unwrap(), &Secret::from(PASSWORD), name == "bob").await.unwrap();
+        }
+        let new = |user: &str| NewDesktop::new(user.parse().unwrap(), "icewm".parse().unwrap());
+        let desktop = farm.create_desktop(new("ada")).await.unwrap().id;
+        farm.create_desktop(new("bob")).await.unwrap();
+        let directory = dir.path().join("tls");
+        let tls = TlsSource::SelfSigned { directory: directory.clone() };
+        let config = GatewayConfig { listen: "127.0.0.1:0".parse().unwrap(), tls, hosts, limits };
+        let gateway = Gateway::bind(config, farm.clone()).await.unwrap();
+        let address = gateway.local_addr();
+        let (stop, stopped) = oneshot::channel();
+        let serving = tokio::spawn(gateway.serve(async {
+            drop(stopped.await);
+        }));
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(directory.join("cert.pem")).unwrap()).unwrap();
+        let client = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let connector = TlsConnector::from(Arc::new(client));
+        Self { address, host, farm, desktop, connector, stop: Some(stop), serving, _dir: dir }
+    }
+
+    pub(crate) async fn connect(&self) -> Wire {
+        self.try_connect().await.expect("a TLS connection")
+    }
+
+    pub(crate) async fn try_connect(&self) -> std::io::Result<Wire> {
+        let stream = TcpStream::connect(self.address).await?;
+        let name = ServerName::try_from("localhost").unwrap();
+        Ok(Wire { stream: self.connector.connect(name, stream).await?, buffer: Vec::new() })
+    }
+
+    /// One request on a connection of its own.
+    pub(crate) async fn ask(&self, head: &str) -> Answer {
+        let mut wire = self.connect().await;
+        wire.send(head.as_bytes()).await;
+        wire.answer().await
+    }
+
+    pub(crate) fn tell_to_stop(&mut self) {
+        drop(self.stop.take());
+    }
+
+    pub(crate) async fn stopped(mut self) {
+        self.tell_to_stop();
+        timeout(PATIENCE, self.serving).await.unwrap().unwrap();
+    }
+}
+
+pub(crate) fn basic(user: &str, password: &str) -> String {
+    format!("Authorization: Basic {}\r\n", BASE64_STANDARD.encode(format!("{user}:{password}")))
+}
+
+/// A request of the QVD protocol by ada.
+pub(crate) fn qvd(target: &str) -> String {
+    format!("GET /qvd/{target} HTTP/1.1\r\nHost: localhost\r\n{}\r\n", basic("ada", PASSWORD))
+}
+
+pub(crate) fn qvd_upgrade(target: &str) -> String {
+    qvd(target).replace("\r\n\r\n", "\r\nConnection: Upgrade\r\nUpgrade: QVD/1.0\r\n\r\n")
+}
+
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map_or("", |(_, value)| value)
+    }
+
+    pub(crate) fn cookies(&self) -> Vec<&str> {
+        let cookies = self.headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case("set-cookie"));
+        cookies.map(|(_, value)| value.as_str()).collect()
+    }
+
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
+
+pub(crate) struct Wire {
+    pub(crate) stream: TlsStream<TcpStream>,
+    pub(crate) buffer: Vec<u8>,
+}
+
+impl Wire {
+    pub(crate) async fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).await.unwrap();
+        self.stream.flush().await.unwrap();
+    }
+
+    /// Reads more; false at the end.
+    async fn more(&mut self) -> bool {
+        timeout(PATIENCE, self.stream.read_buf(&mut self.buffer)).await.expect("an answer in time").unwrap_or(0) > 0
+    }
+
+    /// Reads one answer, final or not.
+    pub(crate) async fn answer(&mut self) -> Answer {
+        loop {
+            let mut headers = [httparse::EMPTY_HEADER; 64];
+            let mut parsed = httparse::Response::new(&mut headers);
+            if let httparse::Status::Complete(length) = parsed.parse(&self.buffer).unwrap() {
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                let status = parsed.code.unwrap();
+                let headers = parsed.headers.iter().map(|h| (h.name.to_owned(), text(h.value))).collect();
+                self.buffer.drain(..length);
+                let mut answer = Answer { status, headers, body: String::new() };
+                let bodyless = status < 200 || status == 204 || status == 304;
+                let body = match answer.header("content-length").parse::<usize>() {
+                    _ if bodyless => Vec::new(),
+                    Ok(length) => self.bytes(length).await,
+                    // Chunked: as it is, to the end.
+                    Err(_) => self.rest().await,
+                };
+                answer.body = text(&body);
+                return answer;
+            }
+            assert!(self.more().await, "the server left in the middle of an answer: {:?}", self.buffer);
+        }
+    }
+
+    pub(crate) async fn bytes(&mut self, count: usize) -> Vec<u8> {
+        while self.buffer.len() < count {
+            assert!(self.more().await, "the server left after {:?}", self.buffer);
+        }
+        self.buffer.drain(..count).collect()
+    }
+
+    /// Everything until the server closes.
+    pub(crate) async fn rest(&mut self) -> Vec<u8> {
+        while self.more().await {}
+        std::mem::take(&mut self.buffer)
+    }
+}
