@@ -1,0 +1,86 @@
+//! The REST API: one router behind two front doors, and the client half.
+//!
+//! JSON over HTTP/1.1 under `/api/v1`. A front door finds out who calls and
+//! puts a [`Caller`] into the request's extensions; a request without one is
+//! refused, so a door that forgets lets nobody in. [`serve_unix`] is the door
+//! for the commands on the host itself. The HTTPS door belongs to the gateway,
+//! which also checks `Origin` or a CSRF token for requests with a cookie.
+//!
+//! | Method and path | Body | Answer | Who |
+//! |---|---|---|---|
+//! | `GET health` | | [`dto::Health`] | anybody |
+//! | `GET whoami` | | [`dto::WhoAmI`] | users |
+//! | `GET users` | | `[User]` | administrators |
+//! | `POST users` | [`dto::AddUser`] | 201 `User` | administrators |
+//! | `DELETE users/{name}[?desktops=remove]` | | 204 | administrators |
+//! | `PUT users/{name}/password` | [`dto::SetPassword`] | 204 | users their own, with the current one |
+//! | `GET images` | | `[ImageSummary]` | users |
+//! | `POST images` | [`dto::BuildImage`] | events of `ImageSummary` | administrators |
+//! | `GET flavours` | | `[Flavour]` | users |
+//! | `PUT flavours/{name}/defaults` | `FlavourDefaults` | 204 | administrators |
+//! | `GET desktops[?user=…]` | | `[DesktopInfo]` | users their own |
+//! | `POST desktops` | [`dto::CreateDesktop`] | 201 `Desktop` | administrators |
+//! | `GET desktops/{id}` | | `DesktopInfo` | users their own |
+//! | `PATCH desktops/{id}` | [`dto::ChangeDesktop`] | 204 | administrators |
+//! | `DELETE desktops/{id}` | | 204 | administrators |
+//! | `POST desktops/{id}/start` | | events of `Timings` | users their own |
+//! | `POST desktops/{id}/stop` | | 204 | users their own |
+//! | `GET desktops/{id}/stats` | | `Stats` | users their own |
+//! | `POST desktops/{id}/exec` | `ExecRequest` | 101, then [frames](frame) | administrators |
+//! | `GET sessions` | | `[SessionInfo]` | users their own |
+//! | `DELETE sessions/{id}` | | 204 | users their own |
+//!
+//! Events are one JSON object a line, see [`dto::Event`]. Refusals are
+//! [`dto::ErrorBody`] with a stable code and an id that the daemon's log has too.
+
+mod client;
+mod client_exec;
+pub mod dto;
+mod error;
+mod exec;
+pub mod frame;
+mod router;
+mod unix;
+
+pub use client::{Client, ClientError};
+pub use client_exec::{ExecOutput, ExecReader, ExecWriter};
+pub use router::{ApiState, router};
+pub use unix::{UnixDoor, UnixServeError, serve_unix};
+
+use qvd_core::UserName;
+use qvd_farm::User;
+
+/// Who calls. A front door puts it into the request's extensions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Caller {
+    /// Somebody who may do everything.
+    Admin {
+        /// The user; `None` for the administrator of the host itself.
+        user: Option<UserName>,
+    },
+    /// A user, who sees what is the user's own.
+    User(UserName),
+}
+
+impl Caller {
+    /// Whether this caller may do everything.
+    #[must_use]
+    pub const fn is_admin(&self) -> bool {
+        matches!(self, Self::Admin { .. })
+    }
+
+    /// The user, if the caller is one.
+    #[must_use]
+    pub const fn user(&self) -> Option<&UserName> {
+        match self {
+            Self::Admin { user } => user.as_ref(),
+            Self::User(user) => Some(user),
+        }
+    }
+}
+
+impl From<&User> for Caller {
+    fn from(user: &User) -> Self {
+        if user.admin { Self::Admin { user: Some(user.name.clone()) } } else { Self::User(user.name.clone()) }
+    }
+}
