@@ -1,7 +1,7 @@
 //! Elements of nf_tables sets over netlink: microseconds where starting `nft`
 //! takes ten milliseconds.
 
-use netlink_packet_core::{NLM_F_CREATE};
+use netlink_packet_core::NLM_F_CREATE;
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     nftables::{
@@ -27,6 +27,7 @@ const NFNETLINK_V0: u8 = 0;
 pub(crate) enum Family {
     Bridge,
     Inet,
+    Arp,
 }
 
 impl Family {
@@ -34,6 +35,7 @@ impl Family {
         match self {
             Self::Bridge => NetfilterProtoFamily::Bridge,
             Self::Inet => NetfilterProtoFamily::Inet,
+            Self::Arp => NetfilterProtoFamily::ARP,
         }
     }
 }
@@ -48,19 +50,25 @@ pub(crate) struct Element {
 
 /// Adds `elements` to `table`, all or none. Those that are there stay.
 pub(crate) fn add(netlink: &mut Netlink, table: &str, elements: &[Element]) -> Result<(), NetlinkError> {
-    transaction(netlink, elements.iter().map(|element| {
-        let message = list(table, element.set, Some(&element.key));
-        Request::new(nf_tables(element.family, NfTablesMessage::NewSetElement(message)), NLM_F_CREATE)
-    }))
+    transaction(
+        netlink,
+        elements.iter().map(|element| {
+            let message = list(table, element.set, Some(&element.key));
+            Request::new(nf_tables(element.family, NfTablesMessage::NewSetElement(message)), NLM_F_CREATE)
+        }),
+    )
 }
 
 /// Removes `elements` from `table`. What is not there is removed.
 pub(crate) fn remove(netlink: &mut Netlink, table: &str, elements: &[Element]) -> Result<(), NetlinkError> {
     let all = |netlink: &mut Netlink, elements: &[Element]| {
-        transaction(netlink, elements.iter().map(|element| {
-            let message = list(table, element.set, Some(&element.key));
-            Request::new(nf_tables(element.family, NfTablesMessage::DeleteSetElement(message)), 0)
-        }))
+        transaction(
+            netlink,
+            elements.iter().map(|element| {
+                let message = list(table, element.set, Some(&element.key));
+                Request::new(nf_tables(element.family, NfTablesMessage::DeleteSetElement(message)), 0)
+            }),
+        )
     };
     match all(netlink, elements) {
         // One is missing, so none was removed: one by one.

@@ -50,7 +50,7 @@ mod rules;
 mod sysctl;
 
 #[cfg(test)]
-mod testing;
+mod tests;
 
 pub use error::{Error, ErrorKind, TeardownErrors};
 pub use mac::Mac;

@@ -62,7 +62,6 @@ pub(crate) fn ensure_bridge(name: &str, mac: Mac, group: u32) -> Request {
         InfoBridge::StpState(BridgeStpState::Disabled),
         InfoBridge::MulticastSnooping(false),
         InfoBridge::GroupFwdMask(0),
-        InfoBridge::VlanFiltering(false),
     ]);
     let message = link(
         0,
@@ -232,7 +231,6 @@ pub(crate) fn default_route(index: u32, gateway: Ipv4Addr) -> Request {
 pub(crate) struct LinkFacts {
     pub(crate) index: u32,
     pub(crate) name: String,
-    pub(crate) up: bool,
     pub(crate) group: u32,
     /// Bridge that it is a port of.
     pub(crate) bridge: Option<u32>,
@@ -245,8 +243,7 @@ pub(crate) struct LinkFacts {
 /// The link that an answer describes, if it does.
 pub(crate) fn facts(answer: &RouteNetlinkMessage) -> Option<LinkFacts> {
     let RouteNetlinkMessage::NewLink(message) = answer else { return None };
-    let up = message.header.flags.contains(LinkFlags::Up);
-    let mut facts = LinkFacts { index: message.header.index, up, ..LinkFacts::default() };
+    let mut facts = LinkFacts { index: message.header.index, ..LinkFacts::default() };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => facts.name.clone_from(name),

@@ -210,7 +210,9 @@ impl Netlink {
                 }
                 interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
                 match NetlinkMessage::<M>::deserialize(raw).map_err(malformed)?.payload {
-                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(refusal(&error, header.flags, 0)),
+                    NetlinkPayload::Error(error) if error.code.is_some() => {
+                        return Err(refusal(&error, header.flags, 0));
+                    }
                     NetlinkPayload::Done(_) | NetlinkPayload::Error(_) => return Ok((!interrupted).then_some(all)),
                     NetlinkPayload::InnerMessage(message) => all.push(message),
                     _ => {}
@@ -267,10 +269,7 @@ fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (Header, &[u8])> {
         let message = datagram.get(..length)?;
         datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((
-            Header {
-                flags: u16::from_ne_bytes([f0, f1]),
-                sequence_number: u32::from_ne_bytes([s0, s1, s2, s3]),
-            },
+            Header { flags: u16::from_ne_bytes([f0, f1]), sequence_number: u32::from_ne_bytes([s0, s1, s2, s3]) },
             message,
         ))
     })

@@ -240,9 +240,8 @@ impl Network {
     /// what is left.
     pub fn close(&mut self) -> Result<(), Error> {
         let inner = &self.inner;
-        let closed = netns::in_netns(inner.netns.as_fd(), || {
-            remove(inner.config, &mut inner.route(), &mut inner.netfilter())
-        });
+        let closed =
+            netns::in_netns(inner.netns.as_fd(), || remove(inner.config, &mut inner.route(), &mut inner.netfilter()));
         closed.map_err(Error::io("enter the network namespace of", self.bridge_name()))?
     }
 }
@@ -383,7 +382,7 @@ fn remove(config: NetConfig, route: &mut Netlink, netfilter: &mut Netlink) -> Re
     errors.extend(restore_forwarding(config.instance, route, netfilter).err());
     // Without its links the rules stop nobody; as long as one is left they stay.
     if errors.is_empty() {
-        for family in [Family::Bridge, Family::Inet] {
+        for family in [Family::Bridge, Family::Arp, Family::Inet] {
             let removed = elements::remove_table(netfilter, &table, family);
             errors.extend(removed.map_err(Error::netlink("remove the rules of", &table)).err());
         }
@@ -399,7 +398,10 @@ fn restore_forwarding(instance: Instance, route: &mut Netlink, netfilter: &mut N
         return Ok(());
     }
     let links = route.dump(links::every_link()).map_err(Error::netlink("list", "links"))?;
-    let other = links.iter().filter_map(links::facts).find(|link| group_is_ours(link.group) && link.kind == Some(InfoKind::Bridge));
+    let other = links
+        .iter()
+        .filter_map(links::facts)
+        .find(|link| group_is_ours(link.group) && link.kind == Some(InfoKind::Bridge));
     if let Some(other) = other {
         tracing::info!(network = other.name, "forwarding stays on for another network");
         return Ok(());

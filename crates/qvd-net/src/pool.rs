@@ -221,7 +221,8 @@ mod tests {
         assert_eq!(subnet.to_string(), "10.66.0.0/16");
         assert_eq!(subnet.gateway(), Ipv4Addr::new(10, 66, 0, 1));
         assert_eq!(subnet.broadcast(), Ipv4Addr::new(10, 66, 255, 255));
-        for bad in ["", "10.66.0.0", "10.66.0.1/16", "10.66.0.0/7", "10.66.0.0/29", "127.0.0.0/8", "224.0.0.0/8", "a/b"] {
+        for bad in ["", "10.66.0.0", "10.66.0.1/16", "10.66.0.0/7", "10.66.0.0/29", "127.0.0.0/8", "224.0.0.0/8", "a/b"]
+        {
             let error = bad.parse::<Subnet>().unwrap_err().to_string();
             assert!(!error.contains('\n'), "{error}");
         }

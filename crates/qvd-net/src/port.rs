@@ -1,8 +1,4 @@
-use std::{
-    net::Ipv4Addr,
-    os::fd::BorrowedFd,
-    sync::Arc,
-};
+use std::{net::Ipv4Addr, os::fd::BorrowedFd, sync::Arc};
 
 use qvd_core::{DesktopId, NetPolicy};
 use qvd_sys::netns;
@@ -149,7 +145,8 @@ impl Port {
     fn create(&self, netns: BorrowedFd<'_>) -> Result<(u32, u32), Error> {
         let network = &self.network;
         let mut route = network.route();
-        let request = || links::create_pair(&self.link, network.bridge, group(network.config.instance), self.mac, netns);
+        let request =
+            || links::create_pair(&self.link, network.bridge, group(network.config.instance), self.mac, netns);
         let made = match route.batch(vec![request()]) {
             // A run before this one left it: the name is nobody else's.
             Err(error) if error.is(Errno::EXIST) => {

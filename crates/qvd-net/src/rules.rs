@@ -1,14 +1,17 @@
 //! The rule set of a network, as text for `nft`, and the keys of its sets.
 //!
-//! Two tables of one name. In the *bridge* family: what a desktop may send at
-//! all, decided where its frame enters, by its identity first. In the *inet*
-//! family: what of that the host takes for itself and what it routes.
+//! Three tables of one name. In the *bridge* family: what a desktop may send
+//! at all, decided where its frame enters, by its identity first. In the
+//! *inet* family: what of that the host takes for itself and what it routes.
+//! In the *arp* family, and again in inet: what never passed the bridge.
 //!
 //! Identities are elements of sets keyed by the port, so that a frame costs
 //! the same however many desktops there are, and adding one touches no rule.
 //! Frames to the reserved multicast addresses 01:80:c2:00:00:00 to 0f never
 //! meet the prerouting hook (Linux `net/bridge/br_input.c`, `br_handle_frame`);
-//! the input hook of the bridge stops those.
+//! the input hook of the bridge stops those. Those to :0e, for LLDP, meet none:
+//! the host's IP and ARP drop them because they come from the port itself, but
+//! a program of the host that listens for raw frames on the port hears them.
 
 use std::{fmt::Write as _, net::Ipv4Addr};
 
@@ -29,6 +32,9 @@ pub(crate) const FORWARDING_WAS_OFF: &str = "forwarding_was_off";
 /// Most elements of a set: a bridge has at most 1023 ports (Linux
 /// `net/bridge/br_private.h`, `BR_PORT_BITS` 10), and each has two ARP senders.
 const SET_MAX: u32 = 4096;
+
+/// Families that have a table.
+const FAMILIES: [&str; 3] = ["bridge", "inet", "arp"];
 
 /// One thing that stops a desktop. Named so that a test can take it out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +61,8 @@ pub(crate) enum Protection {
     ReservedMulticast,
     /// Nothing passes from port to port.
     Neighbours,
-    /// A port that lost its bridge does not talk to the host.
+    /// What comes from a port and not over the bridge does not reach the host:
+    /// frames that the bridge lets by, or those of a port that lost its bridge.
     PortAlone,
     /// The host itself answers only to echo requests.
     Host,
@@ -80,7 +87,7 @@ pub(crate) struct Rules<'a> {
     pub(crate) without: &'a [Protection],
 }
 
-/// Name of both tables.
+/// Name of the tables.
 pub(crate) fn table_name(instance: Instance) -> String {
     format!("qvd-{instance}")
 }
@@ -96,15 +103,16 @@ impl Rules<'_> {
     pub(crate) fn render(&self) -> String {
         let table = table_name(self.instance);
         let mut text = String::new();
-        for family in ["bridge", "inet"] {
+        for family in FAMILIES {
             // Writing to a String cannot fail.
             let _infallible = writeln!(text, "table {family} {table}\nflush table {family} {table}");
         }
         let _infallible = write!(
             text,
-            "table bridge {table} {{\n{}}}\ntable inet {table} {{\n{}}}\n",
+            "table bridge {table} {{\n{}}}\ntable inet {table} {{\n{}}}\ntable arp {table} {{\n{}}}\n",
             self.bridge(),
-            self.inet()
+            self.inet(),
+            self.arp()
         );
         text
     }
@@ -163,6 +171,15 @@ impl Rules<'_> {
         lines.base_chain("to_neighbour", "forward priority -300; policy accept");
         lines.when(self.on(Protection::Neighbours), format!("iifname {ports} drop"));
         lines.when(self.on(Protection::Neighbours), format!("oifname {ports} drop"));
+        lines.end();
+        lines.0
+    }
+
+    fn arp(&self) -> String {
+        let ports = format!("\"{}-*\"", self.instance.bridge_name());
+        let mut lines = Lines::default();
+        lines.base_chain("to_host", "input priority -10; policy accept");
+        lines.when(self.on(Protection::PortAlone), format!("iifname {ports} drop"));
         lines.end();
         lines.0
     }
@@ -301,7 +318,7 @@ mod tests {
     #[test]
     fn every_protection_is_a_line_of_its_own() {
         let subnet = "10.66.0.0/16".parse().unwrap();
-        let rules = |without| {
+        let rules = |without: &[Protection]| {
             Rules { instance: Instance::new(1), subnet, internet: true, forwarding_was_off: false, without }.render()
         };
         let all = rules(&[]);

@@ -1,0 +1,149 @@
+use qvd_testkit::privileged;
+
+use super::{
+    NEEDS, frames,
+    world::{Seen, World, on_a_host},
+};
+use crate::rules::Protection::{self, *};
+
+/// Every hostile frame kind, from a desktop on a real port: none may be seen
+/// by the neighbour, by the host's bridge or by a program of the host.
+#[test]
+fn no_hostile_frame_leaves_the_port() {
+    privileged(NEEDS, || {
+        for internet in [false, true] {
+            on_a_host(|| {
+                let mut world = World::new(&[], internet);
+                let reached: Vec<_> = world
+                    .hostile()
+                    .into_iter()
+                    .map(|(name, frame)| (name, world.send(&frame)))
+                    .filter(|(_, seen)| *seen != Seen::default())
+                    .collect();
+                assert!(reached.is_empty(), "internet {internet}: {reached:?}");
+            });
+        }
+    });
+}
+
+/// What an honest desktop sends reaches the host: ARP for the gateway, for
+/// itself, and the probe before it uses an address; ICMP and UDP.
+#[test]
+fn honest_frames_pass() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let mut world = World::new(&[], false);
+            let (own, gateway) = (world.a.station(), world.gateway());
+            let nobody = frames::Station { ip: std::net::Ipv4Addr::UNSPECIFIED, ..own };
+            let arp = |sender, target| frames::arp(1, sender, target);
+            let ip = |packet: Vec<u8>| frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
+            let to_all = |packet: Vec<u8>| frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &packet);
+            for (name, frame) in [
+                ("arp request", to_all(arp(own, gateway.ip))),
+                ("arp announcement", to_all(arp(own, own.ip))),
+                ("arp probe", to_all(arp(nobody, own.ip))),
+                ("echo request", ip(frames::icmp(own.ip, gateway.ip, 8, 0))),
+                ("udp", ip(frames::udp(own.ip, gateway.ip, (5000, 6000)))),
+            ] {
+                assert!(world.send(&frame).host, "{name}");
+            }
+        });
+    });
+}
+
+/// Where a frame arrives once nothing stops it.
+#[derive(Debug, Clone, Copy)]
+enum Side {
+    Host,
+    Program,
+    Neighbour,
+}
+
+impl Side {
+    const fn of(self, seen: Seen) -> bool {
+        match self {
+            Self::Host => seen.host,
+            Self::Program => seen.program,
+            Self::Neighbour => seen.neighbour,
+        }
+    }
+}
+
+/// Each protection alone stops something: with it the frame does not arrive,
+/// without it the frame does. `also` is taken out in both cases, where several
+/// protections stop the same.
+#[test]
+fn each_protection_is_needed() {
+    const ROWS: &[(Protection, &[Protection], &str, Side)] = &[
+        (Identity, &[PortFlags], "mac spoof", Side::Host),
+        (PortFlags, &[Identity], "mac spoof", Side::Host),
+        (Identity, &[], "ipv4 source spoof", Side::Host),
+        (Identity, &[], "spoofed icmp error", Side::Host),
+        (ArpIdentity, &[], "arp claims gateway", Side::Host),
+        (ArpIdentity, &[], "gratuitous arp for neighbour", Side::Host),
+        (ArpIdentity, &[], "arp sender mac mismatch", Side::Host),
+        (Ethertype, &[], "rarp", Side::Host),
+        (Ethertype, &[], "router advertisement", Side::Host),
+        (Ethertype, &[], "neighbour advertisement", Side::Host),
+        (Ethertype, &[], "dhcpv6 server", Side::Host),
+        (Ethertype, &[], "mld query", Side::Host),
+        (Ethertype, &[], "priority-tagged arp", Side::Host),
+        (Ethertype, &[], "802.1q ip spoof", Side::Host),
+        (Ethertype, &[], "q-in-q", Side::Host),
+        (Ethertype, &[], "pppoe", Side::Host),
+        (Ethertype, &[Neighbours, PortFlags], "rarp", Side::Neighbour),
+        (Ethertype, &[Neighbours, PortFlags], "stp bpdu", Side::Neighbour),
+        (ToGateway, &[Neighbours, PortFlags], "unicast to neighbour", Side::Neighbour),
+        (Neighbours, &[ToGateway, PortFlags], "unicast to neighbour", Side::Neighbour),
+        (PortFlags, &[ToGateway, Neighbours], "unicast to neighbour", Side::Neighbour),
+        (Neighbours, &[PortFlags], "arp to neighbour", Side::Neighbour),
+        (Options, &[], "ipv4 options", Side::Host),
+        (Fragments, &[], "first fragment", Side::Host),
+        (Fragments, &[], "later fragment", Side::Host),
+        (Destinations, &[], "multicast in a unicast frame", Side::Host),
+        (Destinations, &[], "subnet broadcast", Side::Host),
+        (Destinations, &[ToGateway], "mdns answer", Side::Host),
+        (ToGateway, &[Destinations], "ipv4 broadcast", Side::Host),
+        (DhcpServer, &[], "dhcp server, unicast", Side::Host),
+        (Protocols, &[], "other ip protocol", Side::Host),
+        (Protocols, &[ToGateway, Destinations], "igmp query", Side::Host),
+        (ReservedMulticast, &[], "eapol", Side::Host),
+        (ReservedMulticast, &[PortAlone], "ip to reserved multicast", Side::Program),
+        (PortAlone, &[ReservedMulticast], "ip to reserved multicast", Side::Program),
+        (PortAlone, &[], "ip to the nearest bridge", Side::Program),
+        (Host, &[], "a service of the host", Side::Program),
+        (Hairpin, &[], "the way over the gateway", Side::Neighbour),
+    ];
+    privileged(NEEDS, || {
+        let mut wrong = Vec::new();
+        for &(protection, also, name, side) in ROWS {
+            for stopped in [true, false] {
+                let mut without = also.to_vec();
+                without.extend((!stopped).then_some(protection));
+                on_a_host(|| {
+                    let mut world = World::new(&without, true);
+                    let frame = frame(&world, name);
+                    let arrived = side.of(world.send(&frame));
+                    if arrived == stopped {
+                        wrong.push(format!("{name}: without {without:?} arrived at {side:?}: {arrived}"));
+                    }
+                });
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    });
+}
+
+fn frame(world: &World, name: &str) -> Vec<u8> {
+    let (own, other, gateway) = (world.a.station(), world.b.station(), world.gateway());
+    let ip = |packet: Vec<u8>| frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
+    match name {
+        "ip to the nearest bridge" => {
+            let packet = frames::udp(own.ip, gateway.ip, (5000, 4000));
+            frames::ethernet([1, 0x80, 0xc2, 0, 0, 0xe], own.mac, frames::IPV4, &packet)
+        }
+        "a service of the host" => ip(frames::udp(own.ip, gateway.ip, (5000, 4000))),
+        "the way over the gateway" => ip(frames::udp(own.ip, other.ip, (5000, 6000))),
+        name => world.hostile().into_iter().find(|(n, _)| *n == name).map(|(_, frame)| frame).unwrap(),
+    }
+}

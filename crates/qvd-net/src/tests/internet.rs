@@ -1,0 +1,154 @@
+use std::{
+    net::{Ipv4Addr, UdpSocket},
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+use qvd_sys::{
+    netns,
+    packet::{ETHERTYPE_ALL, PacketSocket},
+};
+use qvd_testkit::privileged;
+
+use super::{
+    NEEDS, frames,
+    world::{self, Desktop, INSTANCE, config, connected, heard_before, on_a_host},
+};
+use crate::{Mac, NetConfig, Network, links, netlink::Netlink, rules::Protection, sysctl};
+
+const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+const UPLINK: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+const PORT: u16 = 4000;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Another host, on the other side of the host's uplink.
+struct Outside {
+    netns: OwnedFd,
+}
+
+impl Outside {
+    fn new() -> Self {
+        let netns = netns::create().unwrap();
+        let mut route = Netlink::route().unwrap();
+        let mac = Mac::of(INSTANCE, OUTSIDE);
+        // Bridge 0 is none.
+        route.batch(vec![links::create_pair("uplink", 0, 0, mac, netns.as_fd()), links::show_name("uplink")]).unwrap();
+        let uplink = crate::network::find(&mut route, "uplink").unwrap().unwrap();
+        let setup = vec![
+            links::add_address(uplink.index, UPLINK, 24),
+            links::raise(uplink.index),
+            links::know_neighbour(uplink.index, OUTSIDE, mac),
+        ];
+        route.batch(setup).unwrap();
+        let peer = uplink.peer.unwrap();
+        netns::in_netns(netns.as_fd(), || {
+            let setup = vec![
+                links::raise(links::LOOPBACK),
+                links::add_address(peer, OUTSIDE, 24),
+                links::raise(peer),
+                links::default_route(peer, UPLINK),
+            ];
+            Netlink::route().unwrap().batch(setup).unwrap();
+        })
+        .unwrap();
+        let outside = Self { netns };
+        connected(&outside.socket(), &[0xff; 60], &PacketSocket::open("uplink", ETHERTYPE_ALL).unwrap());
+        outside
+    }
+
+    fn socket(&self) -> PacketSocket {
+        netns::in_netns(self.netns.as_fd(), || PacketSocket::open("eth0", ETHERTYPE_ALL)).unwrap().unwrap()
+    }
+
+    fn udp(&self) -> UdpSocket {
+        let socket = netns::in_netns(self.netns.as_fd(), || UdpSocket::bind((OUTSIDE, PORT))).unwrap().unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket
+    }
+}
+
+fn wait_for_bridge(network: &Network, desktop: &Desktop) {
+    let (own, gateway) = (desktop.station(), world::subnet().gateway());
+    let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &frames::arp(1, own, gateway));
+    let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
+    connected(&desktop.socket(), &request, &bridge);
+}
+
+/// A desktop that is let out talks with the outside, which sees the host's
+/// address; answers come back.
+#[test]
+fn a_desktop_that_is_let_out_reaches_the_outside() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let outside = Outside::new();
+            let mut network = Network::open(NetConfig { internet: true, ..config() }).unwrap();
+            let mut desktop = Desktop::new(&network, 7, true);
+            wait_for_bridge(&network, &desktop);
+            let there = outside.udp();
+            let here = desktop.inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
+            here.set_read_timeout(Some(PATIENCE)).unwrap();
+            here.send_to(b"hello", (OUTSIDE, PORT)).unwrap();
+            let mut buffer = [0; 64];
+            let (length, from) = there.recv_from(&mut buffer).unwrap();
+            assert_eq!((&buffer[..length], from.ip()), (&b"hello"[..], UPLINK.into()));
+            there.send_to(b"welcome", from).unwrap();
+            let (length, from) = here.recv_from(&mut buffer).unwrap();
+            assert_eq!((&buffer[..length], from.ip()), (&b"welcome"[..], OUTSIDE.into()));
+            desktop.port.close().unwrap();
+            network.close().unwrap();
+            assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
+        });
+    });
+}
+
+/// Without the policy nothing goes out, although the network has a way out;
+/// and nothing comes in that nobody asked for.
+#[test]
+fn nothing_passes_unasked() {
+    // Which way, what is taken out, whether the frame arrives then.
+    const ROWS: &[(bool, &[Protection], bool)] = &[
+        (true, &[], false),
+        (true, &[Protection::Outward], true),
+        (false, &[], false),
+        (false, &[Protection::Inward], true),
+    ];
+    privileged(NEEDS, || {
+        for &(outward, without, arrives) in ROWS {
+            on_a_host(|| {
+                let world = Outside::new();
+                let network = Network::open_without(NetConfig { internet: true, ..config() }, without).unwrap();
+                // The one that is let out is the target of what comes in.
+                let desktop = Desktop::new(&network, 7, !outward);
+                wait_for_bridge(&network, &desktop);
+                let (own, gateway) = (desktop.station(), world::subnet().gateway());
+                let gateway_mac = Mac::of(INSTANCE, gateway).octets();
+                let (inside, outside) = (desktop.socket(), world.socket());
+                let uplink = PacketSocket::open("uplink", ETHERTYPE_ALL).unwrap();
+                let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
+                let (mark, control) = (b"qvd-mark0001", b"qvd-mark0002");
+                let arrived = if outward {
+                    let packet = frames::udp(own.ip, OUTSIDE, (5000, PORT));
+                    let frame = frames::ethernet(gateway_mac, own.mac, frames::IPV4, &packet);
+                    inside.send(&[&frame[..], mark].concat()).unwrap();
+                    let request = frames::arp(1, own, gateway);
+                    let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &request);
+                    inside.send(&[&request[..], control].concat()).unwrap();
+                    heard_before(&bridge, mark, control);
+                    uplink.send(&[&[0xff; 60][..], control].concat()).unwrap();
+                    heard_before(&outside, mark, control)
+                } else {
+                    let packet = frames::udp(OUTSIDE, own.ip, (5000, PORT));
+                    let frame = frames::ethernet(frames::BROADCAST, [0x52; 6], frames::IPV4, &packet);
+                    outside.send(&[&frame[..], mark].concat()).unwrap();
+                    outside.send(&[&[0xff; 60][..], control].concat()).unwrap();
+                    heard_before(&uplink, mark, control);
+                    let reply = frames::arp(2, frames::Station { mac: gateway_mac, ip: gateway }, own.ip);
+                    let reply = frames::ethernet(own.mac, gateway_mac, frames::ARP, &reply);
+                    bridge.send(&[&reply[..], control].concat()).unwrap();
+                    heard_before(&inside, mark, control)
+                };
+                assert_eq!(arrived, arrives, "outward {outward}, without {without:?}");
+            });
+        }
+    });
+}

@@ -1,0 +1,174 @@
+use std::{collections::BTreeSet, os::fd::AsFd};
+
+use qvd_core::{NetPolicy, Support};
+use qvd_sys::{
+    netns,
+    packet::{ETHERTYPE_ALL, PacketSocket},
+};
+use qvd_testkit::privileged;
+
+use super::{
+    NEEDS, frames,
+    world::{Desktop, config, connected, desktop, on_a_host, subnet},
+};
+use crate::{
+    Error, NetConfig, Network, PortSpec,
+    elements::{self, Family},
+    links,
+    netlink::Netlink,
+    rules, sysctl,
+};
+
+const POLICY: NetPolicy = NetPolicy { port: true, internet: false };
+
+fn link_names() -> Vec<String> {
+    let all = Netlink::route().unwrap().dump(links::every_link()).unwrap();
+    let mut names: Vec<_> = all.iter().filter_map(links::facts).map(|link| link.name).collect();
+    names.sort();
+    names
+}
+
+/// Elements of every set, by set; `None` without the table.
+fn element_counts() -> Option<[usize; 3]> {
+    let mut netlink = Netlink::netfilter().unwrap();
+    let table = rules::table_name(super::world::INSTANCE);
+    let mut count = |family, set| elements::all(&mut netlink, &table, family, set).unwrap().map(|all| all.len());
+    Some([
+        count(Family::Bridge, rules::IDENTITY)?,
+        count(Family::Bridge, rules::ARP_IDENTITY)?,
+        count(Family::Inet, rules::INTERNET)?,
+    ])
+}
+
+fn reaches_gateway(network: &Network, desktop: &Desktop) {
+    let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
+    let own = desktop.station();
+    let request = frames::arp(1, own, subnet().gateway());
+    connected(&desktop.socket(), &frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &request), &bridge);
+}
+
+#[test]
+fn a_closed_network_leaves_nothing() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let before = (link_names(), sysctl::read("ipv4/ip_forward").unwrap());
+            let mut network = Network::open(NetConfig { internet: true, ..config() }).unwrap();
+            let mut first = Desktop::new(&network, 7, true);
+            assert_eq!(element_counts(), Some([1, 2, 1]));
+            first.port.close().unwrap();
+            first.port.close().unwrap();
+            assert_eq!(element_counts(), Some([0, 0, 0]));
+            assert_eq!(link_names(), ["lo", "qvd7e57"]);
+            // The same number, address and name again, in a namespace of its own.
+            let address = first.port.address();
+            let second = Desktop::new(&network, 7, false);
+            assert_eq!(second.port.address(), address);
+            reaches_gateway(&network, &second);
+            network.close().unwrap();
+            network.close().unwrap();
+            assert_eq!(element_counts(), None);
+            assert_eq!((link_names(), sysctl::read("ipv4/ip_forward").unwrap()), before);
+        });
+    });
+}
+
+/// What was not confined is not opened: no link, no address taken.
+#[test]
+fn a_port_without_its_rules_is_never_raised() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let network = Network::open(config()).unwrap();
+            let table = rules::table_name(config().instance);
+            elements::remove_table(&mut Netlink::netfilter().unwrap(), &table, Family::Bridge).unwrap();
+            let netns = netns::create().unwrap();
+            let spec = PortSpec { desktop: desktop(7), netns: netns.as_fd(), address: None, policy: POLICY };
+            let error = network.attach(&spec).unwrap_err();
+            assert!(error.to_string().contains("rules"), "{error}");
+            assert_eq!(link_names(), ["lo", "qvd7e57"]);
+            // It was never let go of half-way: the address is free again.
+            let again = Network::open(config()).unwrap();
+            drop(again.attach(&spec).unwrap());
+            network.attach(&spec).unwrap().close().unwrap();
+        });
+    });
+}
+
+/// A process was killed: one of its desktops runs on, one is gone.
+#[test]
+fn what_a_killed_process_left_is_adopted_or_swept() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let network = Network::open(config()).unwrap();
+            let (kept, lost) = (Desktop::new(&network, 7, false), Desktop::new(&network, 8, false));
+            let station = kept.station();
+            kept.port.leave();
+            lost.port.leave();
+            drop(network);
+
+            let mut network = Network::open(config()).unwrap();
+            assert_eq!(element_counts(), Some([2, 4, 0]));
+            let port = network.adopt(desktop(7), station.ip, POLICY).unwrap();
+            let kept = Desktop { netns: kept.netns, port };
+            assert!(matches!(network.adopt(desktop(9), "10.66.0.99".parse().unwrap(), POLICY), Err(Error::NoPort(_))));
+            assert_eq!(network.sweep(&BTreeSet::new()).unwrap(), 1);
+            assert_eq!(element_counts(), Some([1, 2, 0]));
+            assert_eq!(link_names(), ["lo", "qvd7e57", "qvd7e57-7"]);
+            reaches_gateway(&network, &kept);
+            // A start that was killed half-way left a link of that name.
+            kept.port.leave();
+            let again = Desktop::new(&network, 7, false);
+            reaches_gateway(&network, &again);
+            network.close().unwrap();
+        });
+    });
+}
+
+#[test]
+fn bad_requests_name_what_is_wrong() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let network = Network::open(NetConfig { subnet: "10.66.0.0/28".parse().unwrap(), ..config() }).unwrap();
+            let all: Vec<_> = (1..=13).map(|number| Desktop::new(&network, number, false)).collect();
+            let netns = netns::create().unwrap();
+            let attach = |number, address: Option<&str>, policy| {
+                let address = address.map(|text| text.parse().unwrap());
+                let spec = PortSpec { desktop: desktop(number), netns: netns.as_fd(), address, policy };
+                network.attach(&spec).unwrap_err().to_string()
+            };
+            assert_eq!(attach(14, None, POLICY), "no address is left in subnet 10.66.0.0/28");
+            let taken = all[2].port.address().to_string();
+            assert_eq!(attach(14, Some(&taken), POLICY), format!("address {taken} is taken by desktop 3"));
+            assert_eq!(
+                attach(14, Some("10.67.0.2"), POLICY),
+                "address 10.67.0.2 is not one for desktops of subnet 10.66.0.0/28"
+            );
+            assert_eq!(attach(3, None, POLICY), "desktop 3 has a port already");
+            let out = NetPolicy { port: true, internet: true };
+            assert_eq!(attach(14, None, out), "desktop 14 wants a way out and network qvd7e57 has none");
+        });
+    });
+}
+
+#[test]
+fn a_subnet_that_the_host_uses_is_refused() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let mut route = Netlink::route().unwrap();
+            route.batch(vec![links::add_address(links::LOOPBACK, "10.66.3.4".parse().unwrap(), 24)]).unwrap();
+            let error = Network::open(config()).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                "subnet 10.66.0.0/16 clashes with address 10.66.3.4/24 on lo: choose another"
+            );
+            assert_eq!((link_names(), element_counts()), (vec!["lo".to_owned()], None));
+        });
+    });
+}
+
+#[test]
+fn this_host_can() {
+    privileged(NEEDS, || {
+        let answers = crate::probe();
+        assert!(answers.iter().all(|(_, support)| *support == Support::Yes), "{answers:?}");
+    });
+}

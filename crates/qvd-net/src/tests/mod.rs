@@ -1,0 +1,14 @@
+//! Tests that need root: real links, real rules, raw frames. Everything is in
+//! network namespaces of their own, which end with the test.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod confinement;
+mod frames;
+mod internet;
+mod lifecycle;
+mod world;
+
+use qvd_testkit::Need;
+
+/// What these tests need of a host.
+const NEEDS: &[Need] = &[Need::Root, Need::Namespaces, Need::Nftables];

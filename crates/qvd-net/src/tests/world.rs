@@ -1,0 +1,220 @@
+//! A host with a network and two desktops, and ears in every place that a
+//! frame could reach.
+
+use std::{
+    net::{Ipv4Addr, UdpSocket},
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+use qvd_core::{DesktopId, Instance, NetPolicy};
+use qvd_sys::{
+    netns,
+    packet::{ETHERTYPE_ALL, PacketSocket},
+};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+use super::frames::{self, Station};
+use crate::{NetConfig, Network, Port, PortSpec, Subnet, rules::Protection};
+
+pub(crate) const INSTANCE: Instance = Instance::new(0x7e57);
+
+/// Bytes at the end of each frame that tell it from all others.
+pub(crate) const MARK_LEN: usize = 12;
+
+/// Longest wait for a frame that has to come.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub(crate) fn desktop(number: u32) -> DesktopId {
+    DesktopId::new(number).unwrap()
+}
+
+pub(crate) fn subnet() -> Subnet {
+    "10.66.0.0/16".parse().unwrap()
+}
+
+pub(crate) fn config() -> NetConfig {
+    NetConfig { subnet: subnet(), ..NetConfig::new(INSTANCE) }
+}
+
+/// Runs `test` on a thread inside a namespace made for it.
+pub(crate) fn on_a_host(test: impl FnOnce() + Send) {
+    let host = netns::create().unwrap();
+    netns::in_netns(host.as_fd(), || {
+        crate::loopback_up(host.as_fd()).unwrap();
+        test();
+    })
+    .unwrap();
+}
+
+/// A desktop: its namespace and its port.
+#[derive(Debug)]
+pub(crate) struct Desktop {
+    pub(crate) netns: OwnedFd,
+    pub(crate) port: Port,
+}
+
+impl Desktop {
+    pub(crate) fn new(network: &Network, number: u32, internet: bool) -> Self {
+        let netns = netns::create().unwrap();
+        let policy = NetPolicy { port: true, internet };
+        let spec = PortSpec { desktop: desktop(number), netns: netns.as_fd(), address: None, policy };
+        let port = network.attach(&spec).unwrap();
+        Self { port, netns }
+    }
+
+    pub(crate) fn station(&self) -> Station {
+        Station::new(self.port.mac(), self.port.address())
+    }
+
+    pub(crate) fn inside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        netns::in_netns(self.netns.as_fd(), f).unwrap()
+    }
+
+    pub(crate) fn socket(&self) -> PacketSocket {
+        self.inside(|| PacketSocket::open("eth0", ETHERTYPE_ALL)).unwrap()
+    }
+}
+
+/// Where a frame was seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Seen {
+    /// On the bridge as the host has it, or handed up past the bridge.
+    pub(crate) host: bool,
+    /// By a program of the host.
+    pub(crate) program: bool,
+    pub(crate) neighbour: bool,
+}
+
+/// Two desktops on one host.
+pub(crate) struct World {
+    _network: Network,
+    pub(crate) a: Desktop,
+    pub(crate) b: Desktop,
+    from_a: PacketSocket,
+    at_b: PacketSocket,
+    bridge: PacketSocket,
+    /// What the bridge hands up on the port itself, by ethertype: sockets for
+    /// all ethertypes would hear frames before any filter.
+    past_bridge: Vec<PacketSocket>,
+    program: UdpSocket,
+    next_mark: u32,
+}
+
+impl World {
+    pub(crate) fn new(without: &[Protection], internet: bool) -> Self {
+        // Frames that one thread sends from one processor are handled in
+        // order, so a later one that came proves that an earlier one did not.
+        let cpus = sched_getaffinity(None).unwrap();
+        let first = (0..CpuSet::MAX_CPU).find(|&cpu| cpus.is_set(cpu)).unwrap();
+        let mut one = CpuSet::new();
+        one.set(first);
+        sched_setaffinity(None, &one).unwrap();
+
+        let network = Network::open_without(NetConfig { internet, ..config() }, without).unwrap();
+        let (a, b) = (Desktop::new(&network, 7, internet), Desktop::new(&network, 8, internet));
+        let on_port = |ethertype| PacketSocket::open(a.port.link(), ethertype).unwrap();
+        let (from_a, at_b) = (a.socket(), b.socket());
+        let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
+        let gateway = Station::new(crate::Mac::of(INSTANCE, subnet().gateway()), subnet().gateway());
+        let (own, other) = (a.station(), b.station());
+        let arp =
+            |to: [u8; 6], from: Station| frames::ethernet(to, from.mac, frames::ARP, &frames::arp(1, from, gateway.ip));
+        connected(&from_a, &arp(frames::BROADCAST, own), &bridge);
+        connected(&at_b, &arp(frames::BROADCAST, other), &bridge);
+        connected(&bridge, &arp(other.mac, gateway), &at_b);
+        Self {
+            from_a,
+            at_b,
+            bridge,
+            // The last is 802.2, as Linux calls frames with a length.
+            past_bridge: [frames::IPV4, frames::ARP, frames::IPV6, 0x888e, 0x88cc, 4].map(on_port).into(),
+            program: {
+                let program = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 4000)).unwrap();
+                program.set_nonblocking(true).unwrap();
+                program
+            },
+            next_mark: 0,
+            _network: network,
+            a,
+            b,
+        }
+    }
+
+    pub(crate) fn gateway(&self) -> Station {
+        let ip = subnet().gateway();
+        Station::new(crate::Mac::of(INSTANCE, ip), ip)
+    }
+
+    pub(crate) fn hostile(&self) -> Vec<(&'static str, Vec<u8>)> {
+        frames::hostile(self.a.station(), self.b.station(), self.gateway(), subnet().broadcast())
+    }
+
+    pub(crate) fn mark(&mut self) -> [u8; MARK_LEN] {
+        self.next_mark += 1;
+        let mut mark = *b"qvd-mark....";
+        mark[8..].copy_from_slice(&self.next_mark.to_be_bytes());
+        mark
+    }
+
+    /// Sends `frame` from the first desktop and finds out where it went.
+    pub(crate) fn send(&mut self, frame: &[u8]) -> Seen {
+        let mark = self.mark();
+        self.from_a.send(&[frame, &mark].concat()).unwrap();
+        let mut seen = Seen::default();
+        // A frame that is allowed goes the same way: without it, silence
+        // would prove nothing.
+        let control = self.mark();
+        let (own, gateway) = (self.a.station(), self.gateway());
+        let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &frames::arp(1, own, gateway.ip));
+        self.from_a.send(&[&request[..], &control].concat()).unwrap();
+        seen.host |= heard_before(&self.bridge, &mark, &control);
+        for socket in &self.past_bridge {
+            while let Some(frame) = socket.receive(Duration::ZERO).unwrap() {
+                seen.host |= holds(&frame, &mark);
+            }
+        }
+        let mut packet = [0; 2048];
+        while let Ok(length) = self.program.recv(&mut packet) {
+            seen.program |= holds(&packet[..length], &mark);
+        }
+        let control = self.mark();
+        let frame = frames::ethernet(self.b.station().mac, gateway.mac, frames::ARP, &frames::arp(2, gateway, own.ip));
+        self.bridge.send(&[&frame[..], &control].concat()).unwrap();
+        seen.neighbour |= heard_before(&self.at_b, &mark, &control);
+        seen
+    }
+}
+
+/// Waits until what `from` sends comes to `to`: the kernel starts forwarding
+/// some time after a link was raised, when it has seen its carrier.
+pub(crate) fn connected(from: &PacketSocket, frame: &[u8], to: &PacketSocket) {
+    const TRIES: u32 = 1000;
+    let frame = [frame, b"connected?"].concat();
+    for _ in 0..TRIES {
+        from.send(&frame).unwrap();
+        while let Some(came) = to.receive(PATIENCE / TRIES).unwrap() {
+            if holds(&came, b"connected?") {
+                return;
+            }
+        }
+    }
+    panic!("nothing comes through");
+}
+
+pub(crate) fn holds(frame: &[u8], mark: &[u8]) -> bool {
+    frame.windows(mark.len()).any(|window| window == mark)
+}
+
+/// Whether a frame with `mark` came before the one with `control`, which has
+/// to come.
+pub(crate) fn heard_before(socket: &PacketSocket, mark: &[u8], control: &[u8]) -> bool {
+    let mut heard = false;
+    loop {
+        let frame = socket.receive(PATIENCE).unwrap().expect("the control frame did not come");
+        heard |= holds(&frame, mark);
+        if holds(&frame, control) {
+            return heard;
+        }
+    }
+}
