@@ -61,8 +61,19 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
         Err(_) => runtime.block_on(some_run(&node, paths)).unwrap_or(true),
     };
     // Where no desktop is left, neither is a network for them.
-    let ended = if keep { Ok(()) } else { node.shut_down(STOP_GRACE).context("cannot take everything down") };
+    let ended = if keep { Ok(()) } else { take_down(&node, &paths.run) };
     served.map(drop).and(ended)
+}
+
+/// Ends every desktop and the network, and removes what is then empty.
+fn take_down(node: &Node, run: &Path) -> anyhow::Result<()> {
+    node.shut_down(STOP_GRACE).context("cannot take everything down")?;
+    let cannot = || format!("cannot remove `{}`", run.display());
+    // Not recursive: whatever is still in there is somebody's.
+    for entry in fs::read_dir(run).with_context(cannot)? {
+        fs::remove_dir(entry.with_context(cannot)?.path()).with_context(cannot)?;
+    }
+    fs::remove_dir(run).with_context(cannot)
 }
 
 /// Serves until a signal; then says whether a desktop runs.
