@@ -57,8 +57,9 @@ pub(crate) enum Protection {
     DhcpServer,
     /// Only TCP, UDP and ICMP.
     Protocols,
-    /// Nothing to the reserved multicast addresses reaches the host.
-    ReservedMulticast,
+    /// Nothing to any multicast MAC reaches the host, the reserved ones
+    /// included, that no other rule sees.
+    Multicast,
     /// Nothing passes from port to port.
     Neighbours,
     /// What comes from a port and not over the bridge does not reach the host:
@@ -162,7 +163,7 @@ impl Rules<'_> {
 
         lines.base_chain("to_host", "input priority -300; policy accept");
         lines.when(
-            self.on(Protection::ReservedMulticast),
+            self.on(Protection::Multicast),
             format!("iifname {ports} ether daddr != {{ {gateway}, ff:ff:ff:ff:ff:ff }} drop"),
         );
         lines.end();
@@ -332,7 +333,7 @@ mod tests {
             Protection::Destinations,
             Protection::DhcpServer,
             Protection::Protocols,
-            Protection::ReservedMulticast,
+            Protection::Multicast,
             Protection::Neighbours,
             Protection::PortAlone,
             Protection::Host,

@@ -2,7 +2,7 @@ use qvd_testkit::privileged;
 
 use super::{
     NEEDS, frames,
-    world::{Seen, World, on_a_host},
+    world::{Seen, World, on_a_host, pass_bridged_packets_to_inet},
 };
 use crate::rules::Protection::{self, *};
 
@@ -11,8 +11,9 @@ use crate::rules::Protection::{self, *};
 #[test]
 fn no_hostile_frame_leaves_the_port() {
     privileged(NEEDS, || {
-        for internet in [false, true] {
+        for (internet, bridged) in [(false, false), (true, false), (true, true)] {
             on_a_host(|| {
+                pass_bridged_packets_to_inet(bridged);
                 let mut world = World::new(&[], internet);
                 let reached: Vec<_> = world
                     .hostile()
@@ -83,10 +84,10 @@ fn each_protection_is_needed() {
         (ArpIdentity, &[], "gratuitous arp for neighbour", Side::Host),
         (ArpIdentity, &[], "arp sender mac mismatch", Side::Host),
         (Ethertype, &[], "rarp", Side::Host),
-        (Ethertype, &[], "router advertisement", Side::Host),
-        (Ethertype, &[], "neighbour advertisement", Side::Host),
-        (Ethertype, &[], "dhcpv6 server", Side::Host),
-        (Ethertype, &[], "mld query", Side::Host),
+        (Ethertype, &[Multicast], "router advertisement", Side::Host),
+        (Ethertype, &[Multicast], "neighbour advertisement", Side::Host),
+        (Ethertype, &[Multicast], "dhcpv6 server", Side::Host),
+        (Ethertype, &[Multicast], "mld query", Side::Host),
         (Ethertype, &[], "priority-tagged arp", Side::Host),
         (Ethertype, &[], "802.1q ip spoof", Side::Host),
         (Ethertype, &[], "q-in-q", Side::Host),
@@ -102,14 +103,14 @@ fn each_protection_is_needed() {
         (Fragments, &[], "later fragment", Side::Host),
         (Destinations, &[], "multicast in a unicast frame", Side::Host),
         (Destinations, &[], "subnet broadcast", Side::Host),
-        (Destinations, &[ToGateway], "mdns answer", Side::Host),
+        (Destinations, &[ToGateway, Multicast], "mdns answer", Side::Host),
         (ToGateway, &[Destinations], "ipv4 broadcast", Side::Host),
         (DhcpServer, &[], "dhcp server, unicast", Side::Host),
         (Protocols, &[], "other ip protocol", Side::Host),
-        (Protocols, &[ToGateway, Destinations], "igmp query", Side::Host),
-        (ReservedMulticast, &[], "eapol", Side::Host),
-        (ReservedMulticast, &[PortAlone], "ip to reserved multicast", Side::Program),
-        (PortAlone, &[ReservedMulticast], "ip to reserved multicast", Side::Program),
+        (Protocols, &[ToGateway, Destinations, Multicast], "igmp query", Side::Host),
+        (Multicast, &[], "eapol", Side::Host),
+        (Multicast, &[PortAlone], "ip to reserved multicast", Side::Program),
+        (PortAlone, &[Multicast], "ip to reserved multicast", Side::Program),
         (PortAlone, &[], "ip to the nearest bridge", Side::Program),
         (Host, &[], "a service of the host", Side::Program),
         (Hairpin, &[], "the way over the gateway", Side::Neighbour),

@@ -137,11 +137,15 @@ fn nothing_passes_unasked() {
                     uplink.send(&[&[0xff; 60][..], control].concat()).unwrap();
                     heard_before(&outside, mark, control)
                 } else {
-                    let packet = frames::udp(OUTSIDE, own.ip, (5000, PORT));
-                    let frame = frames::ethernet(frames::BROADCAST, [0x52; 6], frames::IPV4, &packet);
-                    outside.send(&[&frame[..], mark].concat()).unwrap();
+                    let there = world.udp();
+                    // Resolves the host's address, so that the next one is sent at once.
+                    let host = UdpSocket::bind((UPLINK, PORT)).unwrap();
+                    host.set_read_timeout(Some(PATIENCE)).unwrap();
+                    there.send_to(b"resolve", (UPLINK, PORT)).unwrap();
+                    host.recv(&mut [0; 8]).unwrap();
+                    there.send_to(mark, (own.ip, PORT)).unwrap();
                     outside.send(&[&[0xff; 60][..], control].concat()).unwrap();
-                    heard_before(&uplink, mark, control);
+                    assert!(heard_before(&uplink, mark, control));
                     let reply = frames::arp(2, frames::Station { mac: gateway_mac, ip: gateway }, own.ip);
                     let reply = frames::ethernet(own.mac, gateway_mac, frames::ARP, &reply);
                     bridge.send(&[&reply[..], control].concat()).unwrap();
