@@ -41,7 +41,8 @@ pub(crate) fn sources(
         };
         return Ok(vec![source(suite.to_owned()), source(format!("{suite}-updates"))]);
     }
-    let wanted = [suite.to_owned(), format!("{suite}-updates"), format!("{suite}-security"), format!("{suite}/updates")];
+    let wanted =
+        [suite.to_owned(), format!("{suite}-updates"), format!("{suite}-security"), format!("{suite}/updates")];
     let mut found = host_sources(etc_apt).map_err(Error::io("read apt sources in", etc_apt))?;
     found.retain(|source| wanted.contains(&source.suite));
     for source in &mut found {
@@ -185,11 +186,14 @@ mod tests {
         let deb822 = "Types: deb deb-src\n# comment\nURIs: http://b.example/debian\nSuites: bookworm bookworm-updates\n\
              Components: contrib\n main\nSigned-By: /usr/share/keyrings/x.gpg\n\n\
              Types: deb\nURIs: http://off.example/\nSuites: bookworm\nComponents: main\nEnabled: no\n";
-        assert_eq!(lines(list, deb822, "bookworm"), [
-            "deb [signed-by=/k.gpg] http://a.example/debian bookworm main",
-            "deb [signed-by=/usr/share/keyrings/x.gpg] http://b.example/debian bookworm main",
-            "deb [signed-by=/usr/share/keyrings/x.gpg] http://b.example/debian bookworm-updates main",
-        ]);
+        assert_eq!(
+            lines(list, deb822, "bookworm"),
+            [
+                "deb [signed-by=/k.gpg] http://a.example/debian bookworm main",
+                "deb [signed-by=/usr/share/keyrings/x.gpg] http://b.example/debian bookworm main",
+                "deb [signed-by=/usr/share/keyrings/x.gpg] http://b.example/debian bookworm-updates main",
+            ]
+        );
         assert!(lines(list, deb822, "trixie").is_empty());
     }
 
@@ -201,7 +205,8 @@ mod tests {
 
     #[test]
     fn the_mirror_asked_for_comes_first() {
-        let found = sources(Path::new("/nonexistent"), "bookworm", &["main".to_owned()], Some("http://m.example/d")).unwrap();
+        let found =
+            sources(Path::new("/nonexistent"), "bookworm", &["main".to_owned()], Some("http://m.example/d")).unwrap();
         assert_eq!(found.first().unwrap().line(), "deb http://m.example/d bookworm main");
     }
 
@@ -209,6 +214,9 @@ mod tests {
     fn only_settings_about_access_are_taken() {
         let dump = "Acquire::http::Proxy \"http://p.example:3128\";\nAcquire::Check-Date \"false\";\nDir::Etc \"etc\";\n\
                     Acquire::IndexTargets \"\";\n";
-        assert_eq!(access_settings(dump), ["Acquire::http::Proxy \"http://p.example:3128\";", "Acquire::Check-Date \"false\";"]);
+        assert_eq!(
+            access_settings(dump),
+            ["Acquire::http::Proxy \"http://p.example:3128\";", "Acquire::Check-Date \"false\";"]
+        );
     }
 }

@@ -153,7 +153,11 @@ impl FromStr for RootId {
     fn from_str(text: &str) -> Result<Self, RootIdError> {
         let first = text.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         let rest = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b));
-        if first && rest && text.len() <= 64 { Ok(Self(text.to_owned())) } else { Err(RootIdError(text.chars().take(80).collect())) }
+        if first && rest && text.len() <= 64 {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(RootIdError(text.chars().take(80).collect()))
+        }
     }
 }
 

@@ -173,14 +173,14 @@ impl Job<'_> {
                     output.push_back(line);
                 }
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
-                Err(mpsc::RecvTimeoutError::Timeout) => return Err(self.failed(format!("{name} did not end in time"), output)),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    return Err(self.failed(format!("{name} did not end in time"), output));
+                }
             }
         }
         match child.wait(self.deadline).map_err(Error::io("wait for", name))? {
             Some(status) if status.success() => Ok(()),
-            Some(_) if told.no_space => {
-                Err(Error::NoSpace { op: "build an image", path: self.below.to_path_buf() })
-            }
+            Some(_) if told.no_space => Err(Error::NoSpace { op: "build an image", path: self.below.to_path_buf() }),
             Some(status) => Err(match told.no_package {
                 Some(package) => Error::NoSuchPackage {
                     flavour: self.recipe.name.clone(),
@@ -211,10 +211,9 @@ struct Told {
 
 impl Told {
     fn hear(&mut self, line: &str) {
-        let package = line
-            .split_once("Unable to locate package ")
-            .map(|(_, rest)| rest)
-            .or_else(|| line.split_once("E: Package '").and_then(|(_, rest)| rest.split_once("' has no ")).map(|(p, _)| p));
+        let package = line.split_once("Unable to locate package ").map(|(_, rest)| rest).or_else(|| {
+            line.split_once("E: Package '").and_then(|(_, rest)| rest.split_once("' has no ")).map(|(p, _)| p)
+        });
         if let Some(package) = package
             && self.no_package.is_none()
         {
@@ -237,7 +236,8 @@ impl Running {
     /// Waits until it has ended; `None` when it has not by then.
     fn wait(&mut self, deadline: Instant) -> io::Result<Option<ExitStatus>> {
         let pid = i32::try_from(self.0.id()).ok().and_then(rustix::process::Pid::from_raw);
-        let pidfd = rustix::process::pidfd_open(pid.ok_or(io::ErrorKind::InvalidInput)?, rustix::process::PidfdFlags::empty())?;
+        let pidfd =
+            rustix::process::pidfd_open(pid.ok_or(io::ErrorKind::InvalidInput)?, rustix::process::PidfdFlags::empty())?;
         loop {
             if let Some(status) = self.0.try_wait()? {
                 return Ok(Some(status));

@@ -56,7 +56,9 @@ mod tests {
 
     #[test]
     fn names_match_patterns() {
-        for (pattern, name) in [("*", "a"), ("*", ""), ("a*b", "ab"), ("a*b", "axxb"), ("?", "x"), ("*.so.*", "l.so.so.1")] {
+        for (pattern, name) in
+            [("*", "a"), ("*", ""), ("a*b", "ab"), ("a*b", "axxb"), ("?", "x"), ("*.so.*", "l.so.so.1")]
+        {
             assert!(matches(pattern.as_bytes(), name.as_bytes()), "{pattern} {name}");
         }
         for (pattern, name) in [("", "a"), ("a", ""), ("a*b", "abc"), ("?", "xy"), ("a", "b"), ("*a", "ab")] {

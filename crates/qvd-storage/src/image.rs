@@ -36,8 +36,8 @@ pub struct Image {
 struct Record {
     /// What the digest covers.
     content: Content,
-    /// Key of the recipe that it was built by.
-    recipe: Digest,
+    /// Key of the recipe that it was built by, if any.
+    recipe: Option<Digest>,
     created_unix_s: u64,
 }
 
@@ -95,9 +95,9 @@ impl Image {
         UNIX_EPOCH + Duration::from_secs(self.record.created_unix_s)
     }
 
-    /// Key of the recipe that it was built by.
+    /// Key of the recipe that it was built by; none if it was imported.
     #[must_use]
-    pub const fn recipe_key(&self) -> Digest {
+    pub const fn recipe_key(&self) -> Option<Digest> {
         self.record.recipe
     }
 
@@ -172,7 +172,12 @@ impl Images {
     }
 
     /// Makes an image of a finished build and lets its flavour point at it.
-    pub(crate) fn publish(&self, scratch: Scratch, config: ImageConfig, recipe: Digest) -> Result<Image, Error> {
+    pub(crate) fn publish(
+        &self,
+        scratch: Scratch,
+        config: ImageConfig,
+        recipe: Option<Digest>,
+    ) -> Result<Image, Error> {
         let summary = tree::summarize(&scratch.tree())?;
         let content = Content {
             format: Content::FORMAT,
@@ -248,7 +253,8 @@ impl Images {
         for name in self.names(&self.dir)? {
             let Ok(digest) = format!("sha256:{name}").parse() else { continue };
             let Ok(image) = self.load(digest) else { continue };
-            if image.recipe_key() == key && found.as_ref().is_none_or(|newest| newest.created() < image.created()) {
+            if image.recipe_key() == Some(key) && found.as_ref().is_none_or(|newest| newest.created() < image.created())
+            {
                 found = Some(image);
             }
         }

@@ -11,7 +11,7 @@ use std::{
 use qvd_core::{Digest, Missing, RootPolicy, Support};
 use qvd_sys::mount::{self, FsContext, MountError, Restrictions};
 use rustix::{
-    fs::{AtFlags, Mode, OFlags, mkdirat, openat, unlinkat},
+    fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, fstatvfs, mkdirat, openat, unlinkat},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
@@ -261,7 +261,7 @@ fn mount_overlay(
     volatile: bool,
 ) -> Result<OwnedFd, MountError> {
     let layers = Layers::new(lower, own, idmap).map_err(|e| MountError::new("clone the layers of an overlay", e))?;
-    match layers.stack(Index::On, volatile) {
+    let stack = || match layers.stack(Index::On, volatile) {
         // The layers' file handles changed, as when a store was copied to
         // another disk. Content is verified by digest, not by handle; only
         // hard links made before lose their common identity.
@@ -270,6 +270,14 @@ fn mount_overlay(
             layers.stack(Index::Off, volatile)
         }
         done => done,
+    };
+    // What the map makes of root, whose the upper is on disk.
+    let root = rustix::fs::fstat(&layers.upper).map_err(|e| MountError::new("read the upper layer", e.into()))?;
+    match idmap {
+        None => stack(),
+        Some(_) => mount::with_fs_ids(root.st_uid, root.st_gid, stack)
+            .map_err(|e| MountError::new("become root of the id map", e))
+            .flatten(),
     }
 }
 
@@ -289,7 +297,11 @@ struct Layers {
 impl Layers {
     fn new(lower: BorrowedFd<'_>, own: BorrowedFd<'_>, idmap: Option<BorrowedFd<'_>>) -> io::Result<Self> {
         let lower = mount::clone_dir(lower)?;
-        mount::restrict(lower.as_fd(), Restrictions { read_only: true, nodev: true, ..Restrictions::default() }, idmap)?;
+        mount::restrict(
+            lower.as_fd(),
+            Restrictions { read_only: true, nodev: true, ..Restrictions::default() },
+            idmap,
+        )?;
         // One mount for upper and work: overlayfs asks for that.
         let own = mount::clone_dir(own)?;
         mount::restrict(own.as_fd(), Restrictions { nodev: true, ..Restrictions::default() }, idmap)?;
@@ -324,9 +336,7 @@ impl Layers {
                 context.set(key.trim_end_matches('+'), &format!("/proc/self/fd/{}", fd.as_raw_fd()))
             })
         };
-        mount::in_private_namespace(by_path)
-            .map_err(|e| MountError::new("make a private mount namespace", e))
-            .flatten()
+        mount::in_private_namespace(by_path).map_err(|e| MountError::new("make a private mount namespace", e)).flatten()
     }
 
     fn configure(
@@ -355,7 +365,14 @@ impl Layers {
             // others have dirty pages), and nothing to keep it for.
             context.set_flag("volatile")?;
         }
-        context.mount(Restrictions { nodev: true, ..Restrictions::default() })
+        let mount = context.mount(Restrictions { nodev: true, ..Restrictions::default() })?;
+        // When the work directory cannot be used, the kernel mounts for reading
+        // only and says that in its log alone.
+        let flags = fstatvfs(&mount).map_err(|e| MountError::new("look at an overlay", e.into()))?.f_flag;
+        if flags.contains(StatVfsMountFlags::RDONLY) {
+            return Err(MountError::new("mount an overlay for writing", Errno::ROFS.into()));
+        }
+        Ok(mount)
     }
 }
 
@@ -365,7 +382,7 @@ fn support(error: &MountError, dir: &Path) -> Result<Support, Error> {
         Some(Errno::PERM | Errno::ACCESS) => Missing::Privilege("mount file systems".to_owned()),
         Some(Errno::NODEV) => Missing::Kernel("overlayfs".to_owned()),
         Some(Errno::NOSYS) => Missing::Kernel("the mount API of Linux 5.12".to_owned()),
-        Some(Errno::INVAL | Errno::OPNOTSUPP) => {
+        Some(Errno::INVAL | Errno::OPNOTSUPP | Errno::ROFS) => {
             Missing::Filesystem(format!("what an id-mapped overlay needs ({error})"))
         }
         _ => {
@@ -374,4 +391,35 @@ fn support(error: &MountError, dir: &Path) -> Result<Support, Error> {
         }
     };
     Ok(Support::No(missing))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use qvd_testkit::{Need, privileged};
+
+    use super::*;
+
+    #[test]
+    fn layers_work_by_path_where_descriptors_do_not() {
+        privileged(&[Need::Root, Need::Filesystem("overlay")], || {
+            let dir = tempfile::tempdir().unwrap();
+            for name in ["lower", UPPER, WORK] {
+                fs::create_dir(dir.path().join(name)).unwrap();
+            }
+            fs::write(dir.path().join("lower/f"), "from the image").unwrap();
+            let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+            let lower = mount::open_dir_path(&dir.path().join("lower")).unwrap();
+            let own = mount::open_dir_path(dir.path()).unwrap();
+            let layers = Layers::new(lower.as_fd(), own.as_fd(), None).unwrap();
+            let mount = layers.stack_by_path(Index::On, false).unwrap();
+            drop(layers);
+            let at = format!("/proc/self/fd/{}", mount.as_raw_fd());
+            assert_eq!(fs::read_to_string(format!("{at}/f")).unwrap(), "from the image");
+            fs::write(format!("{at}/g"), "new").unwrap();
+            assert_eq!(fs::read_to_string(dir.path().join("upper/g")).unwrap(), "new");
+            assert!(!dir.path().join("lower/g").exists());
+            assert_eq!(fs::read_to_string("/proc/self/mountinfo").unwrap(), mounts);
+        });
+    }
 }

@@ -306,7 +306,10 @@ fn check_user(user: &UserConfig) -> Result<(), String> {
     // The form that `useradd` of every distribution takes.
     let mut bytes = user.name.bytes();
     let first = bytes.next().is_some_and(|b| b.is_ascii_lowercase() || b == b'_');
-    if !first || user.name.len() > 32 || !bytes.all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b)) {
+    if !first
+        || user.name.len() > 32
+        || !bytes.all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b))
+    {
         return Err(format!("user name `{}` is not up to 32 of a-z 0-9 _ - that start with a letter or _", user.name));
     }
     if user.uid == 0 || user.gid == 0 || user.uid >= ID_LIMIT || user.gid >= ID_LIMIT {
@@ -370,7 +373,11 @@ pub(crate) fn absolute(path: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn checked<T, U>(text: &str, value: &Spanned<T>, check: impl FnOnce(&T) -> Result<U, String>) -> Result<U, RecipeError> {
+fn checked<T, U>(
+    text: &str,
+    value: &Spanned<T>,
+    check: impl FnOnce(&T) -> Result<U, String>,
+) -> Result<U, RecipeError> {
     check(value.get_ref()).map_err(|reason| wrong(text, value.span(), reason))
 }
 
@@ -430,7 +437,7 @@ gid = 1000
         assert!(reason.contains("--help"), "{reason}");
         assert_eq!(error("\"tiny\"", "\"../tiny\"").0, 1);
         assert_eq!(error("uid = 1000", "uid = 0").0, 9);
-        assert_eq!(error("= 1000", "= \"x\"").0, 11);
+        assert_eq!(error("gid = 1000", "gid = \"x\"").0, 12);
         assert_eq!(error("\"debian\"", "\"beos\"").0, 6);
         assert_eq!(error("[user]", "[[user").0, 9);
     }
@@ -442,7 +449,8 @@ gid = 1000
             assert!(Recipe::parse(&text).is_err(), "{bad}");
         }
         for (mode, owner) in [("0888", "0:0"), ("-1", "0:0"), ("10000", "0:0"), ("644", "root"), ("644", "65536:0")] {
-            let text = format!("{TINY}[[files]]\npath = \"/x\"\ncontent = \"\"\nmode = \"{mode}\"\nowner = \"{owner}\"\n");
+            let text =
+                format!("{TINY}[[files]]\npath = \"/x\"\ncontent = \"\"\nmode = \"{mode}\"\nowner = \"{owner}\"\n");
             assert!(Recipe::parse(&text).is_err(), "{mode} {owner}");
         }
         let text = format!("{TINY}[[files]]\npath = \"/x\"\ncontent = \"a\"\nmode = \"4755\"\nowner = \"1:2\"\n");

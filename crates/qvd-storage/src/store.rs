@@ -14,8 +14,8 @@ use rustix::{
 };
 
 use crate::{
-    BuildOptions, Error, Home, HomeId, Image, Recipe, Root, RootBackend, RootId, build, fsio, image::Images,
-    overlay::Overlayfs, trash::Trash,
+    BuildOptions, Error, Home, HomeId, Image, ImageConfig, Recipe, Root, RootBackend, RootId, build, fsio,
+    image::Images, overlay::Overlayfs, trash::Trash,
 };
 
 /// Images, roots and homes of one host.
@@ -56,8 +56,7 @@ impl Store {
         let trash = Arc::new(Trash::open(&root.join("trash"))?);
         let images = Images::open(&root.join("images"), Arc::clone(&trash))?;
         let backend = Overlayfs::open(&root.join("roots"), Arc::clone(&trash))?;
-        let store =
-            Self { images, backend: Box::new(backend), trash, building: Mutex::new(()), _lock: lock, root };
+        let store = Self { images, backend: Box::new(backend), trash, building: Mutex::new(()), _lock: lock, root };
         for name in ["roots", "homes"] {
             store.sweep_temporary(&store.root.join(name))?;
         }
@@ -98,8 +97,19 @@ impl Store {
         let scratch = self.images.scratch()?;
         build::build(recipe, options, &scratch, &self.trash, progress)?;
         progress("computing the digest");
-        let image = self.images.publish(scratch, recipe.config().clone(), recipe.key())?;
+        let image = self.images.publish(scratch, recipe.config().clone(), Some(recipe.key()))?;
         Ok(Built { image, reused: false })
+    }
+
+    /// Makes an image of a tree that the caller has: `fill` gets an empty
+    /// directory to put it in, with the ids that are to exist inside.
+    ///
+    /// # Errors
+    /// `fill` failed or the tree could not be stored; nothing is left.
+    pub fn import(&self, config: ImageConfig, fill: &mut dyn FnMut(&Path) -> io::Result<()>) -> Result<Image, Error> {
+        let scratch = self.images.scratch()?;
+        fill(&scratch.tree()).map_err(Error::io("fill image in", scratch.dir()))?;
+        self.images.publish(scratch, config, None)
     }
 
     /// The image with this digest.
@@ -226,7 +236,8 @@ impl Store {
 
 fn lock(root: &Path) -> Result<File, Error> {
     let path = root.join("lock");
-    let file = File::options().write(true).create(true).truncate(false).open(&path).map_err(Error::io("open", &path))?;
+    let file =
+        File::options().write(true).create(true).truncate(false).open(&path).map_err(Error::io("open", &path))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(Errno::WOULDBLOCK) => Err(Error::StoreBusy(root.to_path_buf())),
@@ -239,7 +250,9 @@ fn reflink(dir: &Path) -> io::Result<Support> {
     let (from, to) = (tempfile::tempfile_in(dir)?, tempfile::tempfile_in(dir)?);
     match ioctl_ficlone(&to, &from) {
         Ok(()) => Ok(Support::Yes),
-        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => Ok(Support::No(Missing::Filesystem("reflink".to_owned()))),
+        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => {
+            Ok(Support::No(Missing::Filesystem("reflink".to_owned())))
+        }
         Err(error) => Err(error.into()),
     }
 }

@@ -224,7 +224,7 @@ mod tests {
         let tree = dir.path().join("tree");
         fs::create_dir(&tree).unwrap();
         let mut at = fsio::open_dir(&tree).unwrap();
-        for _ in 0..5000 {
+        for _ in 0..1500 {
             rustix::fs::mkdirat(&at, "d", rustix::fs::Mode::RWXU).unwrap();
             at = fsio::open_dir_below(&at, "d").unwrap();
         }

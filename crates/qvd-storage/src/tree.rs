@@ -105,14 +105,11 @@ fn xattrs(path: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     // Source: Linux `include/uapi/linux/limits.h`, XATTR_LIST_MAX and
     // XATTR_SIZE_MAX are both 65536.
     const MAX: usize = 65536;
-    let mut names = vec![0; 0];
+    let mut names = vec![0; MAX];
     let len = match llistxattr(path, &mut names) {
-        Ok(0) | Err(rustix::io::Errno::OPNOTSUPP) => return Ok(vec![]),
-        Ok(len) => len,
-        Err(error) => return Err(error.into()),
+        Err(rustix::io::Errno::OPNOTSUPP) => 0,
+        len => len?,
     };
-    names = vec![0; len.min(MAX)];
-    let len = llistxattr(path, &mut names)?;
     names.truncate(len);
     let mut found = Vec::new();
     for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {

@@ -137,9 +137,16 @@ pub(crate) fn add_user(tree: &Path, user: &UserConfig) -> Result<(), Error> {
             text.lines().any(|line| field(line, 0) == user.name || field(line, 2) == id.to_string())
         };
         if taken(&passwd, user.uid) {
-            return Err(io::Error::other(format!("a package has the user {} or the uid {} already", user.name, user.uid)));
+            return Err(io::Error::other(format!(
+                "a package has the user {} or the uid {} already",
+                user.name, user.uid
+            )));
         }
-        let shell = if statat_exists(&root, "usr/bin/bash") || statat_exists(&root, "bin/bash") { "/bin/bash" } else { "/bin/sh" };
+        let shell = if statat_exists(&root, "usr/bin/bash") || statat_exists(&root, "bin/bash") {
+            "/bin/bash"
+        } else {
+            "/bin/sh"
+        };
         let (name, uid, gid, home) = (&user.name, user.uid, user.gid, user.home());
         append(&root, "etc/passwd", &format!("{name}:x:{uid}:{gid}::{home}:{shell}\n"))?;
         // `*` is no hash of anything: no password opens this account.

@@ -18,7 +18,7 @@ use rustix::{
         fsconfig_create, fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_change,
         move_mount, open_tree,
     },
-    thread::UnshareFlags,
+    thread::{UnshareFlags, capabilities, set_capabilities},
 };
 
 /// What is forbidden on a mount, whatever its file system says.
@@ -61,11 +61,7 @@ pub fn clone_dir(dir: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 /// # Errors
 /// `EINVAL` when the file system cannot be id-mapped or the mount is attached
 /// already, `ENOSYS` before Linux 5.12.
-pub fn restrict(
-    mount: BorrowedFd<'_>,
-    restrictions: Restrictions,
-    idmap: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
+pub fn restrict(mount: BorrowedFd<'_>, restrictions: Restrictions, idmap: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let mut attr = libc::mount_attr {
         attr_set: u64::from(restrictions.flags().bits()),
         attr_clr: 0,
@@ -145,7 +141,9 @@ impl FsContext {
     pub fn open(name: &'static str) -> Result<Self, MountError> {
         match fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC) {
             Ok(fd) => Ok(Self { name, fd }),
-            Err(source) => Err(MountError { op: format!("open file system {name}"), log: vec![], source: source.into() }),
+            Err(source) => {
+                Err(MountError { op: format!("open file system {name}"), log: vec![], source: source.into() })
+            }
         }
     }
 
@@ -224,6 +222,36 @@ pub fn in_private_namespace<T: Send>(f: impl FnOnce() -> T + Send) -> io::Result
             // shares no file system state with others once CLONE_FS is undone.
             unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }?;
             mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+            Ok(f())
+        })?;
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Runs `f` on a thread whose files belong to `uid` and `gid`, with the same
+/// capabilities as the caller's. A file system that is made in `f` remembers
+/// these: an overlay on id-mapped layers can write only as an id that the map
+/// knows, which root is not.
+///
+/// # Errors
+/// This process may not take these ids.
+pub fn with_fs_ids<T: Send>(uid: u32, gid: u32, f: impl FnOnce() -> T + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let worker = thread::Builder::new().name("fs-ids".to_owned()).spawn_scoped(scope, || {
+            let before = capabilities(None)?;
+            // Both calls change this thread only, and tell what was before
+            // instead of whether they succeeded: so each is asked again.
+            // SAFETY: they take and return plain numbers.
+            let taken = unsafe {
+                libc::setfsgid(gid);
+                libc::setfsuid(uid);
+                (libc::setfsgid(u32::MAX), libc::setfsuid(u32::MAX))
+            };
+            if taken != (gid.cast_signed(), uid.cast_signed()) {
+                return Err(rustix::io::Errno::PERM.into());
+            }
+            // Leaving uid 0 took the capabilities about files away.
+            set_capabilities(None, before)?;
             Ok(f())
         })?;
         worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

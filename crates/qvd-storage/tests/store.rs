@@ -1,0 +1,347 @@
+//! A store as its users see it, on small trees made by hand.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{
+            fs::{MetadataExt, PermissionsExt, chown, symlink},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use qvd_core::{DesktopId, RootPolicy, UidRange};
+use qvd_storage::{BuildOptions, Error, ErrorKind, HomeId, Image, Recipe, RootId, Store};
+use qvd_sys::mount::{FsContext, Restrictions, attach, in_private_namespace, open_dir_path};
+use qvd_testkit::{Need, privileged};
+
+const NEEDS: &[Need] = &[Need::Root, Need::UserNamespaces, Need::Filesystem("overlay")];
+
+fn recipe() -> Recipe {
+    Recipe::parse(
+        r#"
+        name = "tiny"
+        packages = []
+        base = { distribution = "debian", suite = "bookworm" }
+        user = { name = "user", uid = 1000, gid = 1000 }
+        "#,
+    )
+    .unwrap()
+}
+
+fn fill(tree: &Path) -> io::Result<()> {
+    fs::create_dir_all(tree.join("etc/skel/.config"))?;
+    fs::write(tree.join("etc/f"), "from the image")?;
+    fs::write(tree.join("etc/skel/.profile"), "umask 077")?;
+    fs::set_permissions(tree.join("etc/skel/.profile"), fs::Permissions::from_mode(0o4755))?;
+    symlink("/etc/shadow", tree.join("etc/skel/link"))?;
+    fs::create_dir_all(tree.join("home/user"))?;
+    fs::write(tree.join("home/mine"), "")?;
+    chown(tree.join("home/mine"), Some(1000), Some(1000))
+}
+
+fn store_with_image(dir: &Path) -> (Store, Image) {
+    let store = Store::open(dir).unwrap();
+    let image = store.import(recipe().config().clone(), &mut fill).unwrap();
+    (store, image)
+}
+
+fn id(name: &str) -> RootId {
+    name.parse().unwrap()
+}
+
+fn path(mount: &OwnedFd, name: &str) -> PathBuf {
+    format!("/proc/self/fd/{}/{name}", mount.as_raw_fd()).into()
+}
+
+fn userns(range: UidRange) -> OwnedFd {
+    qvd_sys::userns::create(range.base(), UidRange::LEN).unwrap()
+}
+
+/// Runs a shell in a mount as an id of the host, and says whether it succeeded.
+fn sh(mount: &OwnedFd, uid: u32, script: &str) -> bool {
+    let mut command = Command::new("/bin/sh");
+    // The directory is entered after the ids were changed and before the
+    // descriptor is closed.
+    command.stderr(std::process::Stdio::null()).args(["-c", script]).uid(uid).gid(uid).current_dir(path(mount, ""));
+    command.status().unwrap().success()
+}
+
+fn mounts() -> usize {
+    fs::read_to_string("/proc/self/mountinfo").unwrap().lines().count()
+}
+
+#[test]
+fn a_root_shows_the_image_in_the_desktops_ids_and_leaves_it_alone() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store_with_image(dir.path());
+        let before = mounts();
+        let (one, two) = (UidRange::of_slot(3).unwrap(), UidRange::of_slot(4).unwrap());
+        let root_one = store.root(&image, &id("1"), RootPolicy::Volatile).unwrap();
+        let root_two = store.root(&image, &id("2"), RootPolicy::Volatile).unwrap();
+        let mount_one = root_one.mount(Some(userns(one).as_fd())).unwrap();
+        let mount_two = root_two.mount(Some(userns(two).as_fd())).unwrap();
+        assert_eq!(mounts(), before, "a root is in the host's mount table");
+        for (mount, range) in [(&mount_one, one), (&mount_two, two)] {
+            assert_eq!(fs::metadata(path(mount, "etc/f")).unwrap().uid(), range.base());
+            assert_eq!(fs::metadata(path(mount, "home/mine")).unwrap().uid(), range.base() + 1000);
+            assert_eq!(fs::metadata(path(mount, "")).unwrap().uid(), range.base());
+        }
+        assert!(sh(&mount_one, one.base(), "echo changed >etc/f && echo new >etc/new"));
+        assert_eq!(fs::read_to_string(path(&mount_one, "etc/f")).unwrap(), "changed\n");
+        assert_eq!(fs::read_to_string(path(&mount_two, "etc/f")).unwrap(), "from the image");
+        assert!(!path(&mount_two, "etc/new").exists());
+        // The other desktop's root has no right here, and on disk nothing is shifted.
+        assert!(!sh(&mount_one, two.base(), "echo no >etc/f"));
+        assert_eq!(fs::metadata(dir.path().join("roots/1/upper/etc/new")).unwrap().uid(), 0);
+        image.verify().unwrap();
+    });
+}
+
+#[test]
+fn a_volatile_root_begins_anew_also_after_a_crash() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store_with_image(dir.path());
+        let root = store.root(&image, &id("1"), RootPolicy::Volatile).unwrap();
+        let mount = root.mount(None).unwrap();
+        fs::write(path(&mount, "left"), "x").unwrap();
+        // A crash: the mount goes with its process, the marker stays.
+        drop((mount, root, store));
+        assert!(dir.path().join("roots/1/work/work/incompat/volatile/dirty").exists());
+        let store = Store::open(dir.path()).unwrap();
+        let mut root = store.root(&image, &id("1"), RootPolicy::Volatile).unwrap();
+        let mount = root.mount(None).unwrap();
+        assert!(!path(&mount, "left").exists());
+        fs::write(path(&mount, "left"), "x").unwrap();
+        drop(mount);
+        root.close().unwrap();
+        root.close().unwrap();
+        assert!(!dir.path().join("roots/1").exists());
+        // What was volatile is never taken for persistent.
+        let volatile = store.root(&image, &id("1"), RootPolicy::Volatile).unwrap();
+        fs::write(path(&volatile.mount(None).unwrap(), "left"), "x").unwrap();
+        let persistent = store.root(&image, &id("1"), RootPolicy::Persistent).unwrap();
+        assert!(!path(&persistent.mount(None).unwrap(), "left").exists());
+    });
+}
+
+#[test]
+fn a_persistent_root_keeps_what_was_written() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store_with_image(dir.path());
+        let mut root = store.root(&image, &id("1"), RootPolicy::Persistent).unwrap();
+        fs::write(path(&root.mount(None).unwrap(), "etc/f"), "kept").unwrap();
+        root.close().unwrap();
+        drop(store);
+        let store = Store::open(dir.path()).unwrap();
+        assert_eq!(store.roots().unwrap(), [(id("1"), Some(image.digest()))]);
+        let root = store.root(&image, &id("1"), RootPolicy::Persistent).unwrap();
+        let mount = root.mount(Some(userns(UidRange::of_slot(9).unwrap()).as_fd())).unwrap();
+        assert_eq!(fs::read_to_string(path(&mount, "etc/f")).unwrap(), "kept");
+        // Another image has other files below: the root does not move there by itself.
+        let other = store.import(recipe().config().clone(), &mut |tree| fs::write(tree.join("other"), "")).unwrap();
+        let error = store.root(&other, &id("1"), RootPolicy::Persistent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    });
+}
+
+#[test]
+fn a_root_in_use_is_neither_mounted_again_nor_removed() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store_with_image(dir.path());
+        for policy in [RootPolicy::Volatile, RootPolicy::Persistent] {
+            let mut root = store.root(&image, &id("1"), policy).unwrap();
+            let mount = root.mount(None).unwrap();
+            fs::write(path(&mount, "f"), "x").unwrap();
+            assert!(matches!(root.mount(None), Err(Error::RootBusy(_))), "{policy:?}");
+            assert!(matches!(store.remove_root(&id("1")), Err(Error::RootBusy(_))), "{policy:?}");
+            assert!(matches!(store.sweep(&[]), Err(Error::RootBusy(_))), "{policy:?}");
+            assert_eq!(root.close().is_err(), policy == RootPolicy::Volatile);
+            assert_eq!(fs::read_to_string(path(&mount, "f")).unwrap(), "x", "{policy:?}");
+            drop(mount);
+            root.close().unwrap();
+            store.remove_root(&id("1")).unwrap();
+            store.remove_root(&id("1")).unwrap();
+        }
+    });
+}
+
+#[test]
+fn roots_that_nobody_owns_are_swept_and_deleted_in_the_background() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store_with_image(dir.path());
+        for name in ["1", "2", "3"] {
+            let root = store.root(&image, &id(name), RootPolicy::Persistent).unwrap();
+            let mount = root.mount(None).unwrap();
+            for n in 0..200 {
+                fs::write(path(&mount, &n.to_string()), "").unwrap();
+            }
+        }
+        store.sweep(&[id("2")]).unwrap();
+        assert_eq!(store.roots().unwrap(), [(id("2"), Some(image.digest()))]);
+        for _ in 0..2000 {
+            if fs::read_dir(dir.path().join("trash")).unwrap().next().is_none() {
+                return;
+            }
+            thread::park_timeout(Duration::from_millis(5));
+        }
+        panic!("the trash was not emptied");
+    });
+}
+
+#[test]
+fn a_home_is_made_of_the_skeleton_once_and_mounted_in_the_desktops_ids() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store_with_image(dir.path());
+        let whose = HomeId::from(DesktopId::new(7).unwrap());
+        let home = store.home(&whose, &image).unwrap();
+        let profile = fs::symlink_metadata(home.dir().join(".profile")).unwrap();
+        assert_eq!((profile.uid(), profile.gid(), profile.mode() & 0o7777), (1000, 1000, 0o755));
+        assert_eq!(fs::read_link(home.dir().join("link")).unwrap(), Path::new("/etc/shadow"));
+        assert_eq!(fs::metadata(home.dir()).unwrap().mode() & 0o7777, 0o700);
+        fs::write(home.dir().join(".profile"), "mine").unwrap();
+        let home = store.home(&whose, &image).unwrap();
+        assert_eq!(fs::read_to_string(home.dir().join(".profile")).unwrap(), "mine");
+        let range = UidRange::of_slot(1).unwrap();
+        let before = mounts();
+        let mount = home.mount(Some(userns(range).as_fd())).unwrap();
+        assert_eq!(mounts(), before);
+        assert_eq!(fs::metadata(path(&mount, ".profile")).unwrap().uid(), range.base() + 1000);
+        let flags = rustix::fs::fstatvfs(&mount).unwrap().f_flag;
+        assert!(
+            flags.contains(rustix::fs::StatVfsMountFlags::NOSUID | rustix::fs::StatVfsMountFlags::NODEV),
+            "{flags:?}"
+        );
+        drop(mount);
+        assert!(fs::read_dir(dir.path().join("homes")).unwrap().count() == 1);
+        store.remove_home(&whose).unwrap();
+        store.remove_home(&whose).unwrap();
+        assert!(!home.dir().exists());
+    });
+}
+
+#[test]
+fn a_damaged_image_is_named() {
+    let needs = [Need::Root];
+    privileged(&needs, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store_with_image(dir.path());
+        let record = image.tree().with_file_name("image.json");
+        let sound = fs::read_to_string(&record).unwrap();
+        let damages: [(&str, String); 3] = [
+            ("not whole", sound.get(..sound.len() / 2).unwrap().to_owned()),
+            ("was changed", sound.replace("\"uid\": 1000", "\"uid\": 1001")),
+            ("not whole", sound.replace("\"content\"", "\"kontent\"")),
+        ];
+        for (reason, text) in damages {
+            assert_ne!(text, sound);
+            fs::write(&record, text).unwrap();
+            let error = store.image(image.digest()).unwrap_err().to_string();
+            assert!(error.contains(reason) && error.contains(&image.digest().hex()), "{error}");
+            assert!(store.flavour(recipe().flavour()).is_err());
+        }
+        fs::write(&record, &sound).unwrap();
+        store.verify(image.digest()).unwrap();
+        fs::write(image.tree().join("etc/f"), "From the image").unwrap();
+        store.image(image.digest()).unwrap();
+        assert!(store.verify(image.digest()).unwrap_err().to_string().contains("changed"));
+        fs::remove_dir_all(image.tree().join("etc")).unwrap();
+        assert!(store.image(image.digest()).unwrap_err().to_string().contains("not complete"));
+        fs::remove_dir_all(image.tree()).unwrap();
+        assert!(matches!(store.image(image.digest()), Err(Error::Damaged { .. })));
+        // Making it again repairs it.
+        let again = store.import(recipe().config().clone(), &mut fill).unwrap();
+        assert_eq!(again.digest(), image.digest());
+        again.verify().unwrap();
+    });
+}
+
+#[test]
+fn a_full_disk_is_said_and_nothing_is_left() {
+    privileged(&[Need::Root, Need::Namespaces], || {
+        let dir = tempfile::tempdir().unwrap();
+        let work = || {
+            let small = FsContext::open("tmpfs").unwrap();
+            small.set("size", "2M").unwrap();
+            let small = small.mount(Restrictions::default()).unwrap();
+            attach(small.as_fd(), open_dir_path(dir.path()).unwrap().as_fd()).unwrap();
+            let store = Store::open(&dir.path().join("store")).unwrap();
+            let error = store
+                .import(recipe().config().clone(), &mut |tree| fs::write(tree.join("big"), vec![1; 4 << 20]))
+                .unwrap_err();
+            assert!(matches!(error, Error::NoSpace { .. }), "{error}");
+            assert!(!error.to_string().contains('\n'), "{error}");
+            let left: Vec<_> = fs::read_dir(dir.path().join("store/images")).unwrap().collect();
+            assert_eq!(left.len(), 1, "{left:?}");
+            for _ in 0..2000 {
+                if fs::read_dir(dir.path().join("store/trash")).unwrap().next().is_none() {
+                    break;
+                }
+                thread::park_timeout(Duration::from_millis(5));
+            }
+            store.import(recipe().config().clone(), &mut fill).unwrap();
+        };
+        in_private_namespace(work).unwrap();
+    });
+}
+
+#[test]
+fn one_process_has_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let error = Store::open(dir.path()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains(dir.path().to_str().unwrap()), "{error}");
+    drop(store);
+    Store::open(dir.path()).unwrap();
+}
+
+#[test]
+fn what_a_killed_build_left_is_swept() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(Store::open(dir.path()).unwrap());
+    fs::create_dir_all(dir.path().join("images/tmp-x/tree/etc")).unwrap();
+    fs::create_dir_all(dir.path().join("homes/.new-x")).unwrap();
+    let _store = Store::open(dir.path()).unwrap();
+    assert!(!dir.path().join("images/tmp-x").exists());
+    assert!(!dir.path().join("homes/.new-x").exists());
+}
+
+#[test]
+fn what_is_not_there_is_not_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.flavour(recipe().flavour()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(store.image(recipe().key()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert!(store.flavours().unwrap().is_empty());
+}
+
+#[test]
+fn a_package_that_does_not_exist_is_named_and_nothing_is_left() {
+    // Fetches the lists of packages: minutes where the mirror is slow.
+    privileged(&[Need::Root, Need::Program("mmdebstrap")], || {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let text = "name = \"tiny\"\npackages = [\"no-such-package-at-all\"]\n\
+                    base = { distribution = \"debian\", suite = \"bookworm\" }\n\
+                    user = { name = \"user\", uid = 1000, gid = 1000 }\n";
+        let error = store.build(&Recipe::parse(text).unwrap(), &BuildOptions::default(), &mut |_| {}).unwrap_err();
+        assert!(
+            matches!(&error, Error::NoSuchPackage { package, .. } if package == "no-such-package-at-all"),
+            "{error}"
+        );
+        assert_eq!(fs::read_dir(dir.path().join("images")).unwrap().count(), 1);
+    });
+}
