@@ -17,6 +17,8 @@ mod memfd;
 mod pidfd;
 mod plan;
 mod spawn;
+#[cfg(test)]
+mod tests;
 
 pub use memfd::seal;
 pub use pidfd::{Exit, Process, boot_id, start_time};

@@ -109,7 +109,8 @@ pub(crate) struct Cgroups {
 
 impl Cgroups {
     pub(crate) fn open(instance: Instance) -> Result<Self, Error> {
-        let mountinfo = std::fs::read_to_string("/proc/thread-self/mountinfo").map_err(io_error("read the mount table"))?;
+        let mountinfo =
+            std::fs::read_to_string("/proc/thread-self/mountinfo").map_err(io_error("read the mount table"))?;
         let tree = Box::new(Kernel);
         let hierarchies = find(tree.as_ref(), &mountinfo);
         Self::new(tree, hierarchies, instance)
@@ -118,7 +119,8 @@ impl Cgroups {
     fn new(tree: Box<dyn Tree>, hierarchies: Vec<Hierarchy>, instance: Instance) -> Result<Self, Error> {
         for controller in Controller::ALL {
             if !hierarchies.iter().any(|h| h.controllers.contains(&controller)) {
-                let missing = Missing::Kernel(format!("the cgroup controller `{}`, or it is not mounted", controller.name()));
+                let missing =
+                    Missing::Kernel(format!("the cgroup controller `{}`, or it is not mounted", controller.name()));
                 return Err(Error::Unsupported { op: "limit a desktop", missing });
             }
         }

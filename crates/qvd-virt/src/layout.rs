@@ -38,8 +38,23 @@ const NOEXEC: u32 = 8;
 /// Files of `/proc` that tell of the host or act on it. Those that other
 /// runtimes mask, and what this kernel has beside them.
 const PROC_FILES: &[&str] = &[
-    "config.gz", "interrupts", "kallsyms", "kcore", "key-users", "keys", "kmsg", "latency_stats", "modules",
-    "pagetypeinfo", "sched_debug", "slabinfo", "softirqs", "sysrq-trigger", "timer_list", "timer_stats", "vmallocinfo",
+    "config.gz",
+    "interrupts",
+    "kallsyms",
+    "kcore",
+    "key-users",
+    "keys",
+    "kmsg",
+    "latency_stats",
+    "modules",
+    "pagetypeinfo",
+    "sched_debug",
+    "slabinfo",
+    "softirqs",
+    "sysrq-trigger",
+    "timer_list",
+    "timer_stats",
+    "vmallocinfo",
 ];
 /// Directories of `/proc` likewise.
 const PROC_DIRS: &[&str] = &["acpi", "dynamic_debug", "pressure", "scsi"];
@@ -203,10 +218,10 @@ impl<'a> Parts<'a> {
 use crate::ContainerMount;
 
 fn text(target: &Path) -> Result<String, Error> {
-    target.to_str().map(ToOwned::to_owned).ok_or_else(|| Error::Invalid {
-        what: format!("mount target {target:?}"),
-        reason: "it is not UTF-8",
-    })
+    target
+        .to_str()
+        .map(ToOwned::to_owned)
+        .ok_or_else(|| Error::Invalid { what: format!("mount target {target:?}"), reason: "it is not UTF-8" })
 }
 
 /// An empty directory of the device file system, seen before anything is
@@ -220,14 +235,7 @@ struct Cover<'a> {
     read_only: bool,
 }
 
-fn cover(
-    plan: &mut Plan,
-    verb: &str,
-    top: &str,
-    fs: PlanFd,
-    name: &str,
-    with: Cover<'_>,
-) -> Result<(), Error> {
+fn cover(plan: &mut Plan, verb: &str, top: &str, fs: PlanFd, name: &str, with: Cover<'_>) -> Result<(), Error> {
     let attributes = if with.read_only { u64::from(RDONLY) } else { 0 };
     let into = plan.scratch();
     let path = crate::spec::c_string(with.path)?;

@@ -1,10 +1,6 @@
 //! What this host can do for containers, found by doing it.
 
-use std::{
-    io,
-    os::fd::AsFd,
-    time::Duration,
-};
+use std::{io, os::fd::AsFd, time::Duration};
 
 use qvd_core::{Missing, Support};
 use qvd_sys::{
@@ -26,7 +22,8 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// A trial failed for a reason that says nothing about the host, such as no
 /// memory.
 pub fn probe() -> io::Result<Vec<(&'static str, Support)>> {
-    let mut answers = vec![("new mount calls", answer(mounts(), "the mount calls of Linux 5.12, fsopen to mount_setattr")?)];
+    let mut answers =
+        vec![("new mount calls", answer(mounts(), "the mount calls of Linux 5.12, fsopen to mount_setattr")?)];
     let namespaces = [
         ("user namespaces", Namespaces::USER),
         ("mount namespaces", Namespaces::MOUNT),

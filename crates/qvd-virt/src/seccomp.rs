@@ -235,9 +235,8 @@ mod tests {
             assert_eq!(call(libc::SYS_clone, flags(sandbox | bad)), refuse(libc::EPERM));
             assert_eq!(call(libc::SYS_unshare, flags(bad)), refuse(libc::EPERM));
         }
-        let socket = |domain: i32, protocol: u32| {
-            call(libc::SYS_socket, [domain.cast_unsigned(), 1, protocol, 0, 0, 0])
-        };
+        let socket =
+            |domain: i32, protocol: u32| call(libc::SYS_socket, [domain.cast_unsigned(), 1, protocol, 0, 0, 0]);
         assert_eq!(socket(libc::AF_UNIX, 0), RET_ALLOW);
         assert_eq!(socket(libc::AF_INET6, 6), RET_ALLOW);
         assert_eq!(socket(libc::AF_INET, 132), refuse(libc::EPROTONOSUPPORT), "SCTP");

@@ -113,7 +113,13 @@ impl<'a> Child<'a> {
             Op::Umask(mask) => call!(SYS_umask, *mask)?,
             Op::UnblockSignals => {
                 let none = 0_u64;
-                call!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, std::ptr::null::<u64>(), size_of::<u64>())?
+                call!(
+                    SYS_rt_sigprocmask,
+                    libc::SIG_SETMASK,
+                    &raw const none,
+                    std::ptr::null::<u64>(),
+                    size_of::<u64>()
+                )?
             }
             Op::DefaultSignal(signal) => {
                 // The kernel's sigaction: handler, flags, restorer, mask; all

@@ -74,8 +74,8 @@ pub fn spawn(plan: Plan, namespaces: Namespaces, cgroup: Option<BorrowedFd<'_>>)
     steps.splice(0..0, ignored.map(|signal| (format!("reset signal {signal}"), Op::DefaultSignal(signal))));
 
     let kind = SocketType::SEQPACKET;
-    let (control, theirs) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
-        .map_err(|e| SpawnError::Control(e.into()))?;
+    let (control, theirs) =
+        socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).map_err(|e| SpawnError::Control(e.into()))?;
     let theirs = lift(theirs).map_err(SpawnError::Control)?;
     let mut kept: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
     let gaps = gaps(&mut kept);
@@ -176,10 +176,15 @@ impl Spawned {
             }
         }
         let mut record = [0_u8; 8];
-        match recv(&self.control, &mut record, RecvFlags::empty()) {
+        // A child that ended without reading what we sent makes one call fail;
+        // what it said before is still there to read.
+        let mut received = recv(&self.control, &mut record, RecvFlags::empty());
+        while matches!(received, Err(Errno::CONNRESET | Errno::INTR)) {
+            received = recv(&self.control, &mut record, RecvFlags::empty());
+        }
+        match received {
             Ok((8, _)) => self.parse(record),
-            // A child that ended without reading what we sent resets.
-            Ok(_) | Err(Errno::CONNRESET) => Ok(Event::Closed),
+            Ok(_) => Ok(Event::Closed),
             Err(error) => Err(SpawnError::Control(error.into())),
         }
     }

@@ -1,0 +1,210 @@
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard},
+};
+
+use qvd_core::{Bytes, MilliCpu};
+
+use super::*;
+
+/// A tree that behaves as the kernel's does and forgives nothing: files exist
+/// only where a controller is enabled, groups with processes or children
+/// cannot be removed.
+#[derive(Debug, Default, Clone)]
+struct Strict(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Control files and content of each group.
+    groups: BTreeMap<PathBuf, BTreeMap<String, String>>,
+    unified: bool,
+    removed: Vec<PathBuf>,
+}
+
+const ROOT: &str = "/fake";
+
+impl Strict {
+    fn new(unified: bool) -> Self {
+        let strict = Self::default();
+        let mut state = strict.state();
+        state.unified = unified;
+        let mut files = BTreeMap::from([("cgroup.procs".to_owned(), String::new())]);
+        if unified {
+            files.insert("cgroup.controllers".to_owned(), "cpuset cpu io memory pids".to_owned());
+            files.insert("cgroup.subtree_control".to_owned(), String::new());
+        }
+        state.groups.insert(PathBuf::from(ROOT), files);
+        drop(state);
+        strict
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    fn file(&self, path: &str) -> String {
+        self.read(&Path::new(ROOT).join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+}
+
+fn split(path: &Path) -> (PathBuf, String) {
+    (path.parent().unwrap().to_owned(), path.file_name().unwrap().to_str().unwrap().to_owned())
+}
+
+fn os(error: i32) -> io::Error {
+    io::Error::from_raw_os_error(error)
+}
+
+impl Tree for Strict {
+    fn make(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.state();
+        if state.groups.contains_key(path) {
+            return Err(os(libc::EEXIST));
+        }
+        let above = state.groups.get(path.parent().unwrap()).ok_or_else(|| os(libc::ENOENT))?;
+        let names: Vec<&str> = if state.unified {
+            let enabled = &above["cgroup.subtree_control"];
+            let mut names = vec!["cgroup.procs", "cgroup.kill", "cgroup.subtree_control", "cgroup.events"];
+            for (controller, files) in
+                [("memory", &["memory.max", "memory.swap.max"][..]), ("cpu", &["cpu.max"]), ("pids", &["pids.max"])]
+            {
+                if enabled.contains(controller) {
+                    names.extend(files);
+                }
+            }
+            names
+        } else {
+            // A kernel without swap accounting: no memory.memsw.
+            vec!["cgroup.procs", "memory.limit_in_bytes", "cpu.cfs_period_us", "cpu.cfs_quota_us", "pids.max"]
+        };
+        let files = names.into_iter().map(|name| (name.to_owned(), String::new())).collect();
+        state.groups.insert(path.to_owned(), files);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.state();
+        let files = state.groups.get(path).ok_or_else(|| os(libc::ENOENT))?;
+        let occupied = !files["cgroup.procs"].is_empty();
+        if occupied || state.groups.keys().any(|other| other != path && other.starts_with(path)) {
+            return Err(os(libc::EBUSY));
+        }
+        state.groups.remove(path);
+        state.removed.push(path.to_owned());
+        Ok(())
+    }
+
+    fn write(&self, path: &Path, value: &str) -> io::Result<()> {
+        let (group, name) = split(path);
+        let mut state = self.state();
+        let files = state.groups.get_mut(&group).ok_or_else(|| os(libc::ENOENT))?;
+        let file = files.get_mut(&name).ok_or_else(|| os(libc::ENOENT))?;
+        match name.as_str() {
+            "cgroup.kill" => files.get_mut("cgroup.procs").unwrap().clear(),
+            _ => value.clone_into(file),
+        }
+        Ok(())
+    }
+
+    fn read(&self, path: &Path) -> io::Result<String> {
+        let (group, name) = split(path);
+        let state = self.state();
+        state.groups.get(&group).and_then(|files| files.get(&name)).cloned().ok_or_else(|| os(libc::ENOENT))
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let state = self.state();
+        let below = state.groups.keys().filter(|group| group.parent() == Some(path));
+        Ok(below.map(|group| split(group).1).collect())
+    }
+}
+
+const LIMITS: Limits = Limits { memory: Bytes::mib(512), cpu: MilliCpu(1500), pids: 99 };
+
+fn id(number: u32) -> DesktopId {
+    DesktopId::new(number).unwrap()
+}
+
+fn open(strict: &Strict, unified: bool) -> Arc<Cgroups> {
+    let hierarchies = vec![Hierarchy { root: ROOT.into(), unified, controllers: Controller::ALL.to_vec() }];
+    Arc::new(Cgroups::new(Box::new(strict.clone()), hierarchies, Instance::new(0x1a2b)).unwrap())
+}
+
+#[test]
+fn v2_limits_are_enabled_from_the_top_and_written() {
+    let strict = Strict::new(true);
+    let all = open(&strict, true);
+    let mut cgroup = all.create(id(7), LIMITS).unwrap();
+    assert_eq!(strict.file("cgroup.subtree_control"), "+memory +cpu +pids");
+    assert_eq!(strict.file("qvd-1a2b/cgroup.subtree_control"), "+memory +cpu +pids");
+    let limits: BTreeMap<_, _> = cgroup.limits().unwrap().into_iter().collect();
+    let expected = [
+        ("cpu.max", "150000 100000"),
+        ("memory.max", "536870912"),
+        ("memory.swap.max", "536870912"),
+        ("pids.max", "99"),
+    ];
+    assert!(limits.iter().map(|(file, value)| (file.as_str(), value.as_str())).eq(expected), "{limits:?}");
+
+    cgroup.attach(42).unwrap();
+    assert!(all.holds(id(7), 42).unwrap());
+    assert!(!all.holds(id(7), 43).unwrap());
+    cgroup.close().unwrap();
+    assert!(all.names().unwrap().is_empty());
+    drop((cgroup, all));
+    assert_eq!(strict.state().groups.len(), 1, "only the root is left");
+}
+
+#[test]
+fn v1_without_swap_accounting_is_limited_all_the_same() {
+    let strict = Strict::new(false);
+    let mut cgroup = open(&strict, false).create(id(7), LIMITS).unwrap();
+    assert_eq!(strict.file("qvd-1a2b/7/memory.limit_in_bytes"), "536870912");
+    assert_eq!(strict.file("qvd-1a2b/7/cpu.cfs_quota_us"), "150000");
+    assert_eq!(strict.file("qvd-1a2b/7/pids.max"), "99");
+    cgroup.close().unwrap();
+}
+
+#[test]
+fn a_group_that_is_left_over_is_replaced_and_one_in_use_is_not() {
+    let strict = Strict::new(true);
+    let all = open(&strict, true);
+    let mut first = all.create(id(7), LIMITS).unwrap();
+    first.leave();
+    let mut second = all.create(id(7), LIMITS).unwrap();
+    assert_eq!(strict.state().removed.len(), 1, "not the same group again");
+    second.attach(42).unwrap();
+    assert!(matches!(all.create(id(7), LIMITS), Err(Error::Busy(_))));
+    assert!(all.holds(id(7), 42).unwrap(), "the refusal left it alone");
+    second.close().unwrap();
+}
+
+#[test]
+fn a_host_without_a_controller_is_refused() {
+    let hierarchies = vec![Hierarchy { root: ROOT.into(), unified: true, controllers: vec![Controller::Cpu] }];
+    let error = Cgroups::new(Box::new(Strict::new(true)), hierarchies, Instance::new(1)).unwrap_err();
+    assert!(error.to_string().contains("`memory`"), "{error}");
+}
+
+#[test]
+fn controllers_are_found_in_v1_v2_and_hybrid_hosts() {
+    let line = |at: &str, kind: &str, options: &str| {
+        format!("30 23 0:26 / {at} rw,nosuid shared:9 - {kind} {kind} rw,{options}\n")
+    };
+    let strict = Strict::new(true);
+    let pure = find(&strict, &line(ROOT, "cgroup2", "nsdelegate"));
+    assert_eq!(pure, [Hierarchy { root: ROOT.into(), unified: true, controllers: Controller::ALL.to_vec() }]);
+
+    // The v2 tree of a hybrid host has no controller that is ours.
+    let v1 = line("/c/cpu,cpuacct", "cgroup", "cpu,cpuacct") + &line("/c/pids", "cgroup", "pids");
+    let hybrid = line("/c/unified", "cgroup2", "") + &v1 + &line("/c/memory", "cgroup", "memory");
+    let found = find(&strict, &hybrid);
+    let roots: Vec<_> = found.iter().map(|h| (h.root.to_str().unwrap(), h.unified)).collect();
+    assert_eq!(roots, [("/c/cpu,cpuacct", false), ("/c/pids", false), ("/c/memory", false)]);
+
+    // A part of a tree, as containers see it, is no place for groups.
+    let part = "30 23 0:26 /below /c/memory rw - cgroup cgroup rw,memory\n";
+    assert!(find(&strict, part).is_empty());
+}

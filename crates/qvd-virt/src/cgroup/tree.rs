@@ -1,11 +1,7 @@
 //! The few operations on cgroup directories, so that the v2 side is tested on
 //! hosts that have v1.
 
-use std::{
-    fmt, fs, io,
-    io::Write,
-    path::Path,
-};
+use std::{fmt, fs, io, io::Write, path::Path};
 
 /// A tree of cgroups.
 pub(crate) trait Tree: fmt::Debug + Send + Sync {

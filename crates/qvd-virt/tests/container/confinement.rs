@@ -71,7 +71,9 @@ fn inside_looks_like_a_machine_of_its_own() {
 fn masked_files_tell_nothing_and_read_only_ones_stay() {
     privileged(NEEDS, || {
         let bed = Bed::new();
-        let output = bed.perl(1, "
+        let output = bed.perl(
+            1,
+            "
             for my $f (qw(kcore keys key-users kallsyms sysrq-trigger timer_list latency_stats interrupts)) {
                 next unless -e qq(/proc/$f);
                 print qq($f is no null device\\n) unless -c qq(/proc/$f) && (stat(_))[6] == (1 << 8 | 3);
@@ -89,7 +91,8 @@ fn masked_files_tell_nothing_and_read_only_ones_stay() {
             # This one belongs to root of the user namespace: only the mount keeps it.
             open(F, '>', '/proc/sys/kernel/hostname'); print qq(hostname: $!\\n) unless $! == 30;
             for my $d (qw(/dev /sys /proc)) { print qq($d can be written\\n) if mkdir qq($d/x) }
-        ");
+        ",
+        );
         assert_eq!(output, "");
         // The masks are on what exists; this host must have some of it.
         assert!(fs::exists("/proc/keys").unwrap() || fs::exists("/proc/kallsyms").unwrap());
@@ -100,17 +103,23 @@ fn masked_files_tell_nothing_and_read_only_ones_stay() {
 fn capabilities_are_few_and_a_user_has_none() {
     privileged(NEEDS, || {
         let bed = Bed::new();
-        let output = bed.perl(1, "
+        let output = bed.perl(
+            1,
+            "
             $( = $) = 1000; $< = $> = 1000; die $! if $< != 1000;
             open(F, '/proc/self/status'); print grep { /^Cap(Inh|Prm|Eff|Amb)/ && !/0{16}/ } <F>;
             print 'chown' if chown 0, 0, '/tmp';
-        ");
+        ",
+        );
         assert_eq!(output, "");
         // Not in the bounding set: even root cannot make devices or raise its limits.
-        let output = bed.perl(2, "
+        let output = bed.perl(
+            2,
+            "
             require 'syscall.ph' if 0;
             print 'mknod' if syscall(133, my $p = '/tmp/dev', 0020666, 0x103) == 0;
-        ");
+        ",
+        );
         if cfg!(target_arch = "x86_64") {
             assert_eq!(output, "");
         }
@@ -151,7 +160,12 @@ fn device_nodes_of_an_image_are_dead() {
 fn temporary_file_systems_are_bounded_and_inert() {
     privileged(NEEDS, || {
         let bed = Bed::new();
-        let mut spec = bed.spec(1, &["/usr/bin/perl", "-e", "
+        let mut spec = bed.spec(
+            1,
+            &[
+                "/usr/bin/perl",
+                "-e",
+                "
             for my $d (qw(/tmp /dev/shm /run)) {
                 my $n = 0; for (1..200) { open(F, '>', qq($d/$_)) or last; $n++ } print qq($d $n\\n) if $n > 100;
                 unlink map { qq($d/$_) } 1..200;
@@ -162,7 +176,9 @@ fn temporary_file_systems_are_bounded_and_inert() {
             print grep { m{ /(tmp|run|dev/shm) } && !/nosuid,nodev/ } <F>;
             printf qq(%o %o\\n), map { (stat)[2] & 07777 } '/tmp', '/run';
             print join(' ', map { (stat)[4] } '/tmp', '/run');
-        "]);
+        ",
+            ],
+        );
         spec.profile.tmp = qvd_core::Bytes::mib(1);
         spec.profile.shm = qvd_core::Bytes::mib(1);
         spec.profile.run = qvd_core::Bytes::mib(1);

@@ -1,11 +1,6 @@
 //! Start, end, failure, adoption.
 
-use std::{
-    fs,
-    io::Read,
-    os::fd::AsFd,
-    path::PathBuf,
-};
+use std::{fs, io::Read, os::fd::AsFd, path::PathBuf};
 
 use qvd_core::{Bytes, DesktopId, MilliCpu, UidRange};
 use qvd_sys::mount::{clone_dir, in_private_namespace, open_dir_path};
@@ -79,7 +74,10 @@ fn mounts_arrive_where_they_should_and_the_host_sees_none() {
             let home = tempfile::tempdir().unwrap();
             fs::write(home.path().join("file"), "mine").unwrap();
             let before = table();
-            let mut spec = bed.spec(1, &["/bin/sh", "-c", "read x < /home/user/a/file; echo $x; test -d /run/sub; echo $?; read stop"]);
+            let mut spec = bed.spec(
+                1,
+                &["/bin/sh", "-c", "read x < /home/user/a/file; echo $x; test -d /run/sub; echo $?; read stop"],
+            );
             for target in ["/home/user/a", "/run/sub"] {
                 let mount = clone_dir(open_dir_path(home.path()).unwrap().as_fd()).unwrap();
                 spec.mounts.push(ContainerMount { target: PathBuf::from(target), mount });
@@ -126,10 +124,7 @@ fn a_prepared_container_that_is_dropped_is_gone() {
         let prepared = bed.runtime.prepare(bed.spec(1, &["/bin/sh"])).unwrap();
         let process = format!("/proc/{}", prepared.pid());
         assert!(fs::exists(&process).unwrap());
-        assert_ne!(
-            fs::read_link(format!("{process}/ns/net")).unwrap(),
-            fs::read_link("/proc/self/ns/net").unwrap()
-        );
+        assert_ne!(fs::read_link(format!("{process}/ns/net")).unwrap(), fs::read_link("/proc/self/ns/net").unwrap());
         prepared.netns().unwrap();
         drop(prepared);
         assert!(!fs::exists(&process).unwrap());
@@ -280,7 +275,8 @@ fn limits_are_written_and_hold() {
 fn a_fork_bomb_stays_within_its_limit() {
     privileged(NEEDS, || {
         let bed = Bed::new();
-        let bomb = "$n = 0; while (1) { my $pid = fork; last unless defined $pid; if (!$pid) { sleep 60 } $n++ } print $n";
+        let bomb =
+            "$n = 0; while (1) { my $pid = fork; last unless defined $pid; if (!$pid) { sleep 60 } $n++ } print $n";
         let mut spec = bed.spec(1, &["/usr/bin/perl", "-e", bomb]);
         spec.limits.pids = 20;
         assert_eq!(bed.run_spec(spec), (Exit::Code(0), "19".to_owned()));
