@@ -62,6 +62,9 @@ pub(crate) struct Inner {
     route: Mutex<Netlink>,
     netfilter: Mutex<Netlink>,
     pub(crate) pool: Mutex<Pool>,
+    /// What an earlier process left in the sets. Whoever takes over one of
+    /// these names or addresses first takes back what it does not mean to give.
+    pub(crate) inherited: Mutex<Vec<Element>>,
     pub(crate) without: Vec<Protection>,
 }
 
@@ -118,10 +121,11 @@ impl Network {
                 }
             }
         })?;
-        let pool = Mutex::new(Pool::new(config.subnet));
+        let inherited = every_element(&mut netfilter, &table)?;
+        let (pool, inherited) = (Mutex::new(Pool::new(config.subnet)), Mutex::new(inherited));
         let (route, netfilter) = (Mutex::new(route), Mutex::new(netfilter));
         let without = without.to_vec();
-        Ok(Self { inner: Arc::new(Inner { config, table, bridge, netns, route, netfilter, pool, without }) })
+        Ok(Self { inner: Arc::new(Inner { config, table, bridge, netns, route, netfilter, pool, inherited, without }) })
     }
 
     fn establish(
@@ -309,36 +313,42 @@ fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: Option<&LinkFacts>) ->
     Err(Error::SubnetClash { subnet, with })
 }
 
+/// Every element of our sets.
+fn every_element(netfilter: &mut Netlink, table: &str) -> Result<Vec<Element>, Error> {
+    let mut every = Vec::new();
+    for (family, set) in
+        [(Family::Bridge, rules::IDENTITY), (Family::Bridge, rules::ARP_IDENTITY), (Family::Inet, rules::INTERNET)]
+    {
+        let keys = elements::all(netfilter, table, family, set);
+        let keys = keys.map_err(Error::netlink("list the rules of", table))?.unwrap_or_default();
+        every.extend(keys.into_iter().map(|key| Element { family, set, key }));
+    }
+    Ok(every)
+}
+
 /// Removes the elements of ports that are not kept. Returns their addresses.
 fn sweep_elements(netfilter: &mut Netlink, table: &str, kept: &BTreeSet<String>) -> Result<Vec<Ipv4Addr>, Error> {
-    let listing = || Error::netlink("list the rules of", table);
-    let (mut stale, mut addresses, mut let_out) = (Vec::new(), Vec::new(), BTreeSet::new());
-    for set in [rules::IDENTITY, rules::ARP_IDENTITY] {
-        let keys = elements::all(netfilter, table, Family::Bridge, set).map_err(listing())?;
-        for key in keys.unwrap_or_default() {
-            let address = rules::address_of_key(&key);
-            if rules::port_of_key(&key).is_some_and(|port| kept.contains(port)) {
-                let_out.extend(address);
-                continue;
+    let every = every_element(netfilter, table)?;
+    let of_port = |element: &&Element| element.set != rules::INTERNET;
+    let is_kept = |element: &Element| rules::port_of_key(&element.key).is_some_and(|port| kept.contains(port));
+    let address = |element: &Element| rules::address_of_key(&element.key);
+    let kept_addresses: BTreeSet<_> =
+        every.iter().filter(of_port).filter(|element| is_kept(element)).filter_map(address).collect();
+    let stale: Vec<_> = every
+        .into_iter()
+        .filter(|element| {
+            if of_port(&element) {
+                !is_kept(element)
+            } else {
+                address(element).is_none_or(|address| !kept_addresses.contains(&address))
             }
-            if set == rules::IDENTITY {
-                addresses.extend(address);
-            }
-            stale.push(Element { family: Family::Bridge, set, key });
-        }
-    }
-    let keys = elements::all(netfilter, table, Family::Inet, rules::INTERNET).map_err(listing())?;
-    stale.extend(
-        keys.unwrap_or_default()
-            .into_iter()
-            .filter(|key| rules::address_of_key(key).is_none_or(|address| !let_out.contains(&address)))
-            .map(|key| Element { family: Family::Inet, set: rules::INTERNET, key }),
-    );
+        })
+        .collect();
     // A thousand ports' worth would not fit in one send.
     for stale in stale.chunks(256) {
         elements::remove(netfilter, table, stale).map_err(Error::netlink("remove elements of", table))?;
     }
-    Ok(addresses)
+    Ok(stale.iter().filter(|element| element.set == rules::IDENTITY).filter_map(address).collect())
 }
 
 fn sweep_links(route: &mut Netlink, instance: Instance, kept: &BTreeSet<String>) -> Result<usize, Error> {

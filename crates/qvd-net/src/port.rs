@@ -193,6 +193,7 @@ impl Port {
             }
         }
         let elements = self.elements();
+        self.take_back(&elements)?;
         let mut netfilter = network.netfilter();
         elements::add(&mut netfilter, &network.table, &elements).map_err(refused("add the rules of"))?;
         let missing = elements::missing(&mut netfilter, &network.table, &elements);
@@ -200,6 +201,25 @@ impl Port {
             None => Ok(()),
             Some(element) => Err(self.not_confined(&format!("set {} lacks its element", element.set))),
         }
+    }
+
+    /// Removes what an earlier process gave this link or this address beyond
+    /// `wanted`: another identity, a way out.
+    fn take_back(&self, wanted: &[Element]) -> Result<(), Error> {
+        let network = &self.network;
+        let mut inherited = lock(&network.inherited);
+        let concerns = |element: &Element| {
+            let of_link = element.set != rules::INTERNET && rules::port_of_key(&element.key) == Some(&*self.link);
+            of_link || rules::address_of_key(&element.key) == Some(self.address)
+        };
+        let surplus: Vec<_> =
+            inherited.iter().filter(|element| concerns(element) && !wanted.contains(element)).cloned().collect();
+        if !surplus.is_empty() {
+            elements::remove(&mut network.netfilter(), &network.table, &surplus)
+                .map_err(Error::netlink("take back the rules of", &*self.link))?;
+        }
+        inherited.retain(|element| !concerns(element));
+        Ok(())
     }
 
     fn elements(&self) -> Vec<Element> {

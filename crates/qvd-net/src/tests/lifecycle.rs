@@ -1,5 +1,8 @@
 use std::{collections::BTreeSet, os::fd::AsFd};
 
+use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
+use netlink_sys::{Socket, protocols};
 use qvd_core::{NetPolicy, Support};
 use qvd_sys::{
     netns,
@@ -119,6 +122,72 @@ fn what_a_killed_process_left_is_adopted_or_swept() {
             let again = Desktop::new(&network, 7, false);
             reaches_gateway(&network, &again);
             network.close().unwrap();
+        });
+    });
+}
+
+/// A link or an address of an earlier process does not pass on what it was
+/// allowed: neither its other address nor its way out.
+#[test]
+fn nothing_is_inherited_unasked() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let out = NetConfig { internet: true, ..config() };
+            let network = Network::open(out).unwrap();
+            let attached = [Desktop::new(&network, 7, true), Desktop::new(&network, 8, true)];
+            let [first, second] = attached.map(|desktop| {
+                let (address, netns) = (desktop.port.address(), desktop.netns);
+                desktop.port.leave();
+                (address, netns)
+            });
+            drop(network);
+            let mut network = Network::open(out).unwrap();
+            assert_eq!(element_counts(), Some([2, 4, 2]));
+            // The first comes back without a way out, the second's number with another address.
+            let _first = network.adopt(desktop(7), first.0, POLICY).unwrap();
+            let netns = netns::create().unwrap();
+            let address = Some("10.66.9.9".parse().unwrap());
+            let spec = PortSpec { desktop: desktop(8), netns: netns.as_fd(), address, policy: POLICY };
+            let _second = network.attach(&spec).unwrap();
+            // Only the second's old address is still let out, for nobody.
+            assert_eq!(element_counts(), Some([2, 4, 1]));
+            network.sweep(&BTreeSet::new()).unwrap();
+            assert_eq!(element_counts(), Some([2, 4, 0]));
+            network.close().unwrap();
+            drop(second);
+        });
+    });
+}
+
+/// From the first moment that a port is up, it is confined: seen by somebody
+/// who listens to what the kernel tells of links.
+#[test]
+fn a_port_is_raised_last() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let network = Network::open(config()).unwrap();
+            let mut listener = Socket::new(protocols::NETLINK_ROUTE).unwrap();
+            listener.bind_auto().unwrap();
+            // Source: Linux `include/uapi/linux/rtnetlink.h`, `RTNLGRP_LINK`.
+            listener.add_membership(1).unwrap();
+            let attached = Desktop::new(&network, 7, false);
+            let mut states = Vec::new();
+            loop {
+                let (datagram, _) = listener.recv_from_full().unwrap();
+                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&datagram).unwrap();
+                let NetlinkPayload::InnerMessage(answer) = message.payload else { continue };
+                let RouteNetlinkMessage::NewLink(shown) = &answer else { continue };
+                let up = shown.header.flags.contains(LinkFlags::Up);
+                let Some(link) = links::facts(&answer).filter(|link| link.name == attached.port.link()) else {
+                    continue;
+                };
+                states.push((up, links::port_flags().iter().all(|flag| link.port.contains(flag))));
+                if up {
+                    break;
+                }
+            }
+            assert_eq!(states.first(), Some(&(false, false)), "{states:?}");
+            assert_eq!(states.last(), Some(&(true, true)), "{states:?}");
         });
     });
 }
