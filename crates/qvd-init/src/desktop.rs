@@ -8,10 +8,7 @@ use std::{
     fs, io,
     os::{
         fd::OwnedFd,
-        unix::{
-            fs::OpenOptionsExt,
-            net::UnixStream,
-        },
+        unix::{fs::OpenOptionsExt, net::UnixStream},
     },
     path::{Path, PathBuf},
 };
@@ -197,11 +194,19 @@ impl Desktop {
         // Only that something happened matters; a full buffer is not drained at
         // once, the next round of the loop comes back for the rest.
         let _read = rustix::io::read(&self.watch, &mut [0_u8; 4096]);
+        let mut unsettled = false;
+        let mut listens = |socket: &Path| {
+            let there = exists(socket);
+            let listens = there && crate::stats::listens(&socket.to_string_lossy());
+            unsettled |= there && !listens;
+            listens
+        };
         Seen {
             agent: read_state(&state_file()),
-            listens: exists(&self.nx_socket),
-            session_socket: exists(&x_socket(SESSION_DISPLAY)),
-            head_socket: exists(&x_socket(HEAD_DISPLAY)),
+            listens: listens(&self.nx_socket),
+            session_socket: listens(&x_socket(SESSION_DISPLAY)),
+            head_socket: listens(&x_socket(HEAD_DISPLAY)),
+            unsettled,
         }
     }
 

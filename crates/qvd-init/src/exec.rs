@@ -60,8 +60,7 @@ impl Exec {
         if request.tty.is_some() {
             env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
         }
-        let program =
-            Program { argv: &request.argv, env: &env, identity, terminal: request.tty.is_some() };
+        let program = Program { argv: &request.argv, env: &env, identity, terminal: request.tty.is_some() };
         if let Some((rows, columns)) = request.tty {
             let (master, slave) = terminal(rows, columns)?;
             let (stdin, stdout): (Stdio, Stdio) = (slave.try_clone()?.into(), slave.try_clone()?.into());

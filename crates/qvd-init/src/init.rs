@@ -14,9 +14,7 @@ use nix::sys::{
     signalfd::{SfdFlags, SignalFd},
 };
 use qvd_core::{DisplayKind, Geometry};
-use qvd_guest::{
-    Channel, Exit, GuestError, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION,
-};
+use qvd_guest::{Channel, Exit, GuestError, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     io::Errno,
@@ -37,6 +35,9 @@ use crate::{
 
 /// Most connections from the node at once.
 const MAX_CONNECTIONS: usize = 64;
+/// Between two looks at a socket that is there but not listened on, and how
+/// often: an X server takes some microseconds, a dead one for ever.
+const LOOK_AGAIN: (Duration, u32) = (Duration::from_millis(1), 50);
 /// How long programs have to end when a signal asks for it.
 const SIGNAL_GRACE: Duration = Duration::from_secs(5);
 /// Search path when the configuration has none.
@@ -125,6 +126,8 @@ struct Graphical {
     env: BTreeMap<String, String>,
     tuned: BTreeMap<String, String>,
     pids: BTreeMap<Role, u32>,
+    /// How often to look again at what is unsettled.
+    looks: u32,
 }
 
 #[derive(Debug)]
@@ -147,8 +150,7 @@ struct Init {
 impl Init {
     fn new(begin: Instant, control: OwnedFd, config: &fs::File) -> Result<Self, String> {
         let config = read_config(config)?;
-        let mask =
-            [NixSignal::SIGCHLD, NixSignal::SIGTERM, NixSignal::SIGINT, NixSignal::SIGPWR, NixSignal::SIGHUP];
+        let mask = [NixSignal::SIGCHLD, NixSignal::SIGTERM, NixSignal::SIGINT, NixSignal::SIGPWR, NixSignal::SIGHUP];
         let mask: SigSet = mask.into_iter().collect();
         let signals = mask
             .thread_block()
@@ -195,7 +197,7 @@ impl Init {
                     Source::Control => self.accept(),
                     Source::Signals => self.signalled(),
                     Source::Log => self.log.drain(),
-                    Source::Watch => self.look(),
+                    Source::Watch => self.look(LOOK_AGAIN.1),
                     Source::Connection(id) => self.hear(id),
                 }
             }
@@ -216,8 +218,10 @@ impl Init {
         for index in 0..self.services.len() {
             self.serve_service(index, now);
         }
-        if self.graphical.is_some() {
-            self.session(None);
+        match self.graphical.as_ref().map(|graphical| graphical.looks) {
+            Some(0) => self.session(None),
+            Some(looks) => self.look(looks - 1),
+            None => {}
         }
     }
 
@@ -228,8 +232,7 @@ impl Init {
         }
         service.due = None;
         service.started = now;
-        let program =
-            Program { argv: &service.argv, env: &self.env, identity: &Identity::root(), terminal: false };
+        let program = Program { argv: &service.argv, env: &self.env, identity: &Identity::root(), terminal: false };
         match start(&program, &self.log) {
             Ok(pid) => drop(self.children.insert(pid, Child::Service(index))),
             Err(e) => {
@@ -253,7 +256,10 @@ impl Init {
         let due = match self.stopping {
             Some(kill_at) => Some(kill_at),
             None => {
-                let session = self.graphical.as_ref().and_then(|graphical| graphical.machine.deadline(now));
+                let session = self.graphical.as_ref().and_then(|graphical| {
+                    let look = (graphical.looks > 0).then(|| now + LOOK_AGAIN.0);
+                    graphical.machine.deadline(now).into_iter().chain(look).min()
+                });
                 self.services.iter().filter_map(|service| service.due).chain(session).min()
             }
         };
@@ -317,7 +323,7 @@ impl Init {
                     graphical.pids.remove(&role);
                 }
                 // What it left behind or took with it counts before its end.
-                self.look();
+                self.look(0);
                 self.session(Some(Event::Ended(role, exit)));
             }
             Some(Child::Service(index)) => {
@@ -333,9 +339,12 @@ impl Init {
         }
     }
 
-    fn look(&mut self) {
-        if let Some(graphical) = &self.graphical {
+    /// Looks at the session's sockets and state; `again` times more if one of
+    /// them is not settled.
+    fn look(&mut self, again: u32) {
+        if let Some(graphical) = &mut self.graphical {
             let seen = graphical.desktop.look();
+            graphical.looks = if seen.unsettled { again } else { 0 };
             self.session(Some(Event::Seen(seen)));
         }
     }
@@ -424,7 +433,7 @@ impl Init {
     /// Gives a client its display.
     fn connect(&mut self, client: Client, kind: DisplayKind) -> Event {
         let Some(graphical) = &self.graphical else { return Event::Gone(client) };
-        let Ok(stream) = graphical.desktop.connect(kind) else { return Event::NotConnected(client) };
+        let Ok(stream) = graphical.desktop.connect(kind) else { return Event::NotConnected };
         let Some(connection) = self.connections.get_mut(&client) else { return Event::Gone(client) };
         match connection.channel.send(&Reply::Display, &[stream.as_fd()]) {
             Ok(()) => Event::Connected(client),
@@ -439,8 +448,7 @@ impl Init {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // An error is the caller's that is gone, or passes.
         let Ok(socket) = rustix::net::accept_with(&self.control, flags) else { return };
-        self.connections
-            .insert(self.next, Connection { channel: Channel::new(socket), purpose: Purpose::Unknown });
+        self.connections.insert(self.next, Connection { channel: Channel::new(socket), purpose: Purpose::Unknown });
         self.next += 1;
     }
 
@@ -615,7 +623,15 @@ impl Graphical {
             ("MALLOC_TRIM_THRESHOLD_".to_owned(), "65536".to_owned()),
             ("NXAGENT_KEYSTROKEFILE".to_owned(), desktop::keystrokes().display().to_string()),
         ]);
-        Ok(Self { machine: Session::new(config.geometry), desktop, config, env, tuned, pids: BTreeMap::new() })
+        Ok(Self {
+            machine: Session::new(config.geometry),
+            desktop,
+            config,
+            env,
+            tuned,
+            pids: BTreeMap::new(),
+            looks: 0,
+        })
     }
 
     /// Starts one of the session's programs.
@@ -656,8 +672,19 @@ impl Graphical {
         let geometry = self.config.geometry.to_string();
         let display = format!(":{SESSION_DISPLAY}");
         let argv = [
-            "nxagent", "-D", "-options", &options, "-geometry", &geometry, "-name", "qvd", "-ac", "-nolisten", "tcp",
-            "-norootlessexit", &display,
+            "nxagent",
+            "-D",
+            "-options",
+            &options,
+            "-geometry",
+            &geometry,
+            "-name",
+            "qvd",
+            "-ac",
+            "-nolisten",
+            "tcp",
+            "-norootlessexit",
+            &display,
         ];
         self.run(&argv.map(str::to_owned), &env, log)
     }
@@ -672,9 +699,29 @@ impl Graphical {
         // A port below zero listens on none. It ends by itself when nobody was
         // connected for the time given; GLX would cost 10 MiB.
         let argv = [
-            "Xvnc", &display, "-geometry", &geometry, "-depth", "24", "-SecurityTypes", "None", "-rfbport", "-1",
-            "-rfbunixpath", &socket, "-rfbunixmode", "0600", "-NeverShared", "-MaxDisconnectionTime", &linger,
-            "-nolisten", "tcp", "-extension", "GLX", "-ac", "-noreset",
+            "Xvnc",
+            &display,
+            "-geometry",
+            &geometry,
+            "-depth",
+            "24",
+            "-SecurityTypes",
+            "None",
+            "-rfbport",
+            "-1",
+            "-rfbunixpath",
+            &socket,
+            "-rfbunixmode",
+            "0600",
+            "-NeverShared",
+            "-MaxDisconnectionTime",
+            &linger,
+            "-nolisten",
+            "tcp",
+            "-extension",
+            "GLX",
+            "-ac",
+            "-noreset",
         ];
         self.run(&argv.map(str::to_owned), &self.tuned, log)
     }
@@ -694,8 +741,10 @@ impl Graphical {
     /// to signal: its end is on the way.
     fn signal(&self, role: Role, signal: Signal) -> Option<String> {
         let pid = *self.pids.get(&role)?;
-        // The window manager's own children are the user's programs, in its group.
-        exec::group(pid, signal).err().map(|e| format!("cannot signal {role:?}: {e}"))
+        match exec::group(pid, signal) {
+            Ok(()) | Err(Errno::SRCH) => None,
+            Err(e) => Some(format!("cannot signal {role:?}: {e}")),
+        }
     }
 
     fn clients(&self) -> u32 {

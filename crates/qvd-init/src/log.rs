@@ -11,11 +11,7 @@ use std::{
     process::Stdio,
 };
 
-use rustix::{
-    fs::OFlags,
-    io::Errno,
-    pipe::PipeFlags,
-};
+use rustix::{fs::OFlags, io::Errno, pipe::PipeFlags};
 
 /// Largest log file, in bytes; there are two, this one and the one before.
 const MAX_FILE: u64 = 128 * 1024;

@@ -25,7 +25,7 @@ const ATTACH_DEADLINE: Duration = Duration::from_secs(20);
 /// asked again after this, in case it ignored the first.
 const SUSPEND_AGAIN: Duration = Duration::from_millis(1500);
 /// A suspended agent resumes at once, or was still busy and heard nothing.
-const RESUME_AGAIN: Duration = Duration::from_millis(200);
+const RESUME_AGAIN: Duration = Duration::from_millis(25);
 /// Between two tries to connect to a socket that just appeared.
 const CONNECT_AGAIN: Duration = Duration::from_millis(5);
 /// A window manager that never announces itself counts as up after this.
@@ -69,8 +69,10 @@ pub(crate) enum Role {
 /// What the agent's state file says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AgentState {
-    /// Nothing yet, or a word we do not know.
+    /// Nothing: it has only begun, or the file is just being rewritten.
     Unknown,
+    /// On its way down, to be suspended or for good; it hears nothing.
+    Busy,
     /// Waits for its first proxy.
     Starting,
     /// Is shown somewhere.
@@ -89,7 +91,9 @@ impl AgentState {
             "RUNNING" => Self::Running,
             "SUSPENDED" => Self::Suspended,
             "RESUMING" => Self::Resuming,
-            _ => Self::Unknown,
+            "" => Self::Unknown,
+            // SUSPENDING, TERMINATING, TERMINATED, and what is not known.
+            _ => Self::Busy,
         }
     }
 }
@@ -99,17 +103,20 @@ impl AgentState {
 pub(crate) struct Seen {
     /// The agent's state file.
     pub agent: AgentState,
-    /// Whether the agent's socket for proxies is there.
+    /// Whether the agent listens for a proxy.
     pub listens: bool,
-    /// Whether the session's X socket is there.
+    /// Whether the session's X server listens.
     pub session_socket: bool,
-    /// Whether the head's X socket is there.
+    /// Whether the head's X server listens.
     pub head_socket: bool,
+    /// Whether one of them has a socket but does not listen yet: nothing tells
+    /// when it begins to, so this is to be looked at again soon.
+    pub unsettled: bool,
 }
 
 impl Default for Seen {
     fn default() -> Self {
-        Self { agent: AgentState::Unknown, listens: false, session_socket: false, head_socket: false }
+        Self { agent: AgentState::Unknown, listens: false, session_socket: false, head_socket: false, unsettled: false }
     }
 }
 
@@ -127,7 +134,7 @@ pub(crate) enum Event {
     /// [`Action::Connect`] worked and the client has its display.
     Connected(Client),
     /// [`Action::Connect`] found nobody listening yet.
-    NotConnected(Client),
+    NotConnected,
 }
 
 /// What to do.
@@ -163,9 +170,13 @@ pub(crate) enum Action {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Program {
     Down,
-    Up { since: Moment },
+    Up {
+        since: Moment,
+    },
     /// Told to end; killed at this moment.
-    Ending { kill: Option<Moment> },
+    Ending {
+        kill: Option<Moment>,
+    },
 }
 
 impl Program {
@@ -279,7 +290,10 @@ impl Session {
     /// Takes note of an event.
     pub(crate) fn note(&mut self, now: Moment, event: Event, out: &mut Vec<Action>) {
         match event {
-            Event::Seen(seen) => {
+            Event::Seen(mut seen) => {
+                if seen.agent == AgentState::Unknown {
+                    seen.agent = self.seen.agent;
+                }
                 if seen.agent != self.seen.agent {
                     self.toggle_not_before = Moment::ZERO;
                     if seen.agent == AgentState::Suspended {
@@ -310,7 +324,7 @@ impl Session {
                     self.seen.listens = false;
                 }
             }
-            Event::NotConnected(_) => self.connect_not_before = now + CONNECT_AGAIN,
+            Event::NotConnected => self.connect_not_before = now + CONNECT_AGAIN,
             Event::Ended(role, exit) => self.ended(now, role, exit, out),
         }
     }
@@ -384,7 +398,12 @@ impl Session {
     }
 
     fn end(&mut self, now: Moment, role: Role, out: &mut Vec<Action>) {
-        if self.program(role).is_up() {
+        if self.program(role).is_up() && role == Role::Proxy {
+            // It keeps nothing, and told to end it would say good-bye for a
+            // second; the agent notices its death at once.
+            self.proxy = Program::Ending { kill: None };
+            out.push(Action::Kill(role));
+        } else if self.program(role).is_up() {
             *self.program(role) = Program::Ending { kill: Some(now + KILL_AFTER) };
             out.push(Action::End(role));
         }
@@ -393,7 +412,7 @@ impl Session {
     /// Whom the session is wanted by.
     fn wanted(&self) -> Front {
         // An agent aborts when its first proxy fails it, so that is always ours.
-        if !matches!(self.seen.agent, AgentState::Running | AgentState::Suspended | AgentState::Resuming) {
+        if matches!(self.seen.agent, AgentState::Unknown | AgentState::Starting) {
             return Front::Head;
         }
         match self.waiting.map(|waiting| waiting.kind) {
@@ -476,6 +495,7 @@ impl Session {
                 }
             }
             AgentState::Running => self.toggle(now, SUSPEND_AGAIN, out),
+            AgentState::Busy => {}
         }
     }
 
@@ -557,7 +577,7 @@ impl Session {
         let step = match (self.wanted(), self.seen.agent) {
             (_, AgentState::Unknown | AgentState::Starting) => "start the session",
             (Front::Head, AgentState::Running) if self.front == Front::Head => "open the display",
-            (_, AgentState::Running) => "suspend the session",
+            (_, AgentState::Running | AgentState::Busy) => "suspend the session",
             (_, AgentState::Suspended) => "resume the session",
             (_, AgentState::Resuming) => "show the session",
         };
@@ -590,3 +610,6 @@ impl Session {
         ending.chain(silent).chain(self.waiting.map(|waiting| waiting.until)).chain(later).min()
     }
 }
+
+#[cfg(test)]
+mod tests;

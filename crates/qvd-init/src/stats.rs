@@ -44,6 +44,22 @@ fn connected(text: &str, socket: &str) -> usize {
     text.lines().filter(is_connected).count()
 }
 
+/// Whether `/proc/net/unix` shows somebody listening on `socket`.
+///
+/// Source: as above; the fourth column has `__SO_ACCEPTCON`, 0x10000.
+fn listening(text: &str, socket: &str) -> bool {
+    text.lines().any(|line| {
+        let mut columns = line.split_ascii_whitespace();
+        columns.nth(3) == Some("00010000") && columns.nth(3) == Some(socket)
+    })
+}
+
+/// Whether somebody listens on a unix socket. Asked without connecting: some
+/// listeners accept only once.
+pub(crate) fn listens(socket: &str) -> bool {
+    read("/proc/net/unix", MAX_SOCKETS).is_some_and(|text| listening(&text, socket))
+}
+
 /// Clients connected to a listening unix socket.
 pub(crate) fn clients(socket: &str) -> u32 {
     let text = read("/proc/net/unix", MAX_SOCKETS).unwrap_or_default();
@@ -63,12 +79,14 @@ mod tests {
     }
 
     #[test]
-    fn only_connections_to_the_socket_count() {
+    fn only_connections_to_the_socket_count_and_listeners_are_told_apart() {
         let text = "Num       RefCount Protocol Flags    Type St Inode Path\n\
             0000000000000000: 00000002 00000000 00010000 0001 01 78644 /run/rfb.sock\n\
             0000000000000000: 00000003 00000000 00000000 0001 03 78645 /run/rfb.sock\n\
             0000000000000000: 00000003 00000000 00000000 0001 03 78646 /run/other.sock\n\
             0000000000000000: 00000003 00000000 00000000 0001 03 78647\n";
         assert_eq!(connected(text, "/run/rfb.sock"), 1);
+        assert!(listening(text, "/run/rfb.sock"));
+        assert!(!listening(text, "/run/other.sock"));
     }
 }

@@ -10,8 +10,8 @@ use x11rb::{
         Event,
         randr::{self, ConnectionExt as _},
         xproto::{
-            AtomEnum, ChangeWindowAttributesAux, ConfigureWindowAux, ConnectionExt as _, EventMask, InputFocus, MapState,
-            Window, WindowClass,
+            AtomEnum, ChangeWindowAttributesAux, ConfigureWindowAux, ConnectionExt as _, EventMask, InputFocus,
+            MapState, Window, WindowClass,
         },
     },
     rust_connection::RustConnection,
@@ -100,8 +100,7 @@ fn fill(connection: &RustConnection, window: Window, (width, height): (u16, u16)
     {
         return Ok(());
     }
-    let place =
-        ConfigureWindowAux::new().x(0).y(0).width(u32::from(width)).height(u32::from(height)).border_width(0);
+    let place = ConfigureWindowAux::new().x(0).y(0).width(u32::from(width)).height(u32::from(height)).border_width(0);
     connection.configure_window(window, &place)?;
     // Without a window manager nobody else gives it the keyboard.
     connection.set_input_focus(InputFocus::POINTER_ROOT, window, x11rb::CURRENT_TIME)?;
