@@ -10,7 +10,9 @@ use std::{
 };
 
 use qvd_core::{Bytes, DesktopId, DesktopState, DisplayKind, FlavourName, Geometry, NetPolicy, StartStep, UserName};
-use qvd_farm::{Clock, Desktop, ErrorKind, Farm, FlavourDefaults, NewDesktop, OwnedDesktops, Progress, Secret, SessionKind};
+use qvd_farm::{
+    Clock, Desktop, ErrorKind, Farm, FlavourDefaults, NewDesktop, OwnedDesktops, Progress, Secret, SessionKind,
+};
 use qvd_guest::ExecRequest;
 use qvd_node::{
     EndReason, Host, HostError, HostErrorKind,
@@ -412,7 +414,9 @@ async fn news_that_nobody_takes_holds_nobody_up() {
 async fn a_failed_start_keeps_the_kind_and_the_cause() {
     let world = World::with_user().await;
     let desktop = world.desktop().await;
-    world.host.fail_next(Op::EnsureRunning, HostError::new(HostErrorKind::Timeout, "the session was not ready in 30 s"));
+    world
+        .host
+        .fail_next(Op::EnsureRunning, HostError::new(HostErrorKind::Timeout, "the session was not ready in 30 s"));
     let error = world.farm.start(desktop.id, unheard()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Timeout);
     assert_eq!(error.to_string(), "cannot start desktop 1");

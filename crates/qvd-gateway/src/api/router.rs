@@ -240,7 +240,7 @@ struct Whose {
 
 impl Whose {
     /// Users see what is their own, whatever they ask for.
-    fn as_seen_by(self, caller: &Caller) -> Option<UserName> {
+    fn seen_by(self, caller: &Caller) -> Option<UserName> {
         match caller {
             Caller::Admin { .. } => self.user,
             Caller::User(user) => Some(user.clone()),
@@ -253,7 +253,7 @@ async fn desktops(
     caller: Caller,
     Asked(whose): Asked<Whose>,
 ) -> Answer<Json<Vec<DesktopInfo>>> {
-    let user = whose.as_seen_by(&caller);
+    let user = whose.seen_by(&caller);
     farm.desktop_infos(user.as_ref()).await.map(Json).map_err(|e| ApiError::new(&caller, &e))
 }
 
@@ -325,7 +325,7 @@ async fn sessions(
     caller: Caller,
     Asked(whose): Asked<Whose>,
 ) -> Answer<Json<Vec<SessionInfo>>> {
-    let user = whose.as_seen_by(&caller);
+    let user = whose.seen_by(&caller);
     farm.sessions(user.as_ref()).await.map(Json).map_err(|e| ApiError::new(&caller, &e))
 }
 
