@@ -127,8 +127,16 @@ fn set(index: u32, attribute: LinkAttribute) -> Request {
 }
 
 pub(crate) fn raise(index: u32) -> Request {
+    set_flags(index, LinkFlags::Up)
+}
+
+pub(crate) fn lower(index: u32) -> Request {
+    set_flags(index, LinkFlags::empty())
+}
+
+fn set_flags(index: u32, flags: LinkFlags) -> Request {
     let mut message = link(index, Vec::new());
-    message.header.flags = LinkFlags::Up;
+    message.header.flags = flags;
     message.header.change_mask = LinkFlags::Up;
     Request::new(RouteNetlinkMessage::SetLink(message), 0)
 }

@@ -204,7 +204,7 @@ impl Network {
     ///
     /// # Errors
     /// [`Error::NoPort`] when there is none; otherwise as [`Network::attach`],
-    /// and the port stays as it was found.
+    /// and the link is lowered: a port is not left open that is not confined.
     pub fn adopt(&self, desktop: DesktopId, address: Ipv4Addr, policy: NetPolicy) -> Result<Port, Error> {
         Port::adopt(&self.inner, desktop, address, policy)
     }

@@ -1,5 +1,6 @@
 use std::{net::Ipv4Addr, os::fd::BorrowedFd, sync::Arc};
 
+use netlink_packet_route::link::InfoBridgePort;
 use qvd_core::{DesktopId, NetPolicy};
 use qvd_sys::netns;
 use rustix::io::Errno;
@@ -69,6 +70,11 @@ impl Port {
         match port.readopt() {
             Ok(()) => Ok(port),
             Err(error) => {
+                // Not ours to remove, yet not to be left open either.
+                if let Some(index) = port.index {
+                    let lowered = gone_is_done(network.route().batch(vec![links::lower(index)]).map(drop));
+                    lowered.map_err(Error::netlink("lower", &*port.link))?;
+                }
                 port.leave();
                 Err(error)
             }
@@ -167,40 +173,56 @@ impl Port {
     fn confine(&self, index: u32) -> Result<(), Error> {
         let network = &self.network;
         let refused = |op| Error::netlink(op, &*self.link);
-        let (demanded, extra) = if network.without.contains(&Protection::PortFlags) {
-            (Vec::new(), None)
-        } else {
-            (links::port_flags(), Some(links::LOCKED))
-        };
+        let elements = self.elements();
+        self.take_back(&elements)?;
         {
             let mut route = network.route();
             no_ipv6_address(&mut route, index).map_err(refused("switch off IPv6 on"))?;
-            let flags: Vec<_> = demanded.iter().cloned().chain(extra).collect();
-            let answers = route
-                .batch(vec![
-                    links::set_port_flags(index, flags),
-                    links::forward_to(index, self.mac),
-                    links::know_neighbour(network.bridge, self.address, self.mac),
-                    links::show(index),
-                ])
-                .map_err(refused("set the flags of"))?;
-            let shown = answers.iter().find_map(links::facts).ok_or_else(|| self.not_confined("the link is gone"))?;
-            if shown.bridge != Some(network.bridge) {
-                return Err(self.not_confined("it is not on the bridge"));
-            }
-            if let Some(flag) = demanded.iter().find(|&flag| !shown.port.contains(flag)) {
-                return Err(self.not_confined(&format!("the bridge does not show {flag:?}")));
-            }
+            let mut flags = self.demanded_flags();
+            flags.extend((!flags.is_empty()).then_some(links::LOCKED));
+            let requests = vec![
+                links::set_port_flags(index, flags),
+                links::forward_to(index, self.mac),
+                links::know_neighbour(network.bridge, self.address, self.mac),
+            ];
+            route.batch(requests).map_err(refused("set the flags of"))?;
+        }
+        elements::add(&mut network.netfilter(), &network.table, &elements).map_err(refused("add the rules of"))?;
+        self.read_back(index)
+    }
+
+    fn demanded_flags(&self) -> Vec<InfoBridgePort> {
+        if self.network.without.contains(&Protection::PortFlags) { Vec::new() } else { links::port_flags() }
+    }
+
+    fn read_back(&self, index: u32) -> Result<(), Error> {
+        let network = &self.network;
+        let answers = network.route().batch(vec![links::show(index)]);
+        let answers = answers.map_err(Error::netlink("read back the flags of", &*self.link))?;
+        let shown = answers.iter().find_map(links::facts).ok_or_else(|| self.not_confined("the link is gone"))?;
+        if shown.bridge != Some(network.bridge) {
+            return Err(self.not_confined("it is not on the bridge"));
+        }
+        if let Some(flag) = self.demanded_flags().iter().find(|&flag| !shown.port.contains(flag)) {
+            return Err(self.not_confined(&format!("the bridge does not show {flag:?}")));
         }
         let elements = self.elements();
-        self.take_back(&elements)?;
-        let mut netfilter = network.netfilter();
-        elements::add(&mut netfilter, &network.table, &elements).map_err(refused("add the rules of"))?;
-        let missing = elements::missing(&mut netfilter, &network.table, &elements);
-        match missing.map_err(refused("read back the rules of"))? {
+        let missing = elements::missing(&mut network.netfilter(), &network.table, &elements);
+        match missing.map_err(Error::netlink("read back the rules of", &*self.link))? {
             None => Ok(()),
             Some(element) => Err(self.not_confined(&format!("set {} lacks its element", element.set))),
         }
+    }
+
+    /// Asks the kernel whether the port is confined as it was made. Somebody
+    /// else may have changed that: `nft flush ruleset`, which reloading a
+    /// host's own firewall often means, takes every rule away.
+    ///
+    /// # Errors
+    /// [`Error::NotConfined`] says what is missing; opening the network anew
+    /// and adopting the port puts it back, closing the port is safe.
+    pub fn verify(&self) -> Result<(), Error> {
+        self.index.map_or_else(|| Err(Error::NoPort(self.desktop)), |index| self.read_back(index))
     }
 
     /// Removes what an earlier process gave this link or this address beyond

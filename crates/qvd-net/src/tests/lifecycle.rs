@@ -96,6 +96,25 @@ fn a_port_without_its_rules_is_never_raised() {
     });
 }
 
+/// Rules that somebody else took away are missed, and put back.
+#[test]
+fn lost_rules_are_noticed() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let network = Network::open(config()).unwrap();
+            let desktop = Desktop::new(&network, 7, false);
+            desktop.port.verify().unwrap();
+            let table = rules::table_name(config().instance);
+            elements::remove_table(&mut Netlink::netfilter().unwrap(), &table, Family::Bridge).unwrap();
+            assert!(matches!(desktop.port.verify(), Err(Error::NotConfined { .. })));
+            let (address, id) = (desktop.port.address(), desktop.port.desktop());
+            desktop.port.leave();
+            let network = Network::open(config()).unwrap();
+            network.adopt(id, address, POLICY).unwrap().verify().unwrap();
+        });
+    });
+}
+
 /// A process was killed: one of its desktops runs on, one is gone.
 #[test]
 fn what_a_killed_process_left_is_adopted_or_swept() {
