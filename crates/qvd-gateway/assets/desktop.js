@@ -14,6 +14,10 @@ const FAILED = 4005;
 // Waits between attempts to come back, in milliseconds; the last one repeats.
 const BACK_OFF = [300, 1000, 2000, 4000, 8000, 15000];
 const GIVE_UP_AFTER = 40;
+// A display that has not greeted us by then never will.
+const GREETING_MS = 30000;
+// A connection that held this long was a good one: the next wait is short again.
+const GOOD_MS = 10000;
 
 const element = (id) => document.getElementById(id);
 const { desktop: id, name } = document.body.dataset;
@@ -108,8 +112,10 @@ function attach() {
   rfb.resizeSession = true;
   rfb.qualityLevel = 7;
   rfb.compressionLevel = 2;
+  let watch = setTimeout(() => rfb.disconnect(), GREETING_MS);
   rfb.addEventListener("connect", () => {
-    attempts = 0;
+    clearTimeout(watch);
+    watch = setTimeout(() => { attempts = 0; }, GOOD_MS);
     overlay.hidden = true;
     clearSteps();
     element("tools").hidden = false;
@@ -118,13 +124,13 @@ function attach() {
     document.dispatchEvent(new Event("qvd-connected"));
   });
   rfb.addEventListener("disconnect", () => {
+    clearTimeout(watch);
     display.rfb = null;
     document.dispatchEvent(new Event("qvd-disconnected"));
     // The socket's own event says why; it may come a moment after noVNC's.
     setTimeout(() => over(ended?.code ?? 1006, ended?.reason ?? ""), 0);
   });
   rfb.addEventListener("clipboard", (event) => clipboard.received(event.detail.text));
-  rfb.addEventListener("desktopname", () => { document.title = `${name} · QVD`; });
 }
 
 function over(code, reason) {

@@ -48,6 +48,9 @@ pub struct ConnectionLimits {
     pub head: Duration,
     /// A connection without a request is closed after this.
     pub idle: Duration,
+    /// How often the browser of an open display is asked whether it is there,
+    /// and the farm whether its user is still signed in.
+    pub ping: Duration,
     /// For displays to end when the gateway stops.
     pub drain: Duration,
 }
@@ -60,6 +63,7 @@ impl Default for ConnectionLimits {
             handshake: Duration::from_secs(10),
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
+            ping: Duration::from_secs(20),
             drain: Duration::from_secs(5),
         }
     }

@@ -22,7 +22,7 @@ use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt as _;
 
 use crate::{
-    ConnectionLimits, GatewayConfig, GatewayError, portal,
+    ConnectionLimits, GatewayConfig, GatewayError, TlsSource, portal,
     rewind::Rewind,
     tls,
     wire::{self, Dialogue},
@@ -41,6 +41,9 @@ pub(crate) struct Shared {
     pub(crate) limits: ConnectionLimits,
     /// See [`GatewayConfig::hosts`].
     pub(crate) hosts: Vec<String>,
+    /// Whether browsers may insist on TLS from now on: with a certificate of
+    /// our own making that would lock people out of clicking past a warning.
+    pub(crate) strict_transport: bool,
     stop: watch::Sender<bool>,
     slots: Arc<Semaphore>,
     by_address: Mutex<HashMap<IpAddr, usize>>,
@@ -133,6 +136,7 @@ impl Gateway {
             farm,
             limits: config.limits,
             hosts: config.hosts,
+            strict_transport: matches!(config.tls, TlsSource::Files { .. }),
             stop: watch::Sender::new(false),
             slots: Arc::new(Semaphore::new(config.limits.connections)),
             by_address: Mutex::default(),

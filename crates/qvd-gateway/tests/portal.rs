@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::time::Duration;
+
 use futures_util::{SinkExt as _, StreamExt as _};
 use qvd_core::DesktopState;
 use qvd_gateway::{ConnectionLimits, Gateway, GatewayConfig, GatewayError, TlsSource};
@@ -243,6 +245,17 @@ async fn a_display_carries_rfb_and_says_why_it_ends() {
     let (farm, desktop) = (site.farm.clone(), site.desktop);
     site.stopped().await;
     assert_eq!(farm.desktop_info(desktop).await.unwrap().status.state, DesktopState::Running);
+}
+
+#[tokio::test]
+async fn signing_out_closes_the_display() {
+    let limits = ConnectionLimits { ping: Duration::from_millis(50), ..ConnectionLimits::default() };
+    let site = Site::with(limits, Vec::new()).await;
+    let (cookie, csrf) = sign_in(&site).await;
+    let mut socket = display(&site, &cookie, "https://localhost").await.unwrap();
+    assert_eq!(next(&mut socket).await, Message::Binary(GREETING.into()));
+    assert_eq!(site.ask(&post("/sign-out", &cookie, &format!("csrf={csrf}"))).await.status, 303);
+    assert_eq!(close_code(&mut socket).await.0, 4003);
 }
 
 #[tokio::test]

@@ -40,10 +40,8 @@ use crate::{
 /// Longest message that a browser may send. noVNC flushes at 10 KiB; only a
 /// large clipboard comes in more.
 const MESSAGE_MAX: usize = 1 << 20;
-/// How often a quiet browser is asked whether it is there.
-const PING: Duration = Duration::from_secs(20);
-/// Silence after which it is not.
-const DEAD: Duration = Duration::from_secs(65);
+/// Pings without an answer after which a browser is gone.
+const MISSED_PINGS: u32 = 3;
 /// For a browser to take what we send.
 const WRITE_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -237,7 +235,7 @@ impl Screen<'_> {
         };
         let down = async {
             let mut chunk = vec![0; CHUNK];
-            let mut ping = interval(PING);
+            let mut ping = interval(self.shared.limits.ping);
             loop {
                 let message = tokio::select! {
                     read = from_display.read(&mut chunk) => match read? {
@@ -249,7 +247,7 @@ impl Screen<'_> {
                     },
                     _ = ping.tick() => {
                         let silence = heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
-                        if silence > DEAD {
+                        if silence > self.shared.limits.ping * MISSED_PINGS + WRITE_DEADLINE / 10 {
                             return Ok(Some(End::Left));
                         }
                         if !self.still_signed_in().await {
