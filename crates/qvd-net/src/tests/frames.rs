@@ -68,8 +68,19 @@ pub(crate) fn ipv4(from: Ipv4Addr, to: Ipv4Addr, ip: Ip<'_>, payload: &[u8]) -> 
 }
 
 fn checksum(bytes: &[u8]) -> u16 {
-    let sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-    !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap()
+    let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap()
+}
+
+/// An echo request that `mark` completes.
+pub(crate) fn echo_request(from: Ipv4Addr, to: Ipv4Addr, mark: &[u8; super::world::MARK_LEN]) -> Vec<u8> {
+    let mut header = [8, 0, 0, 0, 0, 1, 0, 1];
+    let sum = checksum(&[&header[..], mark].concat());
+    header[2..4].copy_from_slice(&sum.to_be_bytes());
+    [ipv4(from, to, Ip { protocol: ICMP, ..Ip::default() }, &header), mark.to_vec()].concat()
 }
 
 pub(crate) fn udp(from: Ipv4Addr, to: Ipv4Addr, ports: (u16, u16)) -> Vec<u8> {

@@ -1,7 +1,6 @@
 use std::{
     net::{Ipv4Addr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
-    time::Duration,
 };
 
 use qvd_sys::{
@@ -12,14 +11,13 @@ use qvd_testkit::privileged;
 
 use super::{
     NEEDS, frames,
-    world::{self, Desktop, INSTANCE, config, connected, heard_before, on_a_host},
+    world::{self, Desktop, INSTANCE, PATIENCE, config, connected, heard_before, on_a_host},
 };
 use crate::{Mac, NetConfig, Network, links, netlink::Netlink, rules::Protection, sysctl};
 
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 const UPLINK: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const PORT: u16 = 4000;
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Another host, on the other side of the host's uplink.
 struct Outside {

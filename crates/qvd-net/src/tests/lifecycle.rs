@@ -12,7 +12,7 @@ use qvd_testkit::privileged;
 
 use super::{
     NEEDS, frames,
-    world::{Desktop, config, connected, desktop, on_a_host, subnet},
+    world::{Desktop, PATIENCE, config, connected, desktop, holds, on_a_host, subnet},
 };
 use crate::{
     Error, NetConfig, Network, PortSpec,
@@ -92,6 +92,43 @@ fn a_port_without_its_rules_is_never_raised() {
             let again = Network::open(config()).unwrap();
             drop(again.attach(&spec).unwrap());
             network.attach(&spec).unwrap().close().unwrap();
+        });
+    });
+}
+
+/// The gateway answers to an echo request, and the host's other addresses do
+/// not, neither to it nor to ARP.
+#[test]
+fn only_the_gateway_answers() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let elsewhere = "192.0.2.1".parse().unwrap();
+            Netlink::route().unwrap().batch(vec![links::add_address(links::LOOPBACK, elsewhere, 32)]).unwrap();
+            let network = Network::open(config()).unwrap();
+            let desktop = Desktop::new(&network, 7, false);
+            reaches_gateway(&network, &desktop);
+            let (own, gateway) = (desktop.station(), subnet().gateway());
+            let gateway_mac = crate::Mac::of(config().instance, gateway).octets();
+            let socket = desktop.socket();
+            let echo = |to, mark| {
+                let packet = frames::echo_request(own.ip, to, mark);
+                socket.send(&frames::ethernet(gateway_mac, own.mac, frames::IPV4, &packet)).unwrap();
+            };
+            let request = frames::arp(1, own, elsewhere);
+            socket.send(&frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &request)).unwrap();
+            echo(elsewhere, b"qvd-mark0001");
+            echo(gateway, b"qvd-mark0002");
+            loop {
+                let frame = socket.receive(PATIENCE).unwrap().expect("the gateway did not answer");
+                // What the desktop itself sent is heard as well.
+                if frame[6..12] == own.mac {
+                    continue;
+                }
+                assert!(!holds(&frame, b"qvd-mark0001") && !holds(&frame, &[192, 0, 2, 1]), "{frame:02x?}");
+                if holds(&frame, b"qvd-mark0002") {
+                    break;
+                }
+            }
         });
     });
 }

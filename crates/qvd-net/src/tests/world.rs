@@ -23,7 +23,7 @@ pub(crate) const INSTANCE: Instance = Instance::new(0x7e57);
 pub(crate) const MARK_LEN: usize = 12;
 
 /// Longest wait for a frame that has to come.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(crate) fn desktop(number: u32) -> DesktopId {
     DesktopId::new(number).unwrap()
