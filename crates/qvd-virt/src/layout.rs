@@ -27,7 +27,11 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{ContainerSpec, Error, error::io_error, spec::components};
+use crate::{
+    ContainerMount, ContainerSpec, Error,
+    error::io_error,
+    spec::{c_string, components},
+};
 
 // Source: Linux `include/uapi/linux/mount.h`.
 const RDONLY: u32 = 1;
@@ -35,34 +39,32 @@ const NOSUID: u32 = 2;
 const NODEV: u32 = 4;
 const NOEXEC: u32 = 8;
 
-/// Files of `/proc` that tell of the host or act on it. Those that other
-/// runtimes mask, and what this kernel has beside them.
+// On the files below, the user namespace alone keeps a desktop from what only
+// the host's root may do. Masked is what everybody may read and tells of the
+// host or of other desktops (`interrupts` even of their keystrokes), and what
+// would be worst if a mode or a check were ever wrong.
+
+/// Files of `/proc` that are masked.
 const PROC_FILES: &[&str] = &[
-    "config.gz",
     "interrupts",
     "kallsyms",
     "kcore",
-    "key-users",
     "keys",
     "kmsg",
     "latency_stats",
-    "modules",
-    "pagetypeinfo",
     "sched_debug",
-    "slabinfo",
     "softirqs",
     "sysrq-trigger",
     "timer_list",
     "timer_stats",
-    "vmallocinfo",
 ];
-/// Directories of `/proc` likewise.
+/// Directories of `/proc` that are masked.
 const PROC_DIRS: &[&str] = &["acpi", "dynamic_debug", "pressure", "scsi"];
-/// Directories of `/proc` that may be read.
-const PROC_READ_ONLY: &[&str] = &["asound", "bus", "driver", "fs", "irq", "sys", "tty"];
-/// Directories of `/sys` that tell of the host's hardware and kernel. All of
-/// `/sys` is read-only.
-const SYS_DIRS: &[&str] = &["devices/virtual/powercap", "firmware", "hypervisor", "kernel/slab", "module"];
+/// Directories of `/proc` that may be read. In `sys`, root of a user namespace
+/// owns some files.
+const PROC_READ_ONLY: &[&str] = &["asound", "bus", "fs", "irq", "sys"];
+/// Directories of `/sys` that are masked. All of `/sys` is read-only.
+const SYS_DIRS: &[&str] = &["devices/virtual/powercap", "firmware", "hypervisor", "module"];
 
 /// What every container of this host gets, found and made once.
 #[derive(Debug)]
@@ -163,7 +165,7 @@ impl Layout {
     fn devpts(&self, plan: &mut Plan, dev: PlanFd) -> Result<(), Error> {
         // Group 5 is `tty` in Debian's base-passwd and most others.
         let options = [("mode", "0620"), ("ptmxmode", "0666"), ("gid", "5")]
-            .map(|(key, value)| Ok((crate::spec::c_string(key)?, crate::spec::c_string(value)?)));
+            .map(|(key, value)| Ok((c_string(key)?, c_string(value)?)));
         let options = options.into_iter().collect::<Result<_, Error>>()?;
         let into = slot(plan)?;
         let attributes = NOSUID | NOEXEC;
@@ -215,8 +217,6 @@ impl<'a> Parts<'a> {
     }
 }
 
-use crate::ContainerMount;
-
 fn text(target: &Path) -> Result<String, Error> {
     target
         .to_str()
@@ -238,9 +238,9 @@ struct Cover<'a> {
 fn cover(plan: &mut Plan, verb: &str, top: &str, fs: PlanFd, name: &str, with: Cover<'_>) -> Result<(), Error> {
     let attributes = if with.read_only { u64::from(RDONLY) } else { 0 };
     let into = plan.scratch();
-    let path = crate::spec::c_string(with.path)?;
+    let path = c_string(with.path)?;
     plan.step(format!("{verb} {top}/{name}"), Op::CloneTree { dir: with.from, path, attributes, into });
-    let path = crate::spec::c_string(name)?;
+    let path = c_string(name)?;
     plan.step(format!("{verb} {top}/{name}"), Op::Attach { mount: into, dir: fs, path });
     Ok(())
 }

@@ -196,7 +196,8 @@ pub fn boot_id() -> io::Result<String> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+// Children are waited for through the type under test.
+#[allow(clippy::unwrap_used, clippy::zombie_processes)]
 mod tests {
     use super::*;
     use std::process::{Command, Stdio};
@@ -215,6 +216,18 @@ mod tests {
         process.signal(Signal::KILL).unwrap();
         assert_eq!(process.wait(Duration::from_secs(10)).unwrap(), Some(Exit::Signal(9)));
         process.signal(Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_process_that_is_not_our_child_is_seen() {
+        let orphan = Command::new("sh").args(["-c", "sleep 60 >&- & echo $!"]).output().unwrap();
+        let pid = String::from_utf8(orphan.stdout).unwrap().trim().parse().unwrap();
+        let mut process = Process::open(pid).unwrap();
+        assert_eq!(process.try_wait().unwrap(), None);
+        process.signal(Signal::KILL).unwrap();
+        let exit = process.wait(Duration::from_secs(10)).unwrap().unwrap();
+        // How it ended is known from Linux 6.15 on, once its new parent has reaped it.
+        assert!(matches!(exit, Exit::Signal(9) | Exit::Unknown), "{exit:?}");
     }
 
     #[test]

@@ -257,7 +257,7 @@ impl Plan {
     }
 
     /// A place for a descriptor that a step opens. A plan has seven; opening
-    /// into one again closes what was there.
+    /// into one again replaces what was there.
     ///
     /// # Errors
     /// All are taken.

@@ -74,7 +74,7 @@ fn masked_files_tell_nothing_and_read_only_ones_stay() {
         let output = bed.perl(
             1,
             "
-            for my $f (qw(kcore keys key-users kallsyms sysrq-trigger timer_list latency_stats interrupts)) {
+            for my $f (qw(kcore keys kallsyms sysrq-trigger timer_list latency_stats interrupts)) {
                 next unless -e qq(/proc/$f);
                 print qq($f is no null device\\n) unless -c qq(/proc/$f) && (stat(_))[6] == (1 << 8 | 3);
                 open(F, '<', qq(/proc/$f)) or next; my @l = <F>; print qq($f tells\\n) if @l;

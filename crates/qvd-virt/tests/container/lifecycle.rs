@@ -3,7 +3,10 @@
 use std::{fs, io::Read, os::fd::AsFd, path::PathBuf};
 
 use qvd_core::{Bytes, DesktopId, MilliCpu, UidRange};
-use qvd_sys::mount::{clone_dir, in_private_namespace, open_dir_path};
+use qvd_sys::{
+    mount::{clone_dir, in_private_namespace, open_dir_path},
+    process::{Event, Namespaces, Op, Plan, spawn},
+};
 use qvd_testkit::{Need, privileged};
 use qvd_virt::{ContainerMount, ContainerRecord, Error, Exit, InheritedFd, Runtime, seal};
 
@@ -294,5 +297,29 @@ fn who_takes_too_much_memory_is_killed_alone() {
         let (exit, output) = bed.run_spec(spec);
         assert_eq!(exit, Exit::Code(0), "the init lives on");
         assert!(output.contains("status 137"), "{output}");
+    });
+}
+
+#[test]
+fn a_child_can_be_born_in_a_fresh_v2_group() {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let unified = table.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
+    let Some(root) = unified.map(PathBuf::from) else { return };
+    privileged(NEEDS, || {
+        let group = root.join(format!("qvd-born-{}", std::process::id()));
+        fs::create_dir(&group).unwrap();
+        let dir = fs::File::open(&group).unwrap();
+        let mut plan = Plan::new();
+        plan.step("report", Op::Ready);
+        plan.step("wait", Op::Wait);
+        let child = spawn(plan, Namespaces::NONE, Some(dir.as_fd())).unwrap();
+        let event = child.event(SOON).unwrap();
+        let inside = fs::read_to_string(group.join("cgroup.procs")).unwrap();
+        let pid = child.process().pid();
+        drop(child);
+        fs::remove_dir(&group).unwrap();
+        // Closed instead: this process's own group was once killed, see
+        // `Runtime`, which then moves children in.
+        assert_eq!((event, inside.trim()), (Event::Ready, pid.to_string().as_str()));
     });
 }
