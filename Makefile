@@ -30,7 +30,7 @@ build: $(STAMP)/build-tools $(STAMP)/web
 
 test: init image browser $(STAMP)/test-tools
 	QVD_TEST_PRIVILEGED=1 QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
-		cargo nextest run --locked --workspace --all-targets --profile ci
+		cargo nextest run --locked --workspace --profile ci
 	cargo test --locked --workspace --doc
 	QVD=$(T)/debug/qvd QVD_INIT=$(INIT) QVD_TEST_STORE=$(STORE) QVD_TEST_OUTPUT=$(T)/browser \
 		node tests/browser/display.mjs
@@ -51,7 +51,7 @@ check: $(STAMP)/build-tools $(STAMP)/check-tools $(STAMP)/web
 	cargo deny --locked check --hide-inclusion-graph licenses bans sources
 
 bench: build init $(STAMP)/bench-tools
-	cargo bench --locked --workspace
+	cargo bench --locked -p qvd-virt -p qvd-net --bench '*'
 
 # Small counts more than fast, and no image can be trusted to have a library
 # that it needs: the init is one static file.

@@ -29,7 +29,7 @@ impl Paths {
             Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(root)?,
             found => found?,
         };
-        let instance = Instance::new(hash(root.as_os_str().as_encoded_bytes()));
+        let instance = Instance::of_root(root.as_os_str().as_encoded_bytes());
         let run = if root == Path::new(DEFAULT_ROOT) { "/run/qvd".into() } else { format!("/run/qvd-{instance}") };
         Ok(Self { root, run: run.into(), instance })
     }
@@ -38,18 +38,6 @@ impl Paths {
     pub(crate) fn socket(&self) -> PathBuf {
         self.run.join("api.sock")
     }
-}
-
-/// FNV-1a of 64 bits, folded to 16: the same in every version of this program,
-/// which the standard library's hashes do not promise.
-///
-/// Source: datatracker.ietf.org/doc/html/draft-eastlake-fnv.
-fn hash(bytes: &[u8]) -> u16 {
-    let full = bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
-    let [a, b, c, d, e, f, g, h] = full.to_be_bytes();
-    u16::from_be_bytes([a ^ c ^ e ^ g, b ^ d ^ f ^ h])
 }
 
 #[cfg(test)]
@@ -69,9 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn names_never_change() {
-        // An upgraded program has to find what the older one left.
-        assert_eq!(Instance::new(hash(b"/srv/qvd")).to_string(), "18a0");
+    fn the_default_installation_has_the_plain_name() {
         assert_eq!(Paths::of(Path::new(DEFAULT_ROOT)).unwrap().run, Path::new("/run/qvd"));
     }
 }

@@ -55,9 +55,13 @@ impl Daemon {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        // A program that does not read its input may be gone already.
-        drop(child.stdin.take().unwrap().write_all(input));
-        child.wait_with_output().unwrap()
+        let mut stdin = child.stdin.take().unwrap();
+        // Written beside the reading: a program that copies waits for both. One
+        // that does not read its input may be gone already.
+        std::thread::scope(|scope| {
+            scope.spawn(move || drop(stdin.write_all(input)));
+            child.wait_with_output().unwrap()
+        })
     }
 
     fn run(&self, args: &[&str]) -> Output {
