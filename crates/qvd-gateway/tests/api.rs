@@ -1,5 +1,5 @@
 //! The API over a real unix socket, as the commands use it.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
     collections::BTreeMap,

@@ -165,12 +165,14 @@ pub async fn serve_unix(path: &Path, router: Router, shutdown: impl Future<Outpu
     UnixDoor::bind(path).await?.serve(router, shutdown).await
 }
 
-/// Who is behind a connection: root, and the daemon's own user, who could
-/// take over the daemon anyway.
+/// Who is behind a connection.
 fn caller_of(stream: &UnixStream) -> io::Result<Option<Caller>> {
-    let uid = stream.peer_cred()?.uid();
-    let trusted = uid == 0 || uid == rustix::process::geteuid().as_raw();
-    Ok(trusted.then_some(Caller::Admin { user: None }))
+    Ok(caller_with(stream.peer_cred()?.uid(), rustix::process::geteuid().as_raw()))
+}
+
+/// Root, and the daemon's own user, who could take over the daemon anyway.
+fn caller_with(uid: u32, own: u32) -> Option<Caller> {
+    (uid == 0 || uid == own).then_some(Caller::Admin { user: None })
 }
 
 async fn connection(stream: UnixStream, router: Router, mut ended: watch::Receiver<bool>) {
@@ -199,5 +201,20 @@ async fn connection(stream: UnixStream, router: Router, mut ended: watch::Receiv
     };
     if let Err(error) = result {
         tracing::debug!(%error, "a caller's connection failed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_root_and_the_daemons_own_user_administer() {
+        let admin = Some(Caller::Admin { user: None });
+        assert_eq!(
+            (caller_with(0, 0), caller_with(0, 990), caller_with(990, 990)),
+            (admin.clone(), admin.clone(), admin)
+        );
+        assert_eq!((caller_with(1000, 0), caller_with(1000, 990)), (None, None));
     }
 }
