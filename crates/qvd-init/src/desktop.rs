@@ -8,7 +8,10 @@ use std::{
     fs, io,
     os::{
         fd::OwnedFd,
-        unix::{fs::OpenOptionsExt, net::UnixStream},
+        unix::{
+            fs::{DirBuilderExt, OpenOptionsExt},
+            net::UnixStream,
+        },
     },
     path::{Path, PathBuf},
 };
@@ -137,33 +140,31 @@ impl Desktop {
             private,
             watch,
         };
-        desktop.as_user(|| {
-            for dir in [&desktop.private, &desktop.agent_root(), &desktop.proxy_root()] {
-                match fs::create_dir(dir) {
-                    Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed("make directory", dir)(e)),
-                    _ => {}
-                }
-            }
-            Ok(())
-        })?;
         desktop.clear()?;
-        let names = inotify::WatchFlags::CREATE
-            | inotify::WatchFlags::DELETE
-            | inotify::WatchFlags::ONLYDIR
-            | inotify::WatchFlags::DONT_FOLLOW;
-        for dir in [desktop.private.as_path(), Path::new(X_SOCKETS)] {
-            inotify::add_watch(&desktop.watch, dir, names).map_err(failed("watch", dir))?;
-        }
         Ok(desktop)
     }
 
-    /// Removes what a former agent or head left, so that what appears is new.
+    /// Removes what a former agent or head left, so that what appears is new,
+    /// mends the user's directory and watches it.
     pub(crate) fn clear(&self) -> Result<(), Failure> {
         for display in [SESSION_DISPLAY, HEAD_DISPLAY] {
             remove(&x_socket(display))?;
             remove(&PathBuf::from(format!("/tmp/.X{display}-lock")))?;
         }
-        self.as_user(|| remove(&self.nx_socket).and_then(|()| remove(&self.rfb_socket)))?;
+        self.as_user(|| {
+            private_directory(&self.private)?;
+            private_directory(&self.agent_root())?;
+            private_directory(&self.proxy_root())?;
+            remove(&self.nx_socket)?;
+            remove(&self.rfb_socket)
+        })?;
+        let names = inotify::WatchFlags::CREATE
+            | inotify::WatchFlags::DELETE
+            | inotify::WatchFlags::ONLYDIR
+            | inotify::WatchFlags::DONT_FOLLOW;
+        for dir in [self.private.as_path(), Path::new(X_SOCKETS)] {
+            inotify::add_watch(&self.watch, dir, names).map_err(failed("watch", dir))?;
+        }
         let state = state_file();
         remove(&state)?;
         write(&state, "", 0o600)?;
@@ -298,6 +299,17 @@ fn home(path: &str, user: &Identity) -> Result<(), Failure> {
         // A fresh home still is root's.
         Ok(stat) if stat.st_uid != 0 => Ok(()),
         _ => directory(path, user.uid, user.gid, 0o700),
+    }
+}
+
+/// Makes a directory of the user's, as the user, whatever took its place.
+fn private_directory(path: &Path) -> Result<(), Failure> {
+    if fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_dir()) {
+        remove(path)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(failed("make directory", path)(e)),
+        _ => Ok(()),
     }
 }
 

@@ -157,7 +157,7 @@ impl Init {
             .and_then(|()| SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
             .map_err(|e| format!("cannot receive signals: {e}"))?;
         desktop::prepare_root().map_err(|e| e.to_string())?;
-        let mut log = Log::new(std::path::Path::new(desktop::ROOT_DIR).join("log"))
+        let mut log = Log::new(std::path::Path::new(desktop::ROOT_DIR).join("log"), begin)
             .map_err(|e| format!("cannot make the log: {e}"))?;
         if let Err(failure) = desktop::machine_id() {
             log.note(&failure.to_string());

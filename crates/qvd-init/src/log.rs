@@ -9,6 +9,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Stdio,
+    time::Instant,
 };
 
 use rustix::{fs::OFlags, io::Errno, pipe::PipeFlags};
@@ -28,6 +29,7 @@ pub(crate) struct Log {
     path: PathBuf,
     file: File,
     length: u64,
+    begin: Instant,
 }
 
 fn create(path: &Path) -> io::Result<File> {
@@ -42,10 +44,10 @@ fn create(path: &Path) -> io::Result<File> {
 
 impl Log {
     /// Starts an empty log at `path`, whose directory only root may write to.
-    pub(crate) fn new(path: PathBuf) -> io::Result<Self> {
+    pub(crate) fn new(path: PathBuf, begin: Instant) -> io::Result<Self> {
         let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         rustix::fs::fcntl_setfl(&reader, OFlags::NONBLOCK)?;
-        Ok(Self { reader, writer, file: create(&path)?, path, length: 0 })
+        Ok(Self { reader, writer, file: create(&path)?, path, length: 0, begin })
     }
 
     /// An end of the pipe for a program's standard output or error.
@@ -55,7 +57,8 @@ impl Log {
 
     /// Notes something of the init's own.
     pub(crate) fn note(&mut self, text: &str) {
-        self.append(format!("qvd-init: {text}\n").as_bytes());
+        let now = self.begin.elapsed().as_secs_f64();
+        self.append(format!("qvd-init {now:.3}: {text}\n").as_bytes());
     }
 
     /// Moves what programs printed from the pipe to the file.
@@ -96,7 +99,7 @@ mod tests {
     #[test]
     fn a_flood_stays_within_two_files() {
         let dir = tempfile::tempdir().unwrap();
-        let mut log = Log::new(dir.path().join("log")).unwrap();
+        let mut log = Log::new(dir.path().join("log"), Instant::now()).unwrap();
         let line = "x".repeat(1000);
         for _ in 0..1000 {
             log.note(&line);
@@ -105,17 +108,17 @@ mod tests {
         let sizes: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).collect();
         assert_eq!(sizes.len(), 2);
         assert!(sizes.iter().all(|&size| size <= MAX_FILE + 4096), "{sizes:?}");
-        assert!(fs::read_to_string(dir.path().join("log")).unwrap().ends_with("the last\n"));
+        assert!(fs::read_to_string(dir.path().join("log"), Instant::now()).unwrap().ends_with("the last\n"));
     }
 
     #[test]
     fn what_a_program_prints_arrives() {
         let dir = tempfile::tempdir().unwrap();
-        let mut log = Log::new(dir.path().join("log")).unwrap();
+        let mut log = Log::new(dir.path().join("log"), Instant::now()).unwrap();
         rustix::io::write(&log.writer, b"hello\n").unwrap();
         log.drain();
         log.drain();
-        assert_eq!(fs::read_to_string(dir.path().join("log")).unwrap(), "hello\n");
+        assert_eq!(fs::read_to_string(dir.path().join("log"), Instant::now()).unwrap(), "hello\n");
     }
 
     #[test]
@@ -123,8 +126,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let victim = dir.path().join("victim");
         fs::write(&victim, "precious").unwrap();
-        std::os::unix::fs::symlink(&victim, dir.path().join("log")).unwrap();
-        assert!(Log::new(dir.path().join("log")).is_err());
+        std::os::unix::fs::symlink(&victim, dir.path().join("log"), Instant::now()).unwrap();
+        assert!(Log::new(dir.path().join("log"), Instant::now()).is_err());
         assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
     }
 }

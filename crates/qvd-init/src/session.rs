@@ -291,7 +291,10 @@ impl Session {
     pub(crate) fn note(&mut self, now: Moment, event: Event, out: &mut Vec<Action>) {
         match event {
             Event::Seen(mut seen) => {
-                if seen.agent == AgentState::Unknown {
+                if !self.agent.is_up() {
+                    // What a former agent left says nothing about the next.
+                    (seen.agent, seen.listens, seen.session_socket) = (AgentState::Unknown, false, false);
+                } else if seen.agent == AgentState::Unknown {
                     seen.agent = self.seen.agent;
                 }
                 if seen.agent != self.seen.agent {

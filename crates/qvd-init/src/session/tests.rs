@@ -295,6 +295,18 @@ fn a_dead_agent_takes_all_with_it_and_the_session_comes_back() {
 }
 
 #[test]
+fn what_a_dead_agent_left_is_not_taken_for_the_next_ones() {
+    let mut world = World::booted();
+    let before = world.seen;
+    world.kill(Role::Agent, Exit::Signal(9));
+    world.happen(Some(Event::Seen(before)));
+    world.log.clear();
+    world.happen(Some(Event::Attach(1, rfb())));
+    world.until(|world| world.connected(1));
+    assert!(!world.has(|action| *action == Action::Toggle), "it would kill an agent that only starts");
+}
+
+#[test]
 fn a_crashed_window_manager_is_replaced_and_programs_stay() {
     let mut world = World::booted();
     world.kill(Role::WindowManager, Exit::Signal(11));
