@@ -14,6 +14,8 @@ const FAILED = 4005;
 // Waits between attempts to come back, in milliseconds; the last one repeats.
 const BACK_OFF = [300, 1000, 2000, 4000, 8000, 15000];
 const GIVE_UP_AFTER = 40;
+// Refusals that are taken for a display which is only just coming back.
+const PATIENT = 5;
 // A display that has not greeted us by then never will.
 const GREETING_MS = 30000;
 // A connection that held this long was a good one: the next wait is short again.
@@ -147,6 +149,11 @@ function over(code, reason) {
       signIn();
       break;
     case FAILED:
+      // What just broke off may be coming up again.
+      if (attempts > 0 && attempts < PATIENT) {
+        comeBack();
+        break;
+      }
       tell("The desktop cannot be shown", `${capital(reason)}.`, "Try again");
       break;
     default:
