@@ -25,7 +25,7 @@ impl Source {
 }
 
 /// The sources for a suite, its updates and its security fixes: those that the
-/// host's apt uses, or `mirror` with the components that the recipe asks for.
+/// host's apt uses, or the suite alone from `mirror`.
 pub(crate) fn sources(
     etc_apt: &Path,
     suite: &str,
@@ -33,13 +33,12 @@ pub(crate) fn sources(
     mirror: Option<&str>,
 ) -> Result<Vec<Source>, Error> {
     if let Some(mirror) = mirror {
-        let source = |suite: String| Source {
+        return Ok(vec![Source {
             options: String::new(),
             uri: mirror.to_owned(),
-            suite,
+            suite: suite.to_owned(),
             components: components.to_vec(),
-        };
-        return Ok(vec![source(suite.to_owned()), source(format!("{suite}-updates"))]);
+        }]);
     }
     let wanted =
         [suite.to_owned(), format!("{suite}-updates"), format!("{suite}-security"), format!("{suite}/updates")];

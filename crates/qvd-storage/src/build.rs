@@ -26,7 +26,9 @@ use crate::{
 /// How an image is built.
 #[derive(Debug, Clone)]
 pub struct BuildOptions {
-    /// Where packages come from; `None` means the host's own apt configuration.
+    /// Where packages come from, as `sources.list(5)` has it: an address, with
+    /// options in brackets before it if it needs any. `None` means the host's
+    /// own apt configuration, updates and security fixes included.
     pub mirror: Option<String>,
     /// Builds even if an image of the same recipe is there.
     pub rebuild: bool,

@@ -328,20 +328,45 @@ fn what_is_not_there_is_not_found() {
     assert!(store.flavours().unwrap().is_empty());
 }
 
+/// A mirror without a network: one package that nobody asks for.
+fn mirror(dir: &Path) -> String {
+    use sha2::{Digest, Sha256};
+    let packages = "Package: other\nVersion: 1\nArchitecture: all\nFilename: other.deb\nSize: 1\n\
+                    SHA256: 0000000000000000000000000000000000000000000000000000000000000000\n\n";
+    let architecture = Command::new("dpkg").arg("--print-architecture").output().unwrap().stdout;
+    let architecture = String::from_utf8(architecture).unwrap();
+    let index = format!("main/binary-{}/Packages", architecture.trim());
+    let suite = dir.join("dists/bookworm");
+    fs::create_dir_all(suite.join(&index).parent().unwrap()).unwrap();
+    fs::write(suite.join(&index), packages).unwrap();
+    let sum: String = Sha256::digest(packages).iter().map(|byte| format!("{byte:02x}")).collect();
+    let release = format!(
+        "Suite: bookworm\nCodename: bookworm\nComponents: main\nArchitectures: {}\nSHA256:\n {sum} {} {index}\n",
+        architecture.trim(),
+        packages.len(),
+    );
+    fs::write(suite.join("Release"), release).unwrap();
+    format!("[trusted=yes] file://{}", dir.display())
+}
+
 #[test]
 fn a_package_that_does_not_exist_is_named_and_nothing_is_left() {
-    // Fetches the lists of packages: minutes where the mirror is slow.
     privileged(&[Need::Root, Need::Program("mmdebstrap")], || {
-        let dir = tempfile::tempdir().unwrap();
+        let (dir, repository) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let before = mounts();
         let store = Store::open(dir.path()).unwrap();
         let text = "name = \"tiny\"\npackages = [\"no-such-package-at-all\"]\n\
                     base = { distribution = \"debian\", suite = \"bookworm\" }\n\
                     user = { name = \"user\", uid = 1000, gid = 1000 }\n";
-        let error = store.build(&Recipe::parse(text).unwrap(), &BuildOptions::default(), &mut |_| {}).unwrap_err();
+        let options = BuildOptions { mirror: Some(mirror(repository.path())), ..BuildOptions::default() };
+        let mut said = Vec::new();
+        let error =
+            store.build(&Recipe::parse(text).unwrap(), &options, &mut |line| said.push(line.to_owned())).unwrap_err();
         assert!(
             matches!(&error, Error::NoSuchPackage { package, .. } if package == "no-such-package-at-all"),
-            "{error}"
+            "{error}: {said:?}"
         );
         assert_eq!(fs::read_dir(dir.path().join("images")).unwrap().count(), 1);
+        assert_eq!(mounts(), before);
     });
 }
