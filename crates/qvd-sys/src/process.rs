@@ -9,8 +9,9 @@
 //! The child is a copy-on-write clone and not `CLONE_VM`: it has to act at the
 //! same time as its parent, and processes that share memory share their fate
 //! with the OOM killer and their "dumpable" flag with `setuid`. The price is
-//! the parent's page tables, about 1 ms for 100 MiB of touched memory (see
-//! `benches/start.rs` of `qvd-virt`); a node that stays small does not pay it.
+//! the parent's page tables. It is not small: `benches/start.rs` of `qvd-virt`
+//! saw 1 ms more with 16 MiB of touched memory and 9 ms more with 64 MiB, so
+//! whoever starts containers should be a small process.
 
 mod child;
 mod memfd;

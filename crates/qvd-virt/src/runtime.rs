@@ -196,6 +196,7 @@ impl Runtime {
         // Not by the clone: the root of this namespace is the group that the
         // process is in when it is made.
         plan.step("make a cgroup namespace", Op::Unshare(Namespaces::CGROUP));
+        plan.step("bring the loopback interface up", Op::LoopbackUp);
         plan.step("set the host name", Op::SetHostname(spec.hostname.clone().into_bytes()));
         plan.step("set the file mode mask", Op::Umask(0o022));
         plan.step("unblock signals", Op::UnblockSignals);

@@ -108,6 +108,7 @@ impl<'a> Child<'a> {
                 }
             }
             Op::Unshare(namespaces) => call!(SYS_unshare, namespaces.0)?,
+            Op::LoopbackUp => loopback_up()?,
             Op::SetHostname(name) => call!(SYS_sethostname, name.as_ptr(), name.len())?,
             Op::Umask(mask) => call!(SYS_umask, *mask)?,
             Op::UnblockSignals => {
@@ -190,6 +191,20 @@ fn open_dir(dir: RawFd, path: &CStr) -> Result<c_long, i32> {
     how.flags = (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC).cast_unsigned().into();
     how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS;
     call!(SYS_openat2, dir, path.as_ptr(), &raw const how, size_of::<libc::open_how>())
+}
+
+fn loopback_up() -> Result<c_long, i32> {
+    let socket = call!(SYS_socket, libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0)?;
+    // SAFETY: an all-zero ifreq is a valid value of a plain C struct.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
+        *place = libc::c_char::from_ne_bytes([*byte]);
+    }
+    // The kernel keeps what belongs to the device, such as IFF_LOOPBACK. Both
+    // flags are small: Linux `include/uapi/linux/if.h`.
+    request.ifr_ifru.ifru_flags = 1 | 0x40;
+    call!(SYS_ioctl, socket, libc::SIOCSIFFLAGS, &raw const request)?;
+    call!(SYS_close, socket)
 }
 
 fn make_fs(kind: &CStr, options: &[(CString, CString)], attributes: u32) -> Result<c_long, i32> {

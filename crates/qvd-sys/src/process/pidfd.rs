@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn the_end_of_a_process_that_is_not_our_child_is_seen() {
-        let orphan = Command::new("sh").args(["-c", "sleep 60 >&- & echo $!"]).output().unwrap();
+        let orphan = Command::new("sh").args(["-c", "sleep 60 >/dev/null 2>&1 & echo $!"]).output().unwrap();
         let pid = String::from_utf8(orphan.stdout).unwrap().trim().parse().unwrap();
         let mut process = Process::open(pid).unwrap();
         assert_eq!(process.try_wait().unwrap(), None);

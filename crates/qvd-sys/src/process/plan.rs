@@ -146,6 +146,8 @@ pub enum Op {
     NewKeyring,
     /// Makes namespaces.
     Unshare(Namespaces),
+    /// Brings the loopback interface of the network namespace up.
+    LoopbackUp,
     /// Sets the host name.
     SetHostname(Vec<u8>),
     /// Sets the mask of file modes.

@@ -74,3 +74,14 @@ fn a_child_that_waits_goes_with_its_owner() {
     drop(child);
     assert!(Process::open(pid).is_err());
 }
+
+#[test]
+fn a_child_that_waits_ends_when_its_parent_is_gone() {
+    let mut plan = Plan::new();
+    plan.step("report", Op::Ready);
+    plan.step("wait", Op::Wait);
+    let child = spawn(plan, Namespaces::NONE, None).unwrap();
+    child.event(SOON).unwrap();
+    // Closes the socket, as the kernel does for a parent that is killed.
+    assert_eq!(child.into_process().wait(SOON).unwrap(), Some(Exit::Code(0)));
+}
