@@ -16,5 +16,5 @@ pub use host::{
     HostErrorKind, ImageSummary, Timings,
 };
 pub use node::{Node, NodeConfig};
-pub use qvd_guest::{ExecRequest, Exit, Stats};
 pub use probe::{Probe, probe};
+pub use qvd_guest::{ExecRequest, Exit, Stats};

@@ -1,0 +1,237 @@
+//! Real desktops on a real image: what a node promises, and what it leaves.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::{
+    collections::BTreeMap,
+    error::Error as _,
+    io::Read as _,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use qvd_core::{
+    DesktopId, DesktopSpec, DesktopState, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy, StartStep,
+    Virtualizer,
+};
+use qvd_node::{EndReason, ExecRequest, ExecStdio, Exit, Host as _, HostErrorKind, ImageSummary, Node, NodeConfig};
+use qvd_testkit::{Census, Need, Scope, privileged};
+
+const NEEDS: &[Need] = &[Need::Root, Need::Env("QVD_TEST_STORE"), Need::Env("QVD_INIT")];
+const SOON: Duration = Duration::from_secs(20);
+
+/// The store takes one process at a time, and one test at a time here.
+static STORE: Mutex<()> = Mutex::new(());
+
+struct Host {
+    config: NodeConfig,
+    image: ImageSummary,
+}
+
+impl Host {
+    fn open(&self) -> Arc<Node> {
+        Node::open(self.config.clone()).unwrap()
+    }
+
+    fn spec(&self, number: u32) -> DesktopSpec {
+        DesktopSpec {
+            id: DesktopId::new(number).unwrap(),
+            user: "alice".parse().unwrap(),
+            hostname: format!("desk-{number}"),
+            image: self.image.digest,
+            virtualizer: Virtualizer::Container,
+            root: RootPolicy::Volatile,
+            limits: Limits::default(),
+            net: NetPolicy { port: true, internet: false },
+            address: None,
+            home: None,
+        }
+    }
+}
+
+/// Runs `test` in a network namespace of its own, on the shared store, and
+/// demands that it leaves nothing.
+fn on_a_host(test: impl FnOnce(&Host) + Send) {
+    privileged(NEEDS, || {
+        let _one = STORE.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = PathBuf::from(std::env::var_os("QVD_TEST_STORE").unwrap()).canonicalize().unwrap();
+        let run = tempfile::tempdir().unwrap();
+        let instance = Instance::of_root(run.path().as_os_str().as_encoded_bytes());
+        let marks = [instance.bridge_name(), instance.cgroup_name(), run.path().display().to_string()];
+        let scope = Scope::marked(marks).files_under(run.path()).files_under(root.join("roots"));
+        let netns = qvd_sys::netns::create().unwrap();
+        let init = std::env::var_os("QVD_INIT").unwrap().into();
+        let config = NodeConfig::new(&root, run.path(), init, instance);
+        qvd_sys::netns::in_netns(netns.as_fd(), || {
+            let images = {
+                let node = Node::open(config.clone()).unwrap();
+                let images = node.images().unwrap();
+                node.shut_down(Duration::ZERO).unwrap();
+                images
+            };
+            let image = images.into_iter().find(|image| image.flavour.as_str() == "icewm").expect("an icewm image");
+            let before = Census::take(&scope);
+            test(&Host { config, image });
+            before.assert_unchanged();
+        })
+        .unwrap();
+    });
+}
+
+fn run(node: &Node, id: DesktopId, root: bool, script: &str) -> (Exit, String) {
+    let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
+    let mut program = node.exec(id, ExecRequest { argv, env: BTreeMap::new(), root, tty: None }).unwrap();
+    let ExecStdio::Pipes { stdin, stdout, .. } = program.stdio else { panic!("asked for pipes") };
+    drop(stdin);
+    let mut said = String::new();
+    std::fs::File::from(stdout).read_to_string(&mut said).unwrap();
+    (program.control.wait(SOON).unwrap(), said)
+}
+
+fn greeting(stream: &std::os::unix::net::UnixStream) -> String {
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let mut bytes = [0; 12];
+    let mut stream = stream;
+    stream.read_exact(&mut bytes).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+const RFB: DisplayKind = DisplayKind::Rfb { geometry: Geometry::MIN };
+
+#[test]
+fn a_desktop_runs_confined_shows_itself_and_leaves_nothing() {
+    on_a_host(|host| {
+        let (node, spec) = (host.open(), host.spec(1));
+        let mut steps = Vec::new();
+        let timings = node.ensure_running(&spec, &mut |step| steps.push(step)).unwrap();
+        assert_eq!(steps.first(), Some(&StartStep::Root));
+        assert_eq!(steps.last(), Some(&StartStep::Session));
+        assert!(timings.session_us >= timings.start_us);
+        assert_eq!(node.status(spec.id).state, DesktopState::Running);
+
+        let (exit, said) =
+            run(&node, spec.id, false, "id -u; hostname; echo $DISPLAY; grep NoNewPrivs /proc/self/status");
+        assert_eq!(exit, Exit::Code(0));
+        assert_eq!(said, "1000\ndesk-1\n:1\nNoNewPrivs:\t1\n");
+        assert_eq!(run(&node, spec.id, false, "exit 7").0, Exit::Code(7));
+        let (_, range) = run(&node, spec.id, true, "cat /proc/self/uid_map");
+        assert!(!range.split_whitespace().nth(1).unwrap().starts_with('0'), "root inside is root outside: {range}");
+
+        let display = node.attach(spec.id, RFB, &mut drop).unwrap();
+        assert_eq!(greeting(display.stream()), "RFB 003.008\n");
+        let stats = node.stats(spec.id).unwrap();
+        assert!(stats.processes >= 4 && stats.pss_bytes > 0 && stats.clients == 1, "{stats:?}");
+
+        // Asking again finds it running.
+        node.ensure_running(&spec, &mut |step| panic!("{step:?} although it runs")).unwrap();
+        node.stop(spec.id, Duration::from_secs(3)).unwrap();
+        assert_eq!(node.status(spec.id).state, DesktopState::Stopped);
+        assert_eq!(display.end_reason(), EndReason::Stopped);
+        let gone =
+            node.exec(spec.id, ExecRequest { argv: vec!["true".into()], env: BTreeMap::new(), root: false, tty: None });
+        assert_eq!(gone.unwrap_err().kind(), HostErrorKind::NotFound);
+        node.remove(spec.id).unwrap();
+        node.shut_down(Duration::ZERO).unwrap();
+    });
+}
+
+#[test]
+fn a_second_client_takes_over_and_the_first_is_told() {
+    on_a_host(|host| {
+        let (node, spec) = (host.open(), host.spec(2));
+        node.ensure_running(&spec, &mut drop).unwrap();
+        let first = node.attach(spec.id, RFB, &mut drop).unwrap();
+        greeting(first.stream());
+        let second = node.attach(spec.id, RFB, &mut drop).unwrap();
+        let mut rest = Vec::new();
+        first.stream().read_to_end(&mut rest).unwrap();
+        assert_eq!(first.end_reason(), EndReason::TakenOver);
+        assert_eq!(greeting(second.stream()), "RFB 003.008\n");
+        assert_eq!(second.end_reason(), EndReason::Closed);
+        node.remove(spec.id).unwrap();
+        node.shut_down(Duration::ZERO).unwrap();
+    });
+}
+
+#[test]
+fn a_desktop_outlives_its_node_and_is_adopted() {
+    on_a_host(|host| {
+        let spec = host.spec(3);
+        let node = host.open();
+        node.ensure_running(&spec, &mut drop).unwrap();
+        let (_, shell) = run(&node, spec.id, false, "echo here > /tmp/mark; cat /proc/1/stat | cut -d' ' -f22");
+        drop(node);
+        let node = host.open();
+        assert_eq!(node.status(spec.id).state, DesktopState::Running);
+        let (_, again) = run(&node, spec.id, false, "cat /tmp/mark; cat /proc/1/stat | cut -d' ' -f22");
+        assert_eq!(again, format!("here\n{shell}"));
+        let display = node.attach(spec.id, RFB, &mut drop).unwrap();
+        assert_eq!(greeting(display.stream()), "RFB 003.008\n");
+        node.remove(spec.id).unwrap();
+        node.shut_down(Duration::ZERO).unwrap();
+    });
+}
+
+#[test]
+fn an_end_that_nobody_asked_for_is_noticed_and_cleaned() {
+    on_a_host(|host| {
+        let (node, spec) = (host.open(), host.spec(4));
+        node.ensure_running(&spec, &mut drop).unwrap();
+        let display = node.attach(spec.id, RFB, &mut drop).unwrap();
+        // SIGKILL to process 1 from inside does nothing; from the host it ends all.
+        let pids = std::fs::read_to_string(cgroup_procs(host.config.instance, spec.id)).unwrap();
+        let init: i32 = pids.lines().map(|line| line.parse().unwrap()).min().unwrap();
+        rustix::process::kill_process(rustix::process::Pid::from_raw(init).unwrap(), rustix::process::Signal::KILL)
+            .unwrap();
+        // The display ends with the desktop: that is the event to wait for.
+        display.stream().set_read_timeout(Some(SOON)).unwrap();
+        display.stream().read_to_end(&mut Vec::new()).unwrap();
+        let deadline = std::time::Instant::now() + SOON;
+        while node.status(spec.id).state != DesktopState::Stopped {
+            assert!(std::time::Instant::now() < deadline, "{:?}", node.status(spec.id));
+            std::thread::yield_now();
+        }
+        assert!(node.status(spec.id).ended.unwrap().contains("signal 9"));
+        node.remove(spec.id).unwrap();
+        node.shut_down(Duration::ZERO).unwrap();
+    });
+}
+
+#[test]
+fn what_cannot_start_says_why_and_leaves_nothing() {
+    on_a_host(|host| {
+        let node = host.open();
+        let unknown = DesktopSpec { image: qvd_core::Digest::new([7; 32]), ..host.spec(5) };
+        let error = node.ensure_running(&unknown, &mut drop).unwrap_err();
+        assert_eq!(error.kind(), HostErrorKind::NotFound, "{error}");
+
+        let first = DesktopSpec { address: Some(address(host)), ..host.spec(6) };
+        node.ensure_running(&first, &mut drop).unwrap();
+        let second = DesktopSpec { address: first.address, ..host.spec(7) };
+        let error = node.ensure_running(&second, &mut drop).unwrap_err();
+        assert_eq!(error.kind(), HostErrorKind::Invalid, "{error}");
+        assert!(error.source().is_some_and(|cause| cause.to_string().contains("desktop 6")), "{error:?}");
+        assert_eq!(node.status(second.id).state, DesktopState::Stopped);
+        node.remove(first.id).unwrap();
+        node.remove(second.id).unwrap();
+        node.shut_down(Duration::ZERO).unwrap();
+    });
+}
+
+fn address(host: &Host) -> std::net::Ipv4Addr {
+    std::net::Ipv4Addr::from_bits(host.config.network.subnet.gateway().to_bits() + 77)
+}
+
+/// Where the processes of a desktop are listed, under whichever version of
+/// cgroups this host has.
+fn cgroup_procs(instance: Instance, id: DesktopId) -> PathBuf {
+    ["/sys/fs/cgroup/pids", "/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .iter()
+        .flat_map(|mount| {
+            let outer = Path::new(mount).join(instance.cgroup_name()).join(id.to_string());
+            [outer.join("cgroup.procs"), outer.join("desktop/cgroup.procs")]
+        })
+        .find(|path| std::fs::read_to_string(path).is_ok_and(|text| !text.is_empty()))
+        .expect("the cgroup of the desktop")
+}
