@@ -33,14 +33,12 @@ pub struct Overlayfs {
     trash: Arc<Trash>,
 }
 
-/// What is known of a root, beside its directories.
+/// What is kept of a persistent root, beside its directories. A volatile one
+/// has no record: nothing of it outlives its desktop, so nothing is synced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record {
     base: Digest,
-    policy: RootPolicy,
-    /// Where the base was when the root was made.
-    base_dir: PathBuf,
 }
 
 const RECORD: &str = "root.json";
@@ -95,24 +93,23 @@ impl RootBackend for Overlayfs {
         let dir = self.dir.join(id.as_str());
         let io = |op| Error::io(op, &dir);
         fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-        let wanted = Record { base: base.digest(), policy, base_dir: base.dir().to_path_buf() };
-        match read_record(&dir).map_err(io("read root"))? {
-            Some(had) if had == wanted => {}
-            Some(had) if had.policy == RootPolicy::Persistent && policy == RootPolicy::Persistent => {
-                if had.base != wanted.base {
-                    return Err(Error::OtherBase { root: id.clone(), has: had.base, wanted: wanted.base });
-                }
-                self.record(&dir, &wanted)?;
+        let had = read_record(&dir).map_err(io("read root"))?;
+        match (had, policy) {
+            (None, RootPolicy::Volatile) => note_base(&dir, base).map_err(io("make root"))?,
+            (Some(had), RootPolicy::Persistent) if had.base != base.digest() => {
+                return Err(Error::OtherBase { root: id.clone(), has: had.base, wanted: base.digest() });
             }
-            had => {
+            (Some(_), RootPolicy::Persistent) => note_base(&dir, base).map_err(io("make root"))?,
+            (_, policy) => {
                 // What another policy left is not what this one promises: a
                 // volatile upper may lack anything after a crash.
-                if had.is_some() {
-                    check_unused(id, &dir)?;
-                    self.trash.discard(&dir)?;
-                    fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
+                check_unused(id, &dir)?;
+                self.trash.discard(&dir)?;
+                fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
+                note_base(&dir, base).map_err(io("make root"))?;
+                if policy == RootPolicy::Persistent {
+                    self.record(&dir, &Record { base: base.digest() })?;
                 }
-                self.record(&dir, &wanted)?;
             }
         }
         let (id, base, trash) = (id.clone(), base.clone(), Arc::clone(&self.trash));
@@ -138,6 +135,21 @@ impl RootBackend for Overlayfs {
         found.sort();
         Ok(found)
     }
+}
+
+/// A link to the base. A link is made whole or not at all without a sync.
+const BASE: &str = "base";
+
+fn note_base(dir: &Path, base: &BaseTree) -> io::Result<()> {
+    let link = dir.join(BASE);
+    if fs::read_link(&link).is_ok_and(|noted| noted == base.dir()) {
+        return Ok(());
+    }
+    match fs::remove_file(&link) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    std::os::unix::fs::symlink(base.dir(), link)
 }
 
 fn read_record(dir: &Path) -> io::Result<Option<Record>> {
@@ -229,10 +241,12 @@ fn check_unused(id: &RootId, dir: &Path) -> Result<(), Error> {
     clear_volatile_marker(&own).map_err(Error::io("clean root", dir))?;
     // On another base the kernel would refuse and complain in its log, after
     // it has answered the question; that is the way out when the base is gone.
-    let base = read_record(dir).ok().flatten().and_then(|record| mount::open_dir_path(&record.base_dir).ok());
-    match mount_overlay(base.as_ref().unwrap_or(&own).as_fd(), own.as_fd(), None, false) {
+    let base = fs::read_link(dir.join(BASE)).and_then(|base| mount::open_dir_path(&base)).ok();
+    // Volatile, or else its end would sync the whole file system.
+    let tried = mount_overlay(base.as_ref().unwrap_or(&own).as_fd(), own.as_fd(), None, true);
+    match tried {
         Err(error) if Errno::from_io_error(error.io()) == Some(Errno::BUSY) => Err(Error::RootBusy(id.clone())),
-        Ok(_) | Err(_) => Ok(()),
+        Ok(_) | Err(_) => clear_volatile_marker(&own).map_err(Error::io("clean root", dir)),
     }
 }
 
