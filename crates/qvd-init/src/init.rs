@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{self, Write},
     os::fd::{AsFd, OwnedFd},
-    process::{ExitCode, Stdio},
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -13,8 +13,8 @@ use nix::sys::{
     signal::{SigSet, Signal as NixSignal},
     signalfd::{SfdFlags, SignalFd},
 };
-use qvd_core::{DisplayKind, Geometry};
-use qvd_guest::{Channel, Exit, GuestError, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION};
+use qvd_core::DisplayKind;
+use qvd_guest::{Channel, Exit, GuestError, InitConfig, Reply, Request, SessionState, Stats, VERSION};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     io::Errno,
@@ -23,13 +23,14 @@ use rustix::{
 };
 
 use crate::{
-    desktop::{self, Desktop},
-    exec::{self, Exec},
+    desktop,
+    exec::Exec,
+    graphical::{self, Graphical},
     log::Log,
-    options::{HEAD_DISPLAY, SESSION_DISPLAY},
+    options::HEAD_DISPLAY,
     reap, session,
     session::{Action, Client, Event, Moment, Role, Session},
-    spawn::{self, Identity, Program},
+    spawn::{Identity, Program},
     stats, x11,
 };
 
@@ -115,19 +116,6 @@ enum Purpose {
 struct Connection {
     channel: Channel,
     purpose: Purpose,
-}
-
-/// The session with what it is made of.
-#[derive(Debug)]
-struct Graphical {
-    machine: Session,
-    desktop: Desktop,
-    config: SessionConfig,
-    env: BTreeMap<String, String>,
-    tuned: BTreeMap<String, String>,
-    pids: BTreeMap<Role, u32>,
-    /// How often to look again at what is unsettled.
-    looks: u32,
 }
 
 #[derive(Debug)]
@@ -233,7 +221,7 @@ impl Init {
         service.due = None;
         service.started = now;
         let program = Program { argv: &service.argv, env: &self.env, identity: &Identity::root(), terminal: false };
-        match start(&program, &self.log) {
+        match graphical::start(&program, &self.log) {
             Ok(pid) => drop(self.children.insert(pid, Child::Service(index))),
             Err(e) => {
                 self.log.note(&format!("cannot start a service: {e}"));
@@ -600,155 +588,40 @@ enum Source {
     Connection(Client),
 }
 
-/// Starts a program that prints to the log.
-fn start(program: &Program<'_>, log: &Log) -> io::Result<u32> {
-    spawn::spawn(program, Stdio::null(), log.stdio()?, log.stdio()?)
-}
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Seek;
 
-impl Graphical {
-    fn new(config: SessionConfig, base: &BTreeMap<String, String>) -> Result<Self, String> {
-        let desktop = Desktop::prepare(&config, Identity::of(&config)).map_err(|e| e.to_string())?;
-        let mut env = base.clone();
-        env.extend([
-            ("HOME".to_owned(), config.home.clone()),
-            ("USER".to_owned(), config.user.clone()),
-            ("LOGNAME".to_owned(), config.user.clone()),
-            ("DISPLAY".to_owned(), format!(":{SESSION_DISPLAY}")),
-            ("XDG_RUNTIME_DIR".to_owned(), desktop.runtime().display().to_string()),
-        ]);
-        let mut tuned = env.clone();
-        tuned.extend([
-            // One arena and an early trim: an X server frees what clients leave.
-            ("MALLOC_ARENA_MAX".to_owned(), "1".to_owned()),
-            ("MALLOC_TRIM_THRESHOLD_".to_owned(), "65536".to_owned()),
-            ("NXAGENT_KEYSTROKEFILE".to_owned(), desktop::keystrokes().display().to_string()),
-        ]);
-        Ok(Self {
-            machine: Session::new(config.geometry),
-            desktop,
-            config,
-            env,
-            tuned,
-            pids: BTreeMap::new(),
-            looks: 0,
-        })
+    use super::*;
+
+    fn config(services: &[&[&str]], version: u32) -> Vec<u8> {
+        let services = services.iter().map(|argv| argv.iter().map(ToString::to_string).collect()).collect();
+        serde_json::to_vec(&InitConfig { version, env: BTreeMap::new(), services, session: None }).unwrap()
     }
 
-    /// Starts one of the session's programs.
-    fn start(&mut self, role: Role, geometry: Geometry, log: &Log) -> io::Result<u32> {
-        let pid = match role {
-            Role::Agent => self.agent(log),
-            Role::Head => self.head(geometry, log),
-            Role::Proxy => self.proxy(log),
-            Role::Fit => self.helper(HEAD_DISPLAY, &[x11::FIT.to_owned()], log),
-            Role::Watch => self.helper(SESSION_DISPLAY, &[x11::WATCH.to_owned()], log),
-            Role::WindowManager => self.program(&self.config.command, log),
-        }?;
-        self.pids.insert(role, pid);
-        Ok(pid)
+    #[test]
+    fn a_configuration_is_read_wherever_its_offset_is() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&config(&[&["sshd", "-D"]], VERSION)).unwrap();
+        assert_eq!(read_config(&file).unwrap().services, [["sshd", "-D"]]);
+        file.rewind().unwrap();
+        assert_eq!(read_config(&file).unwrap().services.len(), 1);
     }
 
-    fn run(&self, argv: &[String], env: &BTreeMap<String, String>, log: &Log) -> io::Result<u32> {
-        start(&Program { argv, env, identity: self.desktop.user(), terminal: false }, log)
+    #[test]
+    fn a_configuration_of_another_version_or_without_a_name_is_refused() {
+        assert!(parse_config(&config(&[], VERSION)).is_ok());
+        assert!(parse_config(&config(&[], VERSION + 1)).unwrap_err().contains("version"));
+        assert!(parse_config(&config(&[&[]], VERSION)).unwrap_err().contains("no name"));
+        assert!(parse_config(&config(&[&[""]], VERSION)).is_err());
+        assert!(parse_config(b"{}").is_err());
     }
 
-    /// Starts a program of the user's on the session's display.
-    fn program(&self, argv: &[String], log: &Log) -> io::Result<u32> {
-        self.run(argv, &self.env, log)
-    }
-
-    /// Starts a part of this program as the user on a display.
-    fn helper(&self, display: u8, argv: &[String], log: &Log) -> io::Result<u32> {
-        let mut env = self.env.clone();
-        env.insert("DISPLAY".to_owned(), format!(":{display}"));
-        let argv: Vec<_> = ["/proc/self/exe".to_owned()].into_iter().chain(argv.iter().cloned()).collect();
-        self.run(&argv, &env, log)
-    }
-
-    fn agent(&self, log: &Log) -> io::Result<u32> {
-        let options = desktop::options_file().display().to_string();
-        let mut env = self.tuned.clone();
-        env.insert("DISPLAY".to_owned(), format!("nx/nx,options={options}:{SESSION_DISPLAY}"));
-        let geometry = self.config.geometry.to_string();
-        let display = format!(":{SESSION_DISPLAY}");
-        let argv = [
-            "nxagent",
-            "-D",
-            "-options",
-            &options,
-            "-geometry",
-            &geometry,
-            "-name",
-            "qvd",
-            "-ac",
-            "-nolisten",
-            "tcp",
-            "-norootlessexit",
-            &display,
-        ];
-        self.run(&argv.map(str::to_owned), &env, log)
-    }
-
-    fn head(&self, geometry: Geometry, log: &Log) -> io::Result<u32> {
-        if let Err(failure) = self.desktop.clear_head() {
-            return Err(io::Error::other(failure.to_string()));
-        }
-        let socket = self.desktop.rfb_socket().display().to_string();
-        let (geometry, linger) = (geometry.to_string(), self.config.head_linger_s.max(1).to_string());
-        let display = format!(":{HEAD_DISPLAY}");
-        // A port below zero listens on none. It ends by itself when nobody was
-        // connected for the time given; GLX would cost 10 MiB.
-        let argv = [
-            "Xvnc",
-            &display,
-            "-geometry",
-            &geometry,
-            "-depth",
-            "24",
-            "-SecurityTypes",
-            "None",
-            "-rfbport",
-            "-1",
-            "-rfbunixpath",
-            &socket,
-            "-rfbunixmode",
-            "0600",
-            "-NeverShared",
-            "-MaxDisconnectionTime",
-            &linger,
-            "-nolisten",
-            "tcp",
-            "-extension",
-            "GLX",
-            "-ac",
-            "-noreset",
-        ];
-        self.run(&argv.map(str::to_owned), &self.tuned, log)
-    }
-
-    fn proxy(&self, log: &Log) -> io::Result<u32> {
-        let mut env = self.tuned.clone();
-        env.insert("DISPLAY".to_owned(), format!(":{HEAD_DISPLAY}"));
-        let options = format!(
-            "nx/nx,connect=unix:{},root={},session=qvd,id=qvd,retry=5:{SESSION_DISPLAY}",
-            self.desktop.nx_socket().display(),
-            self.desktop.proxy_root().display()
-        );
-        self.run(&["nxproxy", "-S", &options].map(str::to_owned), &env, log)
-    }
-
-    /// Signals a program; says what failed. One that ended already is not ours
-    /// to signal: its end is on the way.
-    fn signal(&self, role: Role, signal: Signal) -> Option<String> {
-        let pid = *self.pids.get(&role)?;
-        match exec::group(pid, signal) {
-            Ok(()) | Err(Errno::SRCH) => None,
-            Err(e) => Some(format!("cannot signal {role:?}: {e}")),
-        }
-    }
-
-    fn clients(&self) -> u32 {
-        let heads = stats::clients(&self.desktop.rfb_socket().display().to_string());
-        heads + u32::from(self.machine.is_native())
+    #[test]
+    fn a_configuration_that_is_too_long_is_not_read() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 30).unwrap();
+        assert!(read_config(&file).unwrap_err().contains("too long"));
     }
 }

@@ -3,6 +3,7 @@
 
 mod desktop;
 mod exec;
+mod graphical;
 mod init;
 mod log;
 mod options;

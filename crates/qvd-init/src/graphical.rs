@@ -1,0 +1,185 @@
+//! The session's programs: what each is, and how it is started.
+
+use std::{collections::BTreeMap, io, process::Stdio};
+
+use qvd_core::Geometry;
+use qvd_guest::SessionConfig;
+use rustix::{io::Errno, process::Signal};
+
+use crate::{
+    desktop::{self, Desktop},
+    exec,
+    log::Log,
+    options::{HEAD_DISPLAY, SESSION_DISPLAY},
+    session::{Role, Session},
+    spawn::{self, Identity, Program},
+    stats, x11,
+};
+
+/// The session with what it is made of.
+#[derive(Debug)]
+pub(crate) struct Graphical {
+    pub machine: Session,
+    pub desktop: Desktop,
+    pub config: SessionConfig,
+    /// Environment of the user's programs.
+    pub env: BTreeMap<String, String>,
+    /// Environment of the display's programs.
+    tuned: BTreeMap<String, String>,
+    pub pids: BTreeMap<Role, u32>,
+    /// How often to look again at what is unsettled.
+    pub looks: u32,
+}
+
+/// Starts a program that prints to the log.
+pub(crate) fn start(program: &Program<'_>, log: &Log) -> io::Result<u32> {
+    spawn::spawn(program, Stdio::null(), log.stdio()?, log.stdio()?)
+}
+
+impl Graphical {
+    pub(crate) fn new(config: SessionConfig, base: &BTreeMap<String, String>) -> Result<Self, String> {
+        let desktop = Desktop::prepare(&config, Identity::of(&config)).map_err(|e| e.to_string())?;
+        let mut env = base.clone();
+        env.extend([
+            ("HOME".to_owned(), config.home.clone()),
+            ("USER".to_owned(), config.user.clone()),
+            ("LOGNAME".to_owned(), config.user.clone()),
+            ("DISPLAY".to_owned(), format!(":{SESSION_DISPLAY}")),
+            ("XDG_RUNTIME_DIR".to_owned(), desktop.runtime().display().to_string()),
+        ]);
+        let mut tuned = env.clone();
+        tuned.extend([
+            // One arena and an early trim: an X server frees what clients leave.
+            ("MALLOC_ARENA_MAX".to_owned(), "1".to_owned()),
+            ("MALLOC_TRIM_THRESHOLD_".to_owned(), "65536".to_owned()),
+            ("NXAGENT_KEYSTROKEFILE".to_owned(), desktop::keystrokes().display().to_string()),
+        ]);
+        Ok(Self {
+            machine: Session::new(config.geometry),
+            desktop,
+            config,
+            env,
+            tuned,
+            pids: BTreeMap::new(),
+            looks: 0,
+        })
+    }
+
+    /// Starts one of the session's programs.
+    pub(crate) fn start(&mut self, role: Role, geometry: Geometry, log: &Log) -> io::Result<u32> {
+        let pid = match role {
+            Role::Agent => self.agent(log),
+            Role::Head => self.head(geometry, log),
+            Role::Proxy => self.proxy(log),
+            Role::Fit => self.helper(HEAD_DISPLAY, &[x11::FIT.to_owned()], log),
+            Role::Watch => self.helper(SESSION_DISPLAY, &[x11::WATCH.to_owned()], log),
+            Role::WindowManager => self.program(&self.config.command, log),
+        }?;
+        self.pids.insert(role, pid);
+        Ok(pid)
+    }
+
+    fn run(&self, argv: &[String], env: &BTreeMap<String, String>, log: &Log) -> io::Result<u32> {
+        start(&Program { argv, env, identity: self.desktop.user(), terminal: false }, log)
+    }
+
+    /// Starts a program of the user's on the session's display.
+    pub(crate) fn program(&self, argv: &[String], log: &Log) -> io::Result<u32> {
+        self.run(argv, &self.env, log)
+    }
+
+    /// Starts a part of this program as the user on a display.
+    pub(crate) fn helper(&self, display: u8, argv: &[String], log: &Log) -> io::Result<u32> {
+        let mut env = self.env.clone();
+        env.insert("DISPLAY".to_owned(), format!(":{display}"));
+        let argv: Vec<_> = ["/proc/self/exe".to_owned()].into_iter().chain(argv.iter().cloned()).collect();
+        self.run(&argv, &env, log)
+    }
+
+    fn agent(&self, log: &Log) -> io::Result<u32> {
+        let options = desktop::options_file().display().to_string();
+        let mut env = self.tuned.clone();
+        env.insert("DISPLAY".to_owned(), format!("nx/nx,options={options}:{SESSION_DISPLAY}"));
+        let geometry = self.config.geometry.to_string();
+        let display = format!(":{SESSION_DISPLAY}");
+        let argv = [
+            "nxagent",
+            "-D",
+            "-options",
+            &options,
+            "-geometry",
+            &geometry,
+            "-name",
+            "qvd",
+            "-ac",
+            "-nolisten",
+            "tcp",
+            "-norootlessexit",
+            &display,
+        ];
+        self.run(&argv.map(str::to_owned), &env, log)
+    }
+
+    fn head(&self, geometry: Geometry, log: &Log) -> io::Result<u32> {
+        if let Err(failure) = self.desktop.clear_head() {
+            return Err(io::Error::other(failure.to_string()));
+        }
+        let socket = self.desktop.rfb_socket().display().to_string();
+        let (geometry, linger) = (geometry.to_string(), self.config.head_linger_s.max(1).to_string());
+        let display = format!(":{HEAD_DISPLAY}");
+        // A port below zero listens on none. It ends by itself when nobody was
+        // connected for the time given; GLX would cost 10 MiB.
+        let argv = [
+            "Xvnc",
+            &display,
+            "-geometry",
+            &geometry,
+            "-depth",
+            "24",
+            "-SecurityTypes",
+            "None",
+            "-rfbport",
+            "-1",
+            "-rfbunixpath",
+            &socket,
+            "-rfbunixmode",
+            "0600",
+            "-NeverShared",
+            "-MaxDisconnectionTime",
+            &linger,
+            "-nolisten",
+            "tcp",
+            "-extension",
+            "GLX",
+            "-ac",
+            "-noreset",
+        ];
+        self.run(&argv.map(str::to_owned), &self.tuned, log)
+    }
+
+    fn proxy(&self, log: &Log) -> io::Result<u32> {
+        let mut env = self.tuned.clone();
+        env.insert("DISPLAY".to_owned(), format!(":{HEAD_DISPLAY}"));
+        let options = format!(
+            "nx/nx,connect=unix:{},root={},session=qvd,id=qvd,retry=5:{SESSION_DISPLAY}",
+            self.desktop.nx_socket().display(),
+            self.desktop.proxy_root().display()
+        );
+        self.run(&["nxproxy", "-S", &options].map(str::to_owned), &env, log)
+    }
+
+    /// Signals a program; says what failed. One that ended already is not ours
+    /// to signal: its end is on the way.
+    pub(crate) fn signal(&self, role: Role, signal: Signal) -> Option<String> {
+        let pid = *self.pids.get(&role)?;
+        match exec::group(pid, signal) {
+            Ok(()) | Err(Errno::SRCH) => None,
+            Err(e) => Some(format!("cannot signal {role:?}: {e}")),
+        }
+    }
+
+    pub(crate) fn clients(&self) -> u32 {
+        let heads = stats::clients(&self.desktop.rfb_socket().display().to_string());
+        heads + u32::from(self.machine.is_native())
+    }
+}
