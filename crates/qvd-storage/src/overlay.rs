@@ -11,7 +11,7 @@ use std::{
 use qvd_core::{Digest, Missing, RootPolicy, Support};
 use qvd_sys::mount::{self, FsContext, MountError, Restrictions};
 use rustix::{
-    fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, fstatvfs, mkdirat, openat, unlinkat},
+    fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, fstatvfs, mkdirat, openat},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
@@ -103,7 +103,7 @@ impl RootBackend for Overlayfs {
             (_, policy) => {
                 // What another policy left is not what this one promises: a
                 // volatile upper may lack anything after a crash.
-                check_unused(id, &dir)?;
+                check_unused(id, &dir, &self.trash)?;
                 self.trash.discard(&dir)?;
                 fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
                 note_base(&dir, base).map_err(io("make root"))?;
@@ -118,7 +118,7 @@ impl RootBackend for Overlayfs {
 
     fn remove(&self, id: &RootId) -> Result<(), Error> {
         let dir = self.dir.join(id.as_str());
-        check_unused(id, &dir)?;
+        check_unused(id, &dir, &self.trash)?;
         self.trash.discard(&dir)
     }
 
@@ -205,7 +205,7 @@ impl Root for Overlay {
             return Ok(());
         }
         if self.policy == RootPolicy::Volatile {
-            check_unused(&self.id, &self.dir)?;
+            check_unused(&self.id, &self.dir, &self.trash)?;
             self.trash.discard(&self.dir)?;
         }
         self.closed = true;
@@ -216,7 +216,7 @@ impl Root for Overlay {
 impl Overlay {
     /// Throws away what was written so far, if nobody is using it.
     fn retire(&self) -> Result<(), Error> {
-        check_unused(&self.id, &self.dir)?;
+        check_unused(&self.id, &self.dir, &self.trash)?;
         self.trash.discard(&self.dir.join(UPPER))?;
         self.trash.discard(&self.dir.join(WORK))
     }
@@ -224,7 +224,7 @@ impl Overlay {
 
 /// Asks the kernel whether a root is mounted anywhere, in whatever process
 /// and mount namespace, by trying to mount it: `index=on` makes that exclusive.
-fn check_unused(id: &RootId, dir: &Path) -> Result<(), Error> {
+fn check_unused(id: &RootId, dir: &Path, trash: &Trash) -> Result<(), Error> {
     let own = match mount::open_dir_path(dir) {
         Ok(own) => own,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -238,7 +238,7 @@ fn check_unused(id: &RootId, dir: &Path) -> Result<(), Error> {
             Err(error) => return Err(Error::io("read root", dir)(error)),
         }
     }
-    clear_volatile_marker(&own).map_err(Error::io("clean root", dir))?;
+    clear_volatile_marker(&own, trash).map_err(Error::io("clean root", dir))?;
     // On another base the kernel would refuse and complain in its log, after
     // it has answered the question; that is the way out when the base is gone.
     let base = fs::read_link(dir.join(BASE)).and_then(|base| mount::open_dir_path(&base)).ok();
@@ -246,25 +246,14 @@ fn check_unused(id: &RootId, dir: &Path) -> Result<(), Error> {
     let tried = mount_overlay(base.as_ref().unwrap_or(&own).as_fd(), own.as_fd(), None, true);
     match tried {
         Err(error) if Errno::from_io_error(error.io()) == Some(Errno::BUSY) => Err(Error::RootBusy(id.clone())),
-        Ok(_) | Err(_) => clear_volatile_marker(&own).map_err(Error::io("clean root", dir)),
+        Ok(_) | Err(_) => clear_volatile_marker(&own, trash).map_err(Error::io("clean root", dir)),
     }
 }
 
-/// Removes what a volatile mount leaves so that nobody mounts its remains by
-/// mistake. Source: Linux `Documentation/filesystems/overlayfs.rst`, "Volatile mount".
-fn clear_volatile_marker(own: impl AsFd) -> io::Result<()> {
-    let steps = [
-        ("work/work/incompat/volatile/dirty", AtFlags::empty()),
-        ("work/work/incompat/volatile", AtFlags::REMOVEDIR),
-        ("work/work/incompat", AtFlags::REMOVEDIR),
-    ];
-    for (path, flags) in steps {
-        match unlinkat(&own, path, flags) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
+/// Takes away what a volatile mount leaves, which forbids to mount its remains.
+/// Source: Linux `Documentation/filesystems/overlayfs.rst`, "Volatile mount".
+fn clear_volatile_marker(own: impl AsFd, trash: &Trash) -> io::Result<()> {
+    trash.discard_at(own, "work/work/incompat")
 }
 
 /// Stacks `own/upper` on `lower` and returns the detached mount.
