@@ -98,8 +98,8 @@ impl Job<'_> {
         let base = &self.recipe.base;
         let found = apt::sources(Path::new("/etc/apt"), &base.suite, &base.components, options.mirror.as_deref())?;
         if found.is_empty() {
-            let what = format!("a source for {} in its apt configuration, or a mirror given for the build", base.suite);
-            return Err(self.failed(format!("this host has no {what}", what = what.trim_start_matches("a ")), vec![]));
+            let reason = format!("this host's apt has no source for {}; give a mirror for the build", base.suite);
+            return Err(self.failed(reason, []));
         }
         Ok(found.iter().map(|source| source.line() + "\n").collect())
     }

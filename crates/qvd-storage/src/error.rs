@@ -8,7 +8,7 @@ use std::{
 use qvd_core::{Digest, FlavourName, Missing};
 use qvd_sys::mount::MountError;
 
-use crate::{HomeId, RootId};
+use crate::RootId;
 
 /// What this crate reports. `Display` is one line and never repeats the
 /// cause: that is what `source()` is for.
@@ -92,9 +92,6 @@ pub enum Error {
     /// A root is mounted already.
     #[error("root {0} is in use")]
     RootBusy(RootId),
-    /// A home is being made at this moment by somebody else.
-    #[error("home {0} is in use")]
-    HomeBusy(HomeId),
     /// A persistent root was made on another image.
     #[error("root {root} was made on image {has}, not on {wanted}")]
     OtherBase {
@@ -138,7 +135,7 @@ impl Error {
         match self {
             Self::Recipe(_) | Self::NoSuchPackage { .. } | Self::OtherBase { .. } => ErrorKind::Invalid,
             Self::NoSuchImage(_) | Self::NoSuchFlavour(_) => ErrorKind::NotFound,
-            Self::StoreBusy(_) | Self::RootBusy(_) | Self::HomeBusy(_) => ErrorKind::Busy,
+            Self::StoreBusy(_) | Self::RootBusy(_) => ErrorKind::Busy,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Io { .. }
             | Self::Build { .. }
