@@ -32,7 +32,6 @@ use crate::{
 
 /// Root's own directory.
 pub(crate) const ROOT_DIR: &str = "/run/qvd-init";
-const X_SOCKETS: &str = "/tmp/.X11-unix";
 
 /// An agent key binding could end the session (Ctrl+Alt+T does by default) or
 /// steal keys from programs; an empty list binds none.
@@ -68,9 +67,10 @@ fn directory(path: &Path, uid: u32, gid: u32, mode: u32) -> Result<(), Failure> 
     }
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dir = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open directory", path))?;
+    // In this order, a root without the right to other's files can do it too.
+    rustix::fs::fchmod(&dir, Mode::from_raw_mode(mode)).map_err(failed("set the mode of", path))?;
     rustix::fs::fchown(&dir, Some(RawUid::from_raw(uid)), Some(RawGid::from_raw(gid)))
-        .map_err(failed("give away directory", path))?;
-    rustix::fs::fchmod(&dir, Mode::from_raw_mode(mode)).map_err(failed("set the mode of", path))
+        .map_err(failed("give away directory", path))
 }
 
 /// Writes a file of root's, whose directory only root may write to.
@@ -126,7 +126,7 @@ impl Desktop {
         let private = runtime.join("qvd");
         directory(Path::new("/run/user"), 0, 0, 0o755)?;
         directory(&runtime, user.uid, user.gid, 0o700)?;
-        directory(Path::new(X_SOCKETS), 0, 0, 0o1777)?;
+        directory(Path::new(options::X_SOCKETS), 0, 0, 0o1777)?;
         home(&session.home, &user)?;
 
         write(&keystrokes(), NO_KEYSTROKES, 0o644)?;
@@ -148,7 +148,7 @@ impl Desktop {
     /// mends the user's directory and watches it.
     pub(crate) fn clear(&self) -> Result<(), Failure> {
         for display in [SESSION_DISPLAY, HEAD_DISPLAY] {
-            remove(&x_socket(display))?;
+            remove(&options::x_socket(display))?;
             remove(&PathBuf::from(format!("/tmp/.X{display}-lock")))?;
         }
         self.as_user(|| {
@@ -162,12 +162,12 @@ impl Desktop {
             | inotify::WatchFlags::DELETE
             | inotify::WatchFlags::ONLYDIR
             | inotify::WatchFlags::DONT_FOLLOW;
-        for dir in [self.private.as_path(), Path::new(X_SOCKETS)] {
-            inotify::add_watch(&self.watch, dir, names).map_err(failed("watch", dir))?;
-        }
+        let watch = |dir: &Path| inotify::add_watch(&self.watch, dir, names).map(drop).map_err(failed("watch", dir));
+        self.as_user(|| watch(&self.private))?;
+        watch(Path::new(options::X_SOCKETS))?;
         let state = state_file();
         remove(&state)?;
-        write(&state, "", 0o600)?;
+        write(&state, "", 0o644)?;
         let (uid, gid) = (RawUid::from_raw(self.user.uid), RawGid::from_raw(self.user.gid));
         rustix::fs::chownat(CWD, &state, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
             .map_err(failed("give away", &state))?;
@@ -178,7 +178,7 @@ impl Desktop {
 
     /// Removes what a former head left.
     pub(crate) fn clear_head(&self) -> Result<(), Failure> {
-        remove(&x_socket(HEAD_DISPLAY))?;
+        remove(&options::x_socket(HEAD_DISPLAY))?;
         remove(&PathBuf::from(format!("/tmp/.X{HEAD_DISPLAY}-lock")))?;
         self.as_user(|| remove(&self.rfb_socket))
     }
@@ -197,7 +197,7 @@ impl Desktop {
         let _read = rustix::io::read(&self.watch, &mut [0_u8; 4096]);
         let mut unsettled = false;
         let mut listens = |socket: &Path| {
-            let there = exists(socket);
+            let there = self.as_user(|| exists(socket));
             let listens = there && crate::stats::listens(&socket.to_string_lossy());
             unsettled |= there && !listens;
             listens
@@ -205,8 +205,8 @@ impl Desktop {
         Seen {
             agent: read_state(&state_file()),
             listens: listens(&self.nx_socket),
-            session_socket: listens(&x_socket(SESSION_DISPLAY)),
-            head_socket: listens(&x_socket(HEAD_DISPLAY)),
+            session_socket: listens(&options::x_socket(SESSION_DISPLAY)),
+            head_socket: listens(&options::x_socket(HEAD_DISPLAY)),
             unsettled,
         }
     }
@@ -273,10 +273,6 @@ pub(crate) fn keystrokes() -> PathBuf {
 fn state_file() -> PathBuf {
     Path::new(ROOT_DIR).join("nx.state")
 }
-fn x_socket(display: u8) -> PathBuf {
-    PathBuf::from(format!("{X_SOCKETS}/X{display}"))
-}
-
 /// Runs `f` with the effective ids of `user`.
 fn as_user<T>(user: &Identity, f: impl FnOnce() -> T) -> T {
     let (root_uid, root_gid) = (Uid::from_raw(0), Gid::from_raw(0));

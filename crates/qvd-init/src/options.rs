@@ -1,6 +1,6 @@
 //! The options file of the NX agent, read by it at its start and at each resume.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use qvd_core::{DisplayKind, LinkSpeed};
 
@@ -8,6 +8,14 @@ use qvd_core::{DisplayKind, LinkSpeed};
 pub(crate) const SESSION_DISPLAY: u8 = 1;
 /// Number of the head's display inside.
 pub(crate) const HEAD_DISPLAY: u8 = 2;
+
+/// Where X servers have their sockets.
+pub(crate) const X_SOCKETS: &str = "/tmp/.X11-unix";
+
+/// The socket of a display's X server.
+pub(crate) fn x_socket(display: u8) -> PathBuf {
+    PathBuf::from(format!("{X_SOCKETS}/X{display}"))
+}
 
 /// Where the agent finds and leaves its files.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,7 @@
 //! What the init does as a client of X servers, each in a process of the
 //! user's: the servers and all they say belong to the user.
 
-use std::{error::Error, process::ExitCode};
+use std::{error::Error, os::unix::net::UnixStream, process::ExitCode};
 
 use qvd_core::Geometry;
 use x11rb::{
@@ -14,8 +14,10 @@ use x11rb::{
             MapState, Window, WindowClass,
         },
     },
-    rust_connection::RustConnection,
+    rust_connection::{DefaultStream, RustConnection},
 };
+
+use crate::options;
 
 /// First argument for [`watch`].
 pub(crate) const WATCH: &str = "watch";
@@ -40,9 +42,14 @@ pub(crate) fn finish(outcome: Outcome) -> ExitCode {
     }
 }
 
+/// Connects by the server's socket alone: a display's name could lead to the
+/// network, and looking names up is a good part of a static C library.
 fn connect() -> Result<(RustConnection, Window), Box<dyn Error>> {
-    let (connection, screen) = x11rb::connect(None)?;
-    let root = connection.setup().roots.get(screen).ok_or("there is no screen")?.root;
+    let display = std::env::var("DISPLAY")?;
+    let number: u8 = display.strip_prefix(':').ok_or("the display is not a local one")?.parse()?;
+    let (stream, _peer) = DefaultStream::from_unix_stream(UnixStream::connect(options::x_socket(number))?)?;
+    let connection = RustConnection::connect_to_stream(stream, 0)?;
+    let root = connection.setup().roots.first().ok_or("there is no screen")?.root;
     Ok((connection, root))
 }
 
