@@ -16,6 +16,10 @@ use crate::{
     stats, x11,
 };
 
+/// Shortest life of a head without clients, in seconds: the first one has to
+/// last until the session is up.
+const MIN_LINGER_S: u32 = 5;
+
 /// The session with what it is made of.
 #[derive(Debug)]
 pub(crate) struct Graphical {
@@ -125,7 +129,7 @@ impl Graphical {
             return Err(io::Error::other(failure.to_string()));
         }
         let socket = self.desktop.rfb_socket().display().to_string();
-        let (geometry, linger) = (geometry.to_string(), self.config.head_linger_s.max(1).to_string());
+        let (geometry, linger) = (geometry.to_string(), self.config.head_linger_s.max(MIN_LINGER_S).to_string());
         let display = format!(":{HEAD_DISPLAY}");
         // A port below zero listens on none. It ends by itself when nobody was
         // connected for the time given; GLX would cost 10 MiB.
