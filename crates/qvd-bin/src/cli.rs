@@ -119,6 +119,11 @@ pub(crate) enum Desktop {
         /// Its number
         id: DesktopId,
     },
+    /// Show the memory and processes of a running desktop, and its clients
+    Stats {
+        /// Its number
+        id: DesktopId,
+    },
     /// Start a desktop and wait until its session is ready
     Start {
         /// Its number

@@ -76,6 +76,10 @@ pub(crate) async fn desktop(client: &Client, command: Desktop, output: &Output) 
             })?;
         }
         Desktop::Show { id } => output.result(&client.desktop(id).await?, details)?,
+        Desktop::Stats { id } => output.result(&client.stats(id).await?, |stats| {
+            let (mib, processes, clients) = (stats.pss_bytes >> 20, stats.processes, stats.clients);
+            format!("desktop {id}: {mib} MiB in {processes} processes, {clients} clients")
+        })?,
         Desktop::Start { id } => {
             let progress = output.progress();
             let timings = client.start(id, |_, text| progress.say(text)).await?;

@@ -1,6 +1,6 @@
 //! A signed-in browser: cookies, forms and the display's WebSocket.
 
-use std::{path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use anyhow::{Context as _, bail, ensure};
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -21,12 +21,12 @@ use tokio_tungstenite::{
 
 use crate::rfb::Rfb;
 
-/// A browser with one server's cookie.
+/// A browser with one server's cookies.
 #[derive(Debug, Clone)]
 pub struct Browser {
     authority: String,
     tls: Arc<rustls::ClientConfig>,
-    cookie: Option<String>,
+    cookies: BTreeMap<String, String>,
 }
 
 /// An open display, and how it closed once it did.
@@ -55,7 +55,7 @@ impl Browser {
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        Ok(Self { authority: authority.trim_end_matches('/').to_owned(), tls: Arc::new(tls), cookie: None })
+        Ok(Self { authority: authority.trim_end_matches('/').to_owned(), tls: Arc::new(tls), cookies: BTreeMap::new() })
     }
 
     async fn connect(&self) -> anyhow::Result<TlsStream<TcpStream>> {
@@ -76,8 +76,8 @@ impl Browser {
             .uri(path)
             .header(header::HOST, &self.authority)
             .header(header::ORIGIN, format!("https://{}", self.authority));
-        if let Some(cookie) = &self.cookie {
-            request = request.header(header::COOKIE, cookie);
+        if !self.cookies.is_empty() {
+            request = request.header(header::COOKIE, self.cookie());
         }
         if form.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/x-www-form-urlencoded");
@@ -96,20 +96,20 @@ impl Browser {
         Ok((status, String::from_utf8_lossy(&body).into_owned()))
     }
 
-    /// Fills in the form and keeps the cookie.
+    /// Fills in the form and keeps the cookies.
     ///
     /// # Errors
     /// The server refused; the error holds what its page says.
     pub async fn sign_in(&mut self, user: &str, password: &str) -> anyhow::Result<()> {
         let response = self.send(Method::GET, "/sign-in", None).await?;
-        self.take_cookie(&response)?;
+        self.take_cookies(&response)?;
         let page = String::from_utf8(response.into_body().collect().await?.to_bytes().to_vec())?;
         let csrf = between(&page, r#"name="csrf" value=""#, "\"").context("the sign-in page has no form")?;
         let form = [("csrf", csrf), ("next", ""), ("user", user), ("password", password)]
             .map(|(name, value)| format!("{name}={}", escape(value)))
             .join("&");
         let response = self.send(Method::POST, "/sign-in", Some(form)).await?;
-        self.take_cookie(&response)?;
+        self.take_cookies(&response)?;
         if response.status() != StatusCode::SEE_OTHER {
             let status = response.status();
             let page = String::from_utf8_lossy(&response.into_body().collect().await?.to_bytes()).into_owned();
@@ -121,12 +121,22 @@ impl Browser {
         Ok(())
     }
 
-    fn take_cookie<B>(&mut self, response: &Response<B>) -> anyhow::Result<()> {
+    fn take_cookies<B>(&mut self, response: &Response<B>) -> anyhow::Result<()> {
         for cookie in response.headers().get_all(header::SET_COOKIE) {
-            let pair = cookie.to_str()?.split(';').next().unwrap_or_default();
-            self.cookie = Some(pair.to_owned());
+            let cookie = cookie.to_str()?;
+            let (name, value) =
+                cookie.split(';').next().and_then(|pair| pair.split_once('=')).context("a bad cookie")?;
+            if cookie.to_ascii_lowercase().contains("max-age=0") {
+                self.cookies.remove(name);
+            } else {
+                self.cookies.insert(name.to_owned(), value.to_owned());
+            }
         }
         Ok(())
+    }
+
+    fn cookie(&self) -> String {
+        self.cookies.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join("; ")
     }
 
     /// Opens a desktop's display, starting the desktop if need be.
@@ -134,10 +144,9 @@ impl Browser {
     /// # Errors
     /// The server refused, or what it speaks is no RFB.
     pub async fn open(&self, desktop: u32, width: u16, height: u16) -> anyhow::Result<Display> {
-        let cookie = self.cookie.as_deref().context("not signed in")?;
         let url = format!("wss://{}/desktops/{desktop}/display?width={width}&height={height}", self.authority);
         let mut request = url.into_client_request()?;
-        request.headers_mut().insert(header::COOKIE, cookie.parse()?);
+        request.headers_mut().insert(header::COOKIE, self.cookie().parse()?);
         request.headers_mut().insert(header::ORIGIN, format!("https://{}", self.authority).parse()?);
         request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, "binary".parse()?);
         let (socket, response) = tokio_tungstenite::client_async(request, self.connect().await?).await?;

@@ -106,12 +106,22 @@ struct Stats {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    std::fs::create_dir_all(&args.root)?;
+    for dir in [&args.root, &args.output] {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make `{}`", dir.display()))?;
+    }
     let root = args.root.canonicalize()?;
     let before = args.once.then(|| Census::take(&scope(&root)));
     let listen = if args.once { "127.0.0.1:0".to_owned() } else { args.listen.clone() };
-    let setup = Setup { qvd: args.qvd.clone(), init: args.init.clone(), root, listen, ephemeral: true };
-    let server = setup.start()?;
+    let log = args.output.join("qvd.log");
+    let setup = Setup {
+        qvd: args.qvd.clone(),
+        init: args.init.clone(),
+        root: root.clone(),
+        listen,
+        ephemeral: true,
+        log: Some(log.clone()),
+    };
+    let server = setup.start().with_context(|| format!("the server's log is `{}`", log.display()))?;
 
     let began = Instant::now();
     let recipe = args.recipe.to_str().context("the recipe's path is no text")?;

@@ -86,13 +86,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Rfb<S> {
     ///
     /// # Errors
     /// The connection ended or the server broke the protocol.
-    pub async fn update(&mut self, incremental: bool) -> anyhow::Result<()> {
-        let mut request = vec![3, u8::from(incremental), 0, 0, 0, 0];
-        request.extend(self.width.to_be_bytes());
-        request.extend(self.height.to_be_bytes());
-        self.stream.write_all(&request).await?;
-        while !self.message().await? {}
-        Ok(())
+    pub async fn update(&mut self, mut incremental: bool) -> anyhow::Result<()> {
+        loop {
+            let mut request = vec![3, u8::from(incremental), 0, 0, 0, 0];
+            request.extend(self.width.to_be_bytes());
+            request.extend(self.height.to_be_bytes());
+            self.stream.write_all(&request).await?;
+            // A server may answer with the screen's size alone; what was asked
+            // for is still due then, and asking for all again would start over.
+            let drawn = loop {
+                if let Some(drawn) = self.message().await? {
+                    break drawn;
+                }
+            };
+            if drawn {
+                return Ok(());
+            }
+            incremental = true;
+        }
     }
 
     /// Presses and releases a key, given as an X11 keysym.
@@ -166,8 +177,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Rfb<S> {
         Ok(())
     }
 
-    /// Reads one message; true when it was an update with pixels in it.
-    async fn message(&mut self) -> anyhow::Result<bool> {
+    /// Reads one message. If it was an update: whether there were pixels in it.
+    async fn message(&mut self) -> anyhow::Result<Option<bool>> {
         match self.stream.read_u8().await? {
             0 => {
                 self.stream.read_u8().await?;
@@ -175,15 +186,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Rfb<S> {
                 for _ in 0..self.stream.read_u16().await? {
                     drawn |= self.rectangle().await?;
                 }
-                Ok(drawn)
+                Ok(Some(drawn))
             }
             1 => {
                 discard(&mut self.stream, 3).await?;
                 let colours = self.stream.read_u16().await?;
                 discard(&mut self.stream, 6 * u64::from(colours)).await?;
-                Ok(false)
+                Ok(None)
             }
-            2 => Ok(false),
+            2 => Ok(None),
             3 => {
                 discard(&mut self.stream, 3).await?;
                 let length = self.stream.read_u32().await?;
@@ -192,7 +203,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Rfb<S> {
                 self.stream.read_exact(&mut text).await?;
                 // Latin-1, says RFC 6143, section 7.6.4.
                 self.clipboard = Some(text.into_iter().map(char::from).collect());
-                Ok(false)
+                Ok(None)
             }
             other => bail!("unknown message {other} from the server"),
         }

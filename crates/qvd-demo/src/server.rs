@@ -31,6 +31,8 @@ pub struct Setup {
     pub listen: String,
     /// Whether desktops end with the server.
     pub ephemeral: bool,
+    /// File for what the server logs; `None` is our own standard error.
+    pub log: Option<PathBuf>,
 }
 
 /// A running server.
@@ -60,6 +62,9 @@ impl Setup {
         command.args(["--json", "up", "--listen", &self.listen, "--init"]).arg(&self.init);
         if self.ephemeral {
             command.arg("--ephemeral");
+        }
+        if let Some(log) = &self.log {
+            command.stderr(std::fs::File::create(log).with_context(|| format!("cannot create `{}`", log.display()))?);
         }
         let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start `qvd up`")?;
         let stdout = child.stdout.take().context("`qvd up` has no standard output")?;

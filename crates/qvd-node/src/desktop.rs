@@ -168,7 +168,10 @@ impl Parts {
         let ports = keep.iter().copied().collect();
         self.with_network(|network| network.sweep(&ports).map_err(net("cannot remove ports that nobody owns")))?;
         let roots: Vec<_> = keep.iter().map(|&id| RootId::from(id)).collect();
-        self.store.sweep(&roots).map_err(storage("cannot remove the roots that earlier desktops left"))?;
+        // A root that something else has mounted is no reason not to run others.
+        if let Err(error) = self.store.sweep(&roots) {
+            tracing::warn!(error = &error as &dyn StdError, "roots that earlier desktops left are left again");
+        }
         Ok(adopted)
     }
 
