@@ -35,8 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("running  init after {} us, window manager after {} us", timings.start_us, timings.session_us);
 
     let argv = ["sh", "-c", "echo $(whoami) on $(hostname)"].map(str::to_owned).to_vec();
-    let mut program =
-        node.exec(desktop.id, ExecRequest { argv, env: BTreeMap::new(), root: false, tty: None })?;
+    let mut program = node.exec(desktop.id, ExecRequest { argv, env: BTreeMap::new(), root: false, tty: None })?;
     program.control.wait(Duration::from_secs(10))?;
     if let ExecStdio::Pipes { stdout, .. } = program.stdio {
         let mut said = String::new();

@@ -106,27 +106,37 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Rfb<S> {
         }
     }
 
-    /// Presses and releases a key, given as an X11 keysym.
+    /// Presses or releases a key, given as an X11 keysym.
     ///
     /// # Errors
     /// The connection ended.
-    pub async fn key(&mut self, keysym: u32) -> anyhow::Result<()> {
-        let mut events = Vec::with_capacity(16);
-        for down in [1, 0] {
-            events.extend([4, down, 0, 0]);
-            events.extend(keysym.to_be_bytes());
-        }
-        Ok(self.stream.write_all(&events).await?)
+    pub async fn key(&mut self, keysym: u32, down: bool) -> anyhow::Result<()> {
+        let mut event = vec![4, u8::from(down), 0, 0];
+        event.extend(keysym.to_be_bytes());
+        Ok(self.stream.write_all(&event).await?)
     }
 
-    /// Types ASCII text; a line feed is the Return key.
+    /// Types ASCII text as a US keyboard does, Shift included; a line feed is
+    /// the Return key.
     ///
     /// # Errors
     /// The connection ended.
     pub async fn type_text(&mut self, text: &str) -> anyhow::Result<()> {
+        /// Keysyms of the keys that print nothing (X11 `keysymdef.h`).
+        const RETURN: u32 = 0xff0d;
+        const SHIFT: u32 = 0xffe1;
         for byte in text.bytes() {
-            // Latin-1 keysyms equal their character; Return is 0xff0d.
-            self.key(if byte == b'\n' { 0xff0d } else { u32::from(byte) }).await?;
+            // Latin-1 keysyms equal their character.
+            let keysym = if byte == b'\n' { RETURN } else { u32::from(byte) };
+            let shifted = byte.is_ascii_uppercase() || b"~!@#$%^&*()_+{}|:\"<>?".contains(&byte);
+            if shifted {
+                self.key(SHIFT, true).await?;
+            }
+            self.key(keysym, true).await?;
+            self.key(keysym, false).await?;
+            if shifted {
+                self.key(SHIFT, false).await?;
+            }
         }
         Ok(())
     }
