@@ -1,6 +1,6 @@
 //! A signed-in browser: cookies, forms and the display's WebSocket.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context as _, bail, ensure};
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -11,21 +11,19 @@ use hyper::{
     header,
 };
 use hyper_util::rt::TokioIo;
-use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
 use tokio::{io::DuplexStream, net::TcpStream, task::JoinHandle};
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{Message, client::IntoClientRequest as _, protocol::CloseFrame},
 };
 
-use crate::rfb::Rfb;
+use crate::{native::Endpoint, rfb::Rfb};
 
 /// A browser with one server's cookies.
 #[derive(Debug, Clone)]
 pub struct Browser {
-    authority: String,
-    tls: Arc<rustls::ClientConfig>,
+    endpoint: Endpoint,
     cookies: BTreeMap<String, String>,
 }
 
@@ -43,39 +41,18 @@ impl Browser {
     /// # Errors
     /// The address is no `https://HOST:PORT`, or the file holds no certificate.
     pub fn new(url: &str, certificate: &Path) -> anyhow::Result<Self> {
-        let authority = url.strip_prefix("https://").with_context(|| format!("`{url}` is no https address"))?;
-        let mut roots = rustls::RootCertStore::empty();
-        for certificate in CertificateDer::pem_file_iter(certificate)
-            .with_context(|| format!("cannot read `{}`", certificate.display()))?
-        {
-            roots.add(certificate?)?;
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        Ok(Self { authority: authority.trim_end_matches('/').to_owned(), tls: Arc::new(tls), cookies: BTreeMap::new() })
-    }
-
-    async fn connect(&self) -> anyhow::Result<TlsStream<TcpStream>> {
-        let tcp =
-            TcpStream::connect(&self.authority).await.with_context(|| format!("cannot reach {}", self.authority))?;
-        tcp.set_nodelay(true)?;
-        let host = self.authority.rsplit_once(':').map_or(&*self.authority, |(host, _)| host);
-        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())?;
-        Ok(TlsConnector::from(Arc::clone(&self.tls)).connect(name, tcp).await?)
+        Ok(Self { endpoint: Endpoint::new(url, certificate)?, cookies: BTreeMap::new() })
     }
 
     async fn send(&self, method: Method, path: &str, form: Option<String>) -> anyhow::Result<Response<Incoming>> {
         let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(self.connect().await?)).await?;
+            hyper::client::conn::http1::handshake(TokioIo::new(self.endpoint.connect().await?)).await?;
         tokio::spawn(connection);
         let mut request = Request::builder()
             .method(method)
             .uri(path)
-            .header(header::HOST, &self.authority)
-            .header(header::ORIGIN, format!("https://{}", self.authority));
+            .header(header::HOST, &self.endpoint.authority)
+            .header(header::ORIGIN, format!("https://{}", self.endpoint.authority));
         if !self.cookies.is_empty() {
             request = request.header(header::COOKIE, self.cookie());
         }
@@ -144,12 +121,12 @@ impl Browser {
     /// # Errors
     /// The server refused, or what it speaks is no RFB.
     pub async fn open(&self, desktop: u32, width: u16, height: u16) -> anyhow::Result<Display> {
-        let url = format!("wss://{}/desktops/{desktop}/display?width={width}&height={height}", self.authority);
+        let url = format!("wss://{}/desktops/{desktop}/display?width={width}&height={height}", self.endpoint.authority);
         let mut request = url.into_client_request()?;
         request.headers_mut().insert(header::COOKIE, self.cookie().parse()?);
-        request.headers_mut().insert(header::ORIGIN, format!("https://{}", self.authority).parse()?);
+        request.headers_mut().insert(header::ORIGIN, format!("https://{}", self.endpoint.authority).parse()?);
         request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, "binary".parse()?);
-        let (socket, response) = tokio_tungstenite::client_async(request, self.connect().await?).await?;
+        let (socket, response) = tokio_tungstenite::client_async(request, self.endpoint.connect().await?).await?;
         ensure!(response.status() == StatusCode::SWITCHING_PROTOCOLS, "no display: {}", response.status());
         let (near, far) = tokio::io::duplex(1 << 20);
         let pump = tokio::spawn(pump(socket, far));

@@ -4,8 +4,10 @@
 #![forbid(unsafe_code)]
 
 mod browser;
+mod native;
 pub mod rfb;
 mod server;
 
 pub use browser::{Browser, Display};
+pub use native::{Listed, Native, Nx};
 pub use server::{Server, Setup};

@@ -75,6 +75,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Rfb<S> {
         (self.width, self.height)
     }
 
+    /// Colour at a place on the screen, as `0xRRGGBB`.
+    #[must_use]
+    pub fn pixel(&self, x: u16, y: u16) -> Option<u32> {
+        let range = self.row(x, y, 1).ok()?;
+        let bytes = self.pixels.get(range)?.try_into().ok()?;
+        Some(u32::from_le_bytes(bytes) & 0x00ff_ffff)
+    }
+
     /// How many different colours the screen shows. An empty one shows one.
     #[must_use]
     pub fn colours(&self) -> usize {
@@ -153,6 +161,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Rfb<S> {
             self.stream.write_all(&event).await?;
         }
         Ok(())
+    }
+
+    /// Puts text into the desktop's clipboard, as the protocol has it without
+    /// extensions: only what Latin-1 can write.
+    ///
+    /// # Errors
+    /// The text has other characters, or the connection ended.
+    pub async fn set_clipboard(&mut self, text: &str) -> anyhow::Result<()> {
+        let latin1: Vec<u8> = text.chars().map(u8::try_from).collect::<Result<_, _>>().context("not Latin-1")?;
+        let mut message = vec![6, 0, 0, 0];
+        message.extend(u32::try_from(latin1.len())?.to_be_bytes());
+        message.extend(latin1);
+        Ok(self.stream.write_all(&message).await?)
     }
 
     /// Asks the desktop to take another screen size.
