@@ -27,8 +27,8 @@ const PAINTED: Duration = Duration::from_secs(20);
 /// Colours of a screen that shows more than a background.
 const COLOURS: usize = 16;
 
-/// For a browser's head to be given up after its client has left.
-const DETACHED: Duration = Duration::from_secs(60);
+/// For a desktop to rest after its client has left.
+const RESTS: Duration = Duration::from_secs(60);
 
 /// For the kernel to take down what was ended.
 const SETTLED: Duration = Duration::from_secs(10);
@@ -85,6 +85,7 @@ struct Shown {
 
 #[derive(Debug, Deserialize)]
 struct Status {
+    resting: bool,
     timings: Option<Timings>,
 }
 
@@ -101,7 +102,6 @@ struct Timings {
 struct Stats {
     pss_bytes: u64,
     processes: u32,
-    clients: u32,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -195,7 +195,7 @@ async fn look(
     let shown: Shown = server.json(&["desktop", "show", &desktop.to_string()])?;
     let timings = shown.status.timings.context("no timings of the start")?;
     let ms = |us: u32| round(f64::from(us) / 1e3);
-    let stats = detached(server, desktop).await?;
+    let stats = at_rest(server, desktop).await?;
     Ok(Figures {
         image_build_s,
         root_ms: ms(timings.root_us),
@@ -223,21 +223,14 @@ async fn settle(display: &mut qvd_demo::Display) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The desktop's own figures once nobody is attached and its head is gone.
-async fn detached(server: &Server, desktop: u32) -> anyhow::Result<Stats> {
-    let deadline = Instant::now() + DETACHED;
-    let id = desktop.to_string();
-    let mut fewest = u32::MAX;
-    loop {
-        let stats: Stats = server.json(&["desktop", "stats", &id])?;
-        ensure!(Instant::now() < deadline, "the desktop kept {} processes after its client left", stats.processes);
-        // The head's two programs and its helper end together, after a linger.
-        if stats.clients == 0 && stats.processes < fewest && fewest != u32::MAX {
-            return Ok(stats);
-        }
-        fewest = fewest.min(stats.processes);
+/// What the desktop uses once nobody looks at it any more.
+async fn at_rest(server: &Server, desktop: u32) -> anyhow::Result<Stats> {
+    let (deadline, id) = (Instant::now() + RESTS, desktop.to_string());
+    while !server.json::<Shown>(&["desktop", "show", &id])?.status.resting {
+        ensure!(Instant::now() < deadline, "the desktop did not rest within {RESTS:?} after its client left");
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
+    server.json(&["desktop", "stats", &id])
 }
 
 /// Fresh, and easy to type: 20 of 32 characters are 100 bits.

@@ -60,6 +60,14 @@ impl Desktop {
         matches!(self.container.try_wait(), Ok(None))
     }
 
+    /// Gives back the memory that it can do without while nobody looks.
+    pub(crate) fn rest(&self) {
+        match self.container.page_out() {
+            Ok(asked_bytes) => tracing::debug!(desktop = %self.id, asked_bytes, "desktop rests"),
+            Err(error) => tracing::info!(desktop = %self.id, error = &error as &dyn StdError, "desktop cannot rest"),
+        }
+    }
+
     /// Lets go of it: it runs on, and the next node adopts it.
     pub(crate) fn leave(self) {
         if let Some(port) = self.port {

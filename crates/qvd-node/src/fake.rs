@@ -231,6 +231,7 @@ impl Host for FakeHost {
             step: None,
             timings: None,
             attached: running.and_then(|r| r.client.as_ref()).is_some_and(AttachmentEnd::is_open),
+            resting: false,
             ended: None,
         }
     }

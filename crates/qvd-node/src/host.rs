@@ -157,6 +157,8 @@ pub struct DesktopStatus {
     pub timings: Option<Timings>,
     /// Whether a client is attached.
     pub attached: bool,
+    /// Whether it has given back memory, because nobody was attached for a while.
+    pub resting: bool,
     /// Why it is not running, when it ended without being asked to.
     pub ended: Option<String>,
 }

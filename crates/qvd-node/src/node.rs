@@ -36,6 +36,8 @@ pub struct NodeConfig {
     pub session_limit: Duration,
     /// How long a session may take to open a display.
     pub attach_limit: Duration,
+    /// How long nobody has to be attached until a desktop gives back memory.
+    pub rest_after: Duration,
 }
 
 impl NodeConfig {
@@ -50,6 +52,8 @@ impl NodeConfig {
             network: qvd_net::NetConfig::new(instance),
             session_limit: Duration::from_secs(60),
             attach_limit: Duration::from_secs(30),
+            // Beyond the few seconds that a browser's head lingers.
+            rest_after: Duration::from_secs(8),
         }
     }
 }
@@ -87,6 +91,35 @@ struct Face {
     ended: Option<String>,
     guest: Option<Guest>,
     attachment: Option<AttachmentEnd>,
+    alone: Alone,
+}
+
+/// Whether anybody looks at a running desktop.
+#[derive(Debug, Default, Clone, Copy)]
+enum Alone {
+    /// A client is attached, or was when this was last looked at.
+    #[default]
+    No,
+    Since(Instant),
+    /// For so long that it gave back memory.
+    Resting,
+}
+
+impl Face {
+    /// Looks whether anybody is attached; true when the desktop should rest now.
+    fn should_rest(&mut self, after: Duration) -> bool {
+        let attached = self.attachment.as_ref().is_some_and(AttachmentEnd::is_open);
+        match self.alone {
+            _ if attached || self.state != State::Running => self.alone = Alone::No,
+            Alone::No => self.alone = Alone::Since(Instant::now()),
+            Alone::Since(when) if when.elapsed() >= after => {
+                self.alone = Alone::Resting;
+                return true;
+            }
+            Alone::Since(_) | Alone::Resting => {}
+        }
+        false
+    }
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -219,10 +252,15 @@ impl Watcher for Weak<Inner> {
     fn tick(&self) {
         let Some(inner) = self.upgrade() else { return };
         let slots: Vec<_> = lock(&inner.slots).values().cloned().collect();
-        for slot in slots.into_iter().filter(|slot| lock(&slot.face).state == State::Zombie) {
-            if let Ok(mut live) = slot.live.try_lock()
-                && let Err(error) = inner.close(&slot, &mut live)
-            {
+        for slot in slots {
+            let mut face = lock(&slot.face);
+            let (zombie, rest) = (face.state == State::Zombie, face.should_rest(inner.config.rest_after));
+            drop(face);
+            let Ok(mut live) = slot.live.try_lock() else { continue };
+            if rest && let Some(desktop) = live.as_ref() {
+                desktop.rest();
+            }
+            if zombie && let Err(error) = inner.close(&slot, &mut live) {
                 tracing::debug!(error = &error as &dyn std::error::Error, "will try again");
             }
         }
@@ -313,6 +351,7 @@ impl Host for Node {
             step,
             timings: face.timings,
             attached: face.attachment.as_ref().is_some_and(AttachmentEnd::is_open),
+            resting: matches!(face.alone, Alone::Resting),
             ended: face.ended.clone(),
         }
     }
@@ -325,8 +364,12 @@ impl Host for Node {
     ) -> Result<Attachment, HostError> {
         let guest = self.inner.guest(id)?;
         let slot = self.inner.slot(id);
-        if let Some(end) = lock(&slot.face).attachment.take() {
-            end.end(EndReason::TakenOver);
+        {
+            let mut face = lock(&slot.face);
+            face.alone = Alone::No;
+            if let Some(end) = face.attachment.take() {
+                end.end(EndReason::TakenOver);
+            }
         }
         let what = || format!("cannot open the display of desktop {id}");
         let stream =
@@ -338,6 +381,7 @@ impl Host for Node {
             return Err(HostError::new(HostErrorKind::NotFound, format!("desktop {id} was stopped")));
         }
         // Two clients may have asked at once: the later answer has the display.
+        face.alone = Alone::No;
         if let Some(other) = face.attachment.replace(end) {
             other.end(EndReason::TakenOver);
         }

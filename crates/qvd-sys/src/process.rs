@@ -15,6 +15,7 @@
 
 mod child;
 mod memfd;
+mod memory;
 mod pidfd;
 mod plan;
 mod spawn;
@@ -22,6 +23,7 @@ mod spawn;
 mod tests;
 
 pub use memfd::seal;
+pub use memory::page_out;
 pub use pidfd::{Exit, Process, boot_id, start_time};
 pub use plan::{BpfInstruction, ExecArgs, Namespaces, Op, Plan, PlanFd};
 pub use spawn::{Event, SpawnError, Spawned, spawn};

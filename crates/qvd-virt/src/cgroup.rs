@@ -295,6 +295,11 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Numbers of the processes in it.
+    pub(crate) fn processes(&self) -> io::Result<Vec<u32>> {
+        self.all.hierarchies.first().map_or(Ok(Vec::new()), |first| self.all.tree.processes(&self.path(first)))
+    }
+
     /// What the kernel says the limits are.
     pub(crate) fn limits(&self) -> Result<Vec<(String, String)>, Error> {
         let mut values = Vec::new();

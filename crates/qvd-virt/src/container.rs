@@ -8,7 +8,7 @@ use std::{
 };
 
 use qvd_core::{DesktopId, UidRange};
-use qvd_sys::process::{Event, Exit, Process, SpawnError, Spawned, boot_id, start_time};
+use qvd_sys::process::{Event, Exit, Process, SpawnError, Spawned, boot_id, page_out, start_time};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use tracing::info_span;
@@ -237,6 +237,22 @@ impl Container {
     /// It has ended.
     pub fn enforced(&self) -> Result<Enforced, Error> {
         Enforced::read(self.pid(), &self.place.cgroup)
+    }
+
+    /// Asks the kernel for the memory that nothing but this container uses:
+    /// what a desktop at rest can do without until somebody comes back. Pages
+    /// of files that other containers map too stay. Returns how many bytes of
+    /// address space were asked for.
+    ///
+    /// # Errors
+    /// The kernel is older than 5.10, or its processes cannot be listed.
+    pub fn page_out(&self) -> Result<u64, Error> {
+        let op = || format!("page out desktop {}", self.place.id);
+        let mut asked = 0;
+        for pid in self.place.cgroup.processes().map_err(io_error(op()))? {
+            asked += page_out(pid).map_err(io_error(op()))?;
+        }
+        Ok(asked)
     }
 
     /// Kills what still runs and removes it. Idempotent; still armed after an
