@@ -29,7 +29,7 @@ build: $(STAMP)/build-tools $(STAMP)/web
 	cargo build --locked --release -p qvd-bin -p qvd-demo
 
 test: init image browser $(STAMP)/test-tools
-	QVD_TEST_PRIVILEGED=1 QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
+	QVD_TEST_PRIVILEGED=1 QVD=$(T)/debug/qvd QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
 		cargo nextest run --locked --workspace --profile ci
 	cargo test --locked --workspace --doc
 	QVD=$(T)/debug/qvd QVD_INIT=$(INIT) QVD_TEST_STORE=$(STORE) QVD_TEST_OUTPUT=$(T)/browser \
