@@ -106,6 +106,7 @@ impl Graphical {
         env.insert("DISPLAY".to_owned(), format!("nx/nx,options={options}:{SESSION_DISPLAY}"));
         let geometry = self.config.geometry.to_string();
         let display = format!(":{SESSION_DISPLAY}");
+        // Its keyboard is the one of whatever shows it, key for key.
         let argv = [
             "nxagent",
             "-D",
@@ -119,6 +120,8 @@ impl Graphical {
             "-nolisten",
             "tcp",
             "-norootlessexit",
+            "-keyboard",
+            "clone",
             &display,
         ];
         self.run(&argv.map(str::to_owned), &env, log)

@@ -5,6 +5,7 @@ mod desktop;
 mod exec;
 mod graphical;
 mod init;
+mod keymap;
 mod log;
 mod options;
 mod reap;

@@ -50,10 +50,11 @@ pub(crate) fn render(kind: DisplayKind, places: Places<'_>) -> String {
     // The caches are in the agent's own memory: the head is on the same
     // machine and needs none, a native client brings its own.
     let caches = if link == LinkSpeed::Local { "cache=1M,images=0" } else { "cache=4M,images=16M" };
+    // Its keys are those of the display that shows it, so their codes are too.
     format!(
         "nx/nx,listen=unix:{socket},root={root},session=qvd,id=qvd,link={link},pack={pack},type=unix-kde,{caches},\
-         clipboard=both,resize=1,tolerancechecks=risky,composite=1,shmem=0,geometry={geometry},fullscreen={fullscreen},\
-         state={state}:{SESSION_DISPLAY}",
+         clipboard=both,resize=1,tolerancechecks=risky,composite=1,shmem=0,keyconv=off,\
+         geometry={geometry},fullscreen={fullscreen},state={state}:{SESSION_DISPLAY}",
         socket = places.socket.display(),
         root = places.root.display(),
         link = link.as_str(),

@@ -17,7 +17,10 @@ use x11rb::{
     rust_connection::{DefaultStream, RustConnection},
 };
 
-use crate::options;
+use crate::{
+    keymap,
+    options::{self, SESSION_DISPLAY},
+};
 
 /// First argument for [`watch`].
 pub(crate) const WATCH: &str = "watch";
@@ -46,7 +49,10 @@ pub(crate) fn finish(outcome: Outcome) -> ExitCode {
 /// network, and looking names up is a good part of a static C library.
 fn connect() -> Result<(RustConnection, Window), Box<dyn Error>> {
     let display = std::env::var("DISPLAY")?;
-    let number: u8 = display.strip_prefix(':').ok_or("the display is not a local one")?.parse()?;
+    connect_to(display.strip_prefix(':').ok_or("the display is not a local one")?.parse()?)
+}
+
+fn connect_to(number: u8) -> Result<(RustConnection, Window), Box<dyn Error>> {
     let (stream, _peer) = DefaultStream::from_unix_stream(UnixStream::connect(options::x_socket(number))?)?;
     let connection = RustConnection::connect_to_stream(stream, 0)?;
     let root = connection.setup().roots.first().ok_or("there is no screen")?.root;
@@ -70,10 +76,13 @@ pub(crate) fn watch() -> Outcome {
     }
 }
 
-/// Keeps every top-level window of `$DISPLAY` as large as the screen, until the
-/// server ends. There is only the agent's window on a head.
+/// Fits `$DISPLAY`, a head, and the session to each other until the server
+/// ends: every top-level window, which is the agent's alone, is kept as large as
+/// the screen, and the session has the head's keys.
 pub(crate) fn fit() -> Outcome {
     let (connection, root) = connect()?;
+    keymap::extend(&connection)?;
+    let mut session = None;
     let events = ChangeWindowAttributesAux::new().event_mask(EventMask::SUBSTRUCTURE_NOTIFY);
     connection.change_window_attributes(root, &events)?.check()?;
     connection.randr_select_input(root, randr::NotifyMask::SCREEN_CHANGE)?.check()?;
@@ -84,7 +93,12 @@ pub(crate) fn fit() -> Outcome {
     connection.flush()?;
     loop {
         match connection.wait_for_event()? {
-            Event::MapNotify(event) => fill(&connection, event.window, size)?,
+            Event::MapNotify(event) => {
+                fill(&connection, event.window, size)?;
+                connection.flush()?;
+                hand_keys_on(&connection, &mut session);
+            }
+            Event::MappingNotify(event) if keymap::concerns(&event) => hand_keys_on(&connection, &mut session),
             Event::RandrScreenChangeNotify(event) => {
                 // A burst of changes ends in one; the last size is asked for.
                 size = (event.width, event.height);
@@ -96,6 +110,13 @@ pub(crate) fn fit() -> Outcome {
         }
         connection.flush()?;
     }
+}
+
+/// Gives the session the head's keys. One that is not there, or another than
+/// before, gets them when the agent shows its window.
+fn hand_keys_on(head: &RustConnection, session: &mut Option<RustConnection>) {
+    let connection = session.take().or_else(|| connect_to(SESSION_DISPLAY).ok().map(|(connection, _root)| connection));
+    *session = connection.filter(|connection| keymap::hand_on(head, connection).is_ok());
 }
 
 fn fill(connection: &RustConnection, window: Window, (width, height): (u16, u16)) -> Outcome {
