@@ -4,7 +4,7 @@
 #   make demo [ONCE=1]   a desktop in the browser; ONCE=1 looks at it and ends
 #   make test            every test, privileges demanded: run it as root
 #   make check           format, lints, docs, unit tests, dependencies: no root
-#   make bench           start latency beside the floor, runc and lxc
+#   make bench [JSON=1]  start latency beside the floor, runc and lxc
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -50,7 +50,13 @@ check: $(STAMP)/build-tools $(STAMP)/check-tools $(STAMP)/web
 	env -u QVD_TEST_PRIVILEGED cargo nextest run --locked --workspace --lib --bins --profile ci
 	cargo deny --locked check --hide-inclusion-graph licenses bans sources
 
-bench: build init $(STAMP)/bench-tools
+# FLOOR is the source of the least that a start can cost; see docs/benchmarks.md.
+FLOOR ?= ../shared/bench/floor.c
+ROUNDS ?= 40
+
+bench: $(STAMP)/build-tools $(STAMP)/bench-tools
+	cargo bench --locked -p qvd-node --bench compare -- \
+		--floor $(abspath $(FLOOR)) --rounds $(ROUNDS) $(if $(JSON),--json)
 	cargo bench --locked -p qvd-virt -p qvd-net --bench '*'
 
 # Small counts more than fast, and no image can be trusted to have a library
