@@ -109,7 +109,7 @@ impl Channel {
             let limit = Timespec::try_from(left).map_err(|_| ChannelError::Timeout(timeout))?;
             match rustix::event::poll(&mut wait, Some(&limit)) {
                 Ok(0) => return Err(ChannelError::Timeout(timeout)),
-                Ok(_) => self.fill()?,
+                Ok(_) => drop(self.fill()?),
                 Err(Errno::INTR) => {}
                 Err(source) => return Err(ChannelError::Io { op: "wait for", source }),
             }
@@ -122,10 +122,14 @@ impl Channel {
     /// # Errors
     /// As [`Channel::recv`], but never a timeout.
     pub fn try_recv<T: DeserializeOwned>(&mut self) -> Result<Option<(T, Vec<OwnedFd>)>, ChannelError> {
-        if self.frame_length()?.is_none_or(|length| self.buffer.len() < 4 + length) {
-            self.fill()?;
+        loop {
+            if let Some(message) = self.next_frame()? {
+                return Ok(Some((message, self.fds.drain(..).collect())));
+            }
+            if !self.fill()? {
+                return Ok(None);
+            }
         }
-        Ok(self.next_frame()?.map(|message| (message, self.fds.drain(..).collect())))
     }
 
     /// Length of the frame at the front of the buffer, once its head is there.
@@ -146,15 +150,21 @@ impl Channel {
         Ok(Some(message))
     }
 
-    /// Reads once, without waiting.
-    fn fill(&mut self) -> Result<(), ChannelError> {
+    /// Reads once, without waiting; says whether something was there. Never
+    /// reads beyond the frame that is due: the kernel hands over descriptors
+    /// with whatever was read along with their first byte, and those of the
+    /// next frame would be taken for this one's.
+    fn fill(&mut self) -> Result<bool, ChannelError> {
+        let due = self.frame_length()?.map_or(4, |length| 4 + length) - self.buffer.len();
         let mut bytes = [0; 4096];
+        let end = due.min(bytes.len());
+        let bytes = &mut bytes[..end];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-        let got = match rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
+        let got = match rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
             Ok(got) => got,
-            Err(Errno::INTR | Errno::AGAIN) => return Ok(()),
+            Err(Errno::INTR | Errno::AGAIN) => return Ok(false),
             Err(Errno::CONNRESET) => return Err(ChannelError::Closed),
             Err(source) => return Err(ChannelError::Io { op: "read from", source }),
         };
@@ -170,7 +180,7 @@ impl Channel {
             return Err(ChannelError::Closed);
         }
         self.buffer.extend_from_slice(bytes.get(..got.bytes).unwrap_or_default());
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -193,6 +203,18 @@ mod tests {
     fn pair() -> (Channel, UnixStream) {
         let (a, b) = UnixStream::pair().unwrap();
         (Channel::new(a.into()), b)
+    }
+
+    #[test]
+    fn descriptors_stay_with_their_message_when_several_wait() {
+        let (mut here, there) = pair();
+        let mut sender = Channel::new(there.into());
+        let (give, _keep) = UnixStream::pair().unwrap();
+        sender.send(&Reply::Progress("resume the session".to_owned()), &[]).unwrap();
+        sender.send(&Reply::Display, &[give.as_fd()]).unwrap();
+        sender.send(&Reply::Stopping, &[]).unwrap();
+        let counts: Vec<_> = (0..3).map(|_| here.recv::<Reply>(SOON).unwrap().1.len()).collect();
+        assert_eq!(counts, [0, 1, 0]);
     }
 
     #[test]
