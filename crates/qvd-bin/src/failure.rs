@@ -98,6 +98,7 @@ fn exit_of_one(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
     match error.downcast_ref::<GatewayError>()? {
         GatewayError::PortInUse { .. } => Some(Exit::Busy),
+        GatewayError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => Some(Exit::NotFound),
         _ => Some(Exit::Failed),
     }
 }
@@ -121,10 +122,13 @@ fn exit_of_code(code: &str) -> Exit {
 
 /// The error and its causes, those that the daemon tells of included.
 fn message(error: &Error) -> String {
-    let mut message = format!("{error:#}");
+    let mut message = qvd_core::causes(error.as_ref()).join(": ");
     for client in error.chain().filter_map(|e| e.downcast_ref::<ClientError>()) {
         match client {
             ClientError::Refused { info, .. } => info.cause.iter().for_each(|cause| message += &format!(": {cause}")),
+            ClientError::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                message += "; this takes root";
+            }
             ClientError::Connect { .. } => message += "; does `qvd up` run?",
             _ => {}
         }

@@ -4,7 +4,6 @@ use std::{
     fs,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    time::SystemTime,
 };
 
 use anyhow::Context;
@@ -36,8 +35,15 @@ pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: 
             let progress = output.progress();
             let built = store.build(&recipe, &BuildOptions::default(), &mut |line| progress.say(line));
             drop(progress);
+            // Nobody else does it once this command has ended.
+            if let Err(error) = store.empty_trash() {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the next command on these images tries again"
+                );
+            }
             let built = built.with_context(cannot)?;
-            show_built(&summary(&built.image, built.reused), output)
+            show_built(&ImageSummary::of(&built.image, built.reused), output)
         }
         Image::Ls => {
             // Listing must not make a state directory where there is none.
@@ -45,14 +51,16 @@ pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: 
                 return list(&[], output);
             }
             let store = open(paths)?;
-            let flavours = store.flavours().context("cannot list the images")?;
-            let images = flavours.iter().map(|flavour| store.flavour(flavour).map(|image| summary(&image, false)));
-            list(&images.collect::<Result<Vec<_>, _>>().context("cannot list the images")?, output)
+            list(&ImageSummary::all(&store).context("cannot list the images")?, output)
         }
     }
 }
 
 fn open(paths: &Paths) -> anyhow::Result<Store> {
+    if !rustix::process::geteuid().is_root() {
+        let what = format!("cannot open the images of `{}`: this takes root", paths.root.display());
+        return Err(Refusal::new(Exit::Unsupported, what).into());
+    }
     Store::open(&paths.root).with_context(|| format!("cannot open the images of `{}`", paths.root.display()))
 }
 
@@ -61,18 +69,6 @@ fn read_recipe(recipe: &PathBuf) -> anyhow::Result<String> {
         let exit = if error.kind() == std::io::ErrorKind::NotFound { Exit::NotFound } else { Exit::Failed };
         Refusal::new(exit, format!("cannot read the recipe `{}`: {error}", recipe.display())).into()
     })
-}
-
-fn summary(image: &qvd_storage::Image, reused: bool) -> ImageSummary {
-    let created = image.created().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    ImageSummary {
-        flavour: image.config().flavour.clone(),
-        digest: image.digest(),
-        created_unix_s: created.as_secs(),
-        entries: image.entries(),
-        size_bytes: image.size_bytes(),
-        reused,
-    }
 }
 
 /// Shows what a build came to.
@@ -86,13 +82,12 @@ pub(crate) fn show_built(image: &ImageSummary, output: &Output) -> anyhow::Resul
 /// Shows the newest image of every flavour.
 pub(crate) fn list(images: &[ImageSummary], output: &Output) -> anyhow::Result<()> {
     output.table(images, ["FLAVOUR", "AGE", "SIZE", "ENTRIES", "DIGEST"], |image| {
-        [
-            image.flavour.to_string(),
-            age(image.created_unix_s),
-            format!("{} MiB", image.size_bytes >> 20),
-            image.entries.to_string(),
-            // Enough to tell images apart; JSON has all of it.
-            image.digest.hex().chars().take(12).collect(),
-        ]
+        // Enough to tell images apart; JSON has all of it.
+        let digest = image.digest.hex().chars().take(12).collect();
+        let (age, size, entries) = match &image.damaged {
+            None => (age(image.created_unix_s), format!("{} MiB", image.size_bytes >> 20), image.entries.to_string()),
+            Some(_) => ("-".to_owned(), "damaged".to_owned(), "-".to_owned()),
+        };
+        [image.flavour.to_string(), age, size, entries, digest]
     })
 }

@@ -1,6 +1,6 @@
 //! Events on standard error.
 
-use std::io;
+use std::io::{self, IsTerminal};
 
 use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 
@@ -13,6 +13,7 @@ pub(crate) fn start(level: LevelFilter, verbose: u8, json: bool) {
         _ => LevelFilter::TRACE,
     };
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
-    let subscriber = tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter);
+    let subscriber =
+        tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_env_filter(filter);
     if json { subscriber.json().init() } else { subscriber.with_target(false).init() }
 }

@@ -4,14 +4,12 @@ use std::{
     env, fs,
     future::Future,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
-    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context;
-use qvd_core::DesktopState;
 use qvd_farm::Farm;
 use qvd_gateway::{
     ConnectionLimits, Gateway, GatewayConfig, GatewayError, TlsSource,
@@ -45,24 +43,16 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     let init = find_init(args.init.as_deref())?;
     is_free(args.listen)?;
     raise_descriptor_limit();
-    for directory in [&paths.root, &paths.run] {
-        private_directory(directory)?;
-    }
     let runtime = runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
 
     let mut config = NodeConfig::new(&paths.root, &paths.run, init, paths.instance);
     config.network.internet = args.internet;
-    let node = Node::open(config).context("cannot open this host")?;
+    let node = Node::open(config)?;
     let served = runtime.block_on(serve(Arc::clone(&node), paths, args, output));
-    let keep = match &served {
-        _ if args.ephemeral => false,
-        Ok(some_run) => *some_run,
-        // What was adopted has to stay when nobody knows whether it runs.
-        Err(_) => runtime.block_on(some_run(&node, paths)).unwrap_or(true),
-    };
+    let keep = !args.ephemeral && !node.is_idle();
     // Where no desktop is left, neither is a network for them.
     let ended = if keep { Ok(()) } else { take_down(&node, &paths.run) };
-    served.map(drop).and(ended)
+    served.and(ended)
 }
 
 /// Ends every desktop and the network, and removes what is then empty.
@@ -76,8 +66,8 @@ fn take_down(node: &Node, run: &Path) -> anyhow::Result<()> {
     fs::remove_dir(run).with_context(cannot)
 }
 
-/// Serves until a signal; then says whether a desktop runs.
-async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Result<bool> {
+/// Serves until a signal.
+async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Result<()> {
     let farm = Farm::open(&database(paths), node).await?;
     let door = UnixDoor::bind(&paths.socket()).await?;
     let gateway = Gateway::bind(gateway_config(paths, args), farm.clone()).await?;
@@ -98,21 +88,8 @@ async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) 
             tracing::info!(signal = signals.await, "stopping");
             stop.send_replace(true);
         },);
-    let running = any_running(&farm).await?;
     farm.close().await;
-    closed?;
-    Ok(running)
-}
-
-async fn some_run(node: &Arc<Node>, paths: &Paths) -> anyhow::Result<bool> {
-    let farm = Farm::open(&database(paths), Arc::clone(node) as _).await?;
-    let running = any_running(&farm).await?;
-    farm.close().await;
-    Ok(running)
-}
-
-async fn any_running(farm: &Farm) -> anyhow::Result<bool> {
-    Ok(farm.desktop_infos(None).await?.iter().any(|info| info.status.state != DesktopState::Stopped))
+    Ok(closed?)
 }
 
 fn database(paths: &Paths) -> PathBuf {
@@ -148,6 +125,10 @@ fn find_init(named: Option<&Path>) -> anyhow::Result<PathBuf> {
     };
     match fs::metadata(&path) {
         Ok(found) if found.is_file() => Ok(path),
+        _ if named.is_some() => {
+            let text = format!("cannot find the init for desktops: there is no file `{}`", path.display());
+            Err(Refusal::new(Exit::NotFound, text).into())
+        }
         _ => {
             let text = format!("cannot find the init for desktops at `{}`: name it with --init", path.display());
             Err(Refusal::new(Exit::Unsupported, text).into())
@@ -170,15 +151,6 @@ fn raise_descriptor_limit() {
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
         tracing::warn!(%error, "the number of open files stays limited");
     }
-}
-
-/// Makes a directory that root alone may enter; one that exists stays as it is.
-fn private_directory(path: &Path) -> anyhow::Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .with_context(|| format!("cannot make the directory `{}`", path.display()))
 }
 
 /// An address that a browser can use: a listener on all of them has to name one.

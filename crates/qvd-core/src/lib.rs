@@ -5,11 +5,13 @@
 //! need not know each other.
 #![forbid(unsafe_code)]
 
+mod cause;
 mod id;
 mod spec;
 mod support;
 mod unit;
 
+pub use cause::causes;
 pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, UserName};
 pub use spec::{
     DesktopSpec, DesktopState, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, NetPolicy, RootPolicy,

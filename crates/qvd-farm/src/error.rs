@@ -113,6 +113,9 @@ impl FarmError {
     /// `what` is our verb and its object: `cannot start desktop 7`.
     pub(crate) fn host(what: impl Into<String>, source: HostError) -> Self {
         let kind = match source.kind() {
+            HostErrorKind::NotRunning => {
+                return Self::with_code(ErrorKind::Conflict, "not_running", what).because(source);
+            }
             HostErrorKind::Invalid => ErrorKind::Invalid,
             HostErrorKind::NotFound => ErrorKind::NotFound,
             HostErrorKind::Busy => ErrorKind::Busy,

@@ -465,7 +465,7 @@ async fn a_program_needs_a_name_and_a_running_desktop() {
     let world = World::with_user().await;
     let desktop = world.desktop().await;
     let mut request = ExecRequest { argv: vec!["true".into()], env: Default::default(), root: false, tty: None };
-    assert_eq!(world.farm.exec(desktop.id, request.clone()).await.unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(world.farm.exec(desktop.id, request.clone()).await.unwrap_err().code(), "not_running");
     world.farm.start(desktop.id, unheard()).await.unwrap();
     assert!(world.farm.exec(desktop.id, request.clone()).await.is_ok());
     request.argv.clear();

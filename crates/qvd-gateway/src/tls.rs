@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustls::{ServerConfig, crypto::aws_lc_rs};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject as _};
 
 use crate::{GatewayError, TlsSource};
 
@@ -32,10 +32,13 @@ pub(crate) fn server_config(source: &TlsSource, listen: IpAddr) -> Result<Arc<Se
         TlsSource::Files { certificate, key } => (certificate.clone(), key.clone()),
         TlsSource::SelfSigned { directory } => own_certificate(directory, listen)?,
     };
-    let bad = |op, path: &Path, source: rustls_pki_types::pem::Error| GatewayError::Pem {
-        op,
-        path: path.to_owned(),
-        source: source.into(),
+    let bad = |op, path: &Path, error| {
+        let path = path.to_owned();
+        match error {
+            pem::Error::Io(source) => GatewayError::Io { op, path, source },
+            pem::Error::NoItemsFound => GatewayError::Pem { op, path, source: "the file holds none in PEM".into() },
+            error => GatewayError::Pem { op, path, source: error.into() },
+        }
     };
     let chain = CertificateDer::pem_file_iter(&certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)

@@ -8,10 +8,10 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
     sync::{Mutex, PoisonError},
-    time::{Duration, Instant, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
-use qvd_core::{DesktopId, DesktopSpec, NetPolicy, StartStep, UidRange, Virtualizer};
+use qvd_core::{DesktopId, DesktopSpec, NetPolicy, RootPolicy, StartStep, UidRange, Virtualizer};
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
 use qvd_net::{Network, Port, PortSpec, loopback_up};
 use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Root, RootId, Store};
@@ -25,6 +25,9 @@ use crate::{
 
 /// How long the init has beyond the programs' grace to end by itself.
 const INIT_GRACE: Duration = Duration::from_secs(2);
+
+/// What programs begin with. Source: elf(5), `EI_MAG0` to `EI_MAG3`.
+const ELF_MAGIC: &[u8] = b"\x7fELF";
 
 /// A desktop that runs, or of which something is left.
 #[derive(Debug)]
@@ -139,8 +142,14 @@ impl Parts {
         let path = config.init.display();
         let program = std::fs::read(&config.init)
             .map_err(failed(HostErrorKind::NotFound, format!("cannot read the desktops' init `{path}`")))?;
+        if !program.starts_with(ELF_MAGIC) {
+            let what = format!("cannot use the desktops' init `{path}`: it is not a program for this machine");
+            return Err(HostError::new(HostErrorKind::Invalid, what));
+        }
         let init = seal(c"qvd-init", &program)
             .map_err(failed(HostErrorKind::Failed, format!("cannot seal the desktops' init `{path}`")))?;
+        // Every desktop takes one; better to know before anything is made.
+        drop(user_namespace(0, "cannot run desktops")?);
         let store = Store::open(&config.root).map_err(storage("cannot open the store"))?;
         let runtime = Runtime::new(config.instance).map_err(virt("cannot make the container runtime"))?;
         let network = Network::open(config.network).map_err(net("cannot make the network"))?;
@@ -175,9 +184,10 @@ impl Parts {
         self.runtime.sweep(&keep).map_err(virt("cannot end what earlier desktops left running"))?;
         let ports = keep.iter().copied().collect();
         self.with_network(|network| network.sweep(&ports).map_err(net("cannot remove ports that nobody owns")))?;
+        // Persistent ones go when their desktops are removed, and not before.
         let roots: Vec<_> = keep.iter().map(|&id| RootId::from(id)).collect();
         // A root that something else has mounted is no reason not to run others.
-        if let Err(error) = self.store.sweep(&roots) {
+        if let Err(error) = self.store.sweep_volatile(&roots) {
             tracing::warn!(error = &error as &dyn StdError, "roots that earlier desktops left are left again");
         }
         Ok(adopted)
@@ -224,12 +234,14 @@ impl Parts {
         let uid_slot = self.take_slot()?;
         undo.step(move || self.free_slot(uid_slot));
         let ids = UidRange::of_slot(uid_slot).map_err(failed(HostErrorKind::Busy, &what))?;
-        let userns =
-            qvd_sys::userns::create(ids.base(), UidRange::LEN).map_err(failed(HostErrorKind::Failed, &what))?;
+        let userns = user_namespace(uid_slot, &what)?;
         let mut timings = Timings::default();
 
+        // By name, because making it can fail half-way, as on a full disk.
+        if spec.root == RootPolicy::Volatile {
+            undo.step(|| note(id, self.store.remove_root(&RootId::from(id))));
+        }
         let root = self.store.root(&image, &RootId::from(id), spec.root).map_err(storage(&what))?;
-        undo.step(|| note(id, self.store.root(&image, &RootId::from(id), spec.root).and_then(|mut root| root.close())));
         let root_mount = root.mount(Some(userns.as_fd())).map_err(storage(&what))?;
         let home = self.home(spec, &image).and_then(|home| home.mount(Some(userns.as_fd()))).map_err(storage(&what))?;
         timings.root_us = micros(began);
@@ -329,19 +341,18 @@ impl Parts {
     }
 
     pub(crate) fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {
-        let what = format!("cannot build `{}`", recipe.display());
-        let text = std::fs::read_to_string(recipe).map_err(failed(HostErrorKind::NotFound, &what))?;
+        let what = format!("cannot build the image of `{}`", recipe.display());
+        let text = std::fs::read_to_string(recipe).map_err(|error| {
+            let found = error.kind() != std::io::ErrorKind::NotFound;
+            HostError::because(if found { HostErrorKind::Failed } else { HostErrorKind::NotFound }, &what, error)
+        })?;
         let recipe = Recipe::parse(&text).map_err(failed(HostErrorKind::Invalid, &what))?;
         let built = self.store.build(&recipe, &BuildOptions::default(), progress).map_err(storage(&what))?;
-        Ok(summary(&built.image, built.reused))
+        Ok(ImageSummary::of(&built.image, built.reused))
     }
 
     pub(crate) fn images(&self) -> Result<Vec<ImageSummary>, HostError> {
-        let list = || {
-            let flavours = self.store.flavours()?;
-            flavours.iter().map(|flavour| Ok(summary(&self.store.flavour(flavour)?, true))).collect::<Result<_, _>>()
-        };
-        list().map_err(storage("cannot list images"))
+        ImageSummary::all(&self.store).map_err(storage("cannot list the images"))
     }
 
     fn home(&self, spec: &DesktopSpec, image: &Image) -> Result<Home, qvd_storage::Error> {
@@ -374,6 +385,24 @@ impl Parts {
     }
 }
 
+/// The user namespace of a range of ids. A refusal says what this host lacks.
+fn user_namespace(slot: u32, what: &str) -> Result<OwnedFd, HostError> {
+    let ids = UidRange::of_slot(slot).map_err(failed(HostErrorKind::Busy, what))?;
+    qvd_sys::userns::create(ids.base(), UidRange::LEN).map_err(|error| {
+        // Source: user_namespaces(7) and clone(2). Their usual texts, such as
+        // "no space left on device", would lead elsewhere.
+        let why = match error.kind() {
+            std::io::ErrorKind::StorageFull => {
+                "this host allows no more user namespaces; raise the sysctl `user.max_user_namespaces`"
+            }
+            std::io::ErrorKind::PermissionDenied => "this process may not make user namespaces with desktops' ids",
+            std::io::ErrorKind::InvalidInput => "the kernel has no user namespaces",
+            _ => return HostError::because(HostErrorKind::Failed, what, error),
+        };
+        HostError::new(HostErrorKind::Unsupported, format!("{what}: {why}"))
+    })
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -404,18 +433,6 @@ fn init_config(image: &Image) -> InitConfig {
         head_linger_s: session.head_linger_s,
     });
     InitConfig { version: VERSION, env, services: config.services.clone(), session }
-}
-
-fn summary(image: &Image, reused: bool) -> ImageSummary {
-    let created = image.created().duration_since(UNIX_EPOCH).unwrap_or_default();
-    ImageSummary {
-        flavour: image.config().flavour.clone(),
-        digest: image.digest(),
-        created_unix_s: created.as_secs(),
-        entries: image.entries(),
-        size_bytes: image.size_bytes(),
-        reused,
-    }
 }
 
 fn storage(what: impl fmt::Display) -> impl FnOnce(qvd_storage::Error) -> HostError {

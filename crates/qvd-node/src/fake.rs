@@ -171,11 +171,12 @@ fn image_of(flavour: &FlavourName) -> ImageSummary {
         entries: 1,
         size_bytes: 4096,
         reused: false,
+        damaged: None,
     }
 }
 
 fn not_running(id: DesktopId) -> HostError {
-    HostError::new(HostErrorKind::Invalid, format!("desktop {id} does not run"))
+    HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run"))
 }
 
 fn failed(source: std::io::Error) -> HostError {

@@ -12,11 +12,12 @@ use std::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep};
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
+use qvd_storage::{Image, Store};
 use serde::{Deserialize, Serialize};
 
 /// A host that runs desktops. Calls block, may come from many threads at once,
@@ -92,6 +93,8 @@ pub enum HostErrorKind {
     Invalid,
     /// There is no such thing.
     NotFound,
+    /// The desktop does not run, which it would have to.
+    NotRunning,
     /// Somebody holds it; later it may work.
     Busy,
     /// This host cannot do it; another may.
@@ -191,6 +194,56 @@ pub struct ImageSummary {
     pub size_bytes: u64,
     /// Whether this call found it already made.
     pub reused: bool,
+    /// Why no desktop can start from it, if so; figures are zero then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
+}
+
+impl ImageSummary {
+    /// Describes an image.
+    #[must_use]
+    pub fn of(image: &Image, reused: bool) -> Self {
+        Self {
+            flavour: image.config().flavour.clone(),
+            digest: image.digest(),
+            created_unix_s: image.created().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            entries: image.entries(),
+            size_bytes: image.size_bytes(),
+            reused,
+            damaged: None,
+        }
+    }
+
+    /// Describes the image of every flavour in `store`. A damaged one is listed
+    /// as such: it is no reason not to use the others.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn all(store: &Store) -> Result<Vec<Self>, qvd_storage::Error> {
+        let mut all = Vec::new();
+        for flavour in store.flavours()? {
+            let digest = match store.digest_of(&flavour) {
+                Ok(digest) => digest,
+                Err(error) => {
+                    tracing::warn!(%flavour, %error, "flavour left out");
+                    continue;
+                }
+            };
+            all.push(match store.image(digest) {
+                Ok(image) => Self::of(&image, false),
+                Err(error) => Self {
+                    flavour,
+                    digest,
+                    created_unix_s: 0,
+                    entries: 0,
+                    size_bytes: 0,
+                    reused: false,
+                    damaged: Some(error.to_string()),
+                },
+            });
+        }
+        Ok(all)
+    }
 }
 
 /// Why a display stream ended.

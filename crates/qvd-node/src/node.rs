@@ -178,6 +178,12 @@ impl Node {
         results.into_iter().chain([network]).collect()
     }
 
+    /// Whether no desktop runs here and nothing is left of one.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        lock(&self.inner.slots).values().all(|slot| lock(&slot.face).state == State::Stopped)
+    }
+
     fn watch(&self, desktop: &Desktop) -> Result<(), HostError> {
         self.supervisor
             .watch(desktop.id(), desktop.pidfd())
@@ -232,7 +238,7 @@ impl Inner {
     fn guest(&self, id: DesktopId) -> Result<Guest, HostError> {
         let slot = lock(&self.slots).get(&id).cloned();
         slot.and_then(|slot| lock(&slot.face).guest.clone())
-            .ok_or_else(|| HostError::new(HostErrorKind::NotFound, format!("desktop {id} does not run")))
+            .ok_or_else(|| HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run")))
     }
 }
 
@@ -304,7 +310,7 @@ impl Host for Node {
                 if let Err(left) = self.inner.close(&slot, &mut live) {
                     tracing::warn!(desktop = %spec.id, error = &left as &dyn std::error::Error, "parts are left");
                 }
-                lock(&slot.face).ended = Some(error.to_string());
+                lock(&slot.face).ended = Some(qvd_core::causes(&error).join(": "));
                 Err(error)
             }
         }
@@ -378,7 +384,7 @@ impl Host for Node {
             Attachment::new(stream).map_err(|e| HostError::because(HostErrorKind::Failed, what(), e))?;
         let mut face = lock(&slot.face);
         if face.guest.is_none() {
-            return Err(HostError::new(HostErrorKind::NotFound, format!("desktop {id} was stopped")));
+            return Err(HostError::new(HostErrorKind::NotRunning, format!("desktop {id} was stopped")));
         }
         // Two clients may have asked at once: the later answer has the display.
         face.alone = Alone::No;
@@ -395,7 +401,7 @@ impl Host for Node {
     }
 
     fn stats(&self, id: DesktopId) -> Result<Stats, HostError> {
-        self.inner.guest(id)?.stats().map_err(|e| e.into_host_error(format!("cannot ask desktop {id} for its figures")))
+        self.inner.guest(id)?.stats().map_err(|e| e.into_host_error(format!("cannot measure desktop {id}")))
     }
 
     fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {

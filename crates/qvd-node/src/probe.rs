@@ -1,6 +1,6 @@
 //! What this host can do, found by doing it, and what a no costs.
 
-use std::path::Path;
+use std::{io, path::Path};
 
 use qvd_core::{Missing, Support};
 use qvd_storage::Store;
@@ -32,6 +32,12 @@ struct Advice {
 }
 
 const ADVICE: &[Advice] = &[
+    Advice {
+        name: "user namespaces",
+        required: true,
+        cost: "no desktop can run here",
+        remedy: "raise the sysctl user.max_user_namespaces, or use a kernel with user namespaces",
+    },
     Advice {
         name: "id-mapped layers",
         required: true,
@@ -96,27 +102,34 @@ fn advise(name: &str, support: Support) -> Probe {
         remedy: "run as root on Linux 5.19 or later with namespaces, cgroups and nftables built in or loaded",
     };
     let advice = ADVICE.iter().find(|advice| advice.name == name).unwrap_or(&usual);
+    let remedy = match &support {
+        // What else is missing shows only to somebody who may try.
+        Support::No(Missing::Privilege(_)) => "run this as root",
+        _ => advice.remedy,
+    };
     Probe {
         name: name.to_owned(),
         required: advice.required,
         support,
         cost: advice.cost.to_owned(),
-        remedy: advice.remedy.to_owned(),
+        remedy: remedy.to_owned(),
     }
 }
 
 /// Tries in a store of its own beside the real one, which a daemon may hold.
 fn storage(root: &Path) -> Vec<(&'static str, Support)> {
     let there = root.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
-    let tried = tempfile::Builder::new()
-        .prefix(".qvd-probe-")
-        .tempdir_in(there)
-        .map_err(|e| e.to_string())
-        .and_then(|scratch| Store::open(scratch.path()).and_then(|store| store.probe()).map_err(|e| e.to_string()));
-    tried.unwrap_or_else(|error| {
-        vec![(
-            "overlayfs",
-            Support::No(Missing::Filesystem(format!("room for a trial below `{}`: {error}", there.display()))),
-        )]
-    })
+    let room = |error: &dyn std::fmt::Display| {
+        Missing::Filesystem(format!("room for a trial below `{}`: {error}", there.display()))
+    };
+    let tried = match tempfile::Builder::new().prefix(".qvd-probe-").tempdir_in(there) {
+        Ok(scratch) => Store::open(scratch.path())
+            .and_then(|store| store.probe())
+            .map_err(|error| room(&qvd_core::causes(&error).join(": "))),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(Missing::Privilege(format!("write below `{}`", there.display())))
+        }
+        Err(error) => Err(room(&error)),
+    };
+    tried.unwrap_or_else(|missing| vec![("overlayfs", Support::No(missing))])
 }

@@ -39,11 +39,11 @@ pub trait RootBackend: fmt::Debug + Send + Sync {
     /// [`Error::RootBusy`] while something has it mounted.
     fn remove(&self, id: &RootId) -> Result<(), Error>;
 
-    /// Every root that is kept, with the image it stands on.
+    /// Every root on this host, by name, and what becomes of it at a stop.
     ///
     /// # Errors
     /// The directory of roots cannot be read.
-    fn roots(&self) -> Result<Vec<(RootId, Option<Digest>)>, Error>;
+    fn roots(&self) -> Result<Vec<(RootId, RootPolicy)>, Error>;
 }
 
 /// The writable file tree of one desktop.

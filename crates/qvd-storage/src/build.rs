@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use qvd_core::Missing;
+use qvd_core::{Missing, Support};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
@@ -98,7 +98,10 @@ impl Job<'_> {
         let base = &self.recipe.base;
         let found = apt::sources(Path::new("/etc/apt"), &base.suite, &base.components, options.mirror.as_deref())?;
         if found.is_empty() {
-            let reason = format!("this host's apt has no source for {}; give a mirror for the build", base.suite);
+            let reason = format!(
+                "this host's apt has no source for suite `{}`; add one below /etc/apt, or name another suite",
+                base.suite
+            );
             return Err(self.failed(reason, []));
         }
         Ok(found.iter().map(|source| source.line() + "\n").collect())
@@ -302,6 +305,15 @@ fn find(program: &str, package: &str) -> Result<PathBuf, Error> {
         op: "build images",
         missing: Missing::Program(format!("{program} (package {package})")),
     })
+}
+
+/// Whether the programs that build images are there.
+pub(crate) fn support() -> Support {
+    let programs = [("mmdebstrap", "mmdebstrap"), ("setpriv", "util-linux"), ("unshare", "util-linux")];
+    match programs.iter().find_map(|(program, package)| find(program, package).err()) {
+        Some(Error::Unsupported { missing, .. }) => Support::No(missing),
+        _ => Support::Yes,
+    }
 }
 
 /// Sources and proxies may hold a password: neither arguments nor others see it.

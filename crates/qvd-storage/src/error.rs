@@ -36,8 +36,8 @@ pub enum Error {
     /// A recipe is wrong.
     #[error(transparent)]
     Recipe(#[from] RecipeError),
-    /// The program that builds trees failed.
-    #[error("cannot build flavour {flavour}: {reason}")]
+    /// The tree of a flavour could not be built; the reason names the step.
+    #[error("{reason}")]
     Build {
         /// Flavour that was to be built.
         flavour: FlavourName,
@@ -47,7 +47,7 @@ pub enum Error {
         output: Vec<String>,
     },
     /// A recipe names a package that its distribution does not have.
-    #[error("cannot build flavour {flavour}: there is no package `{package}` in {suite}")]
+    #[error("there is no package `{package}` in {suite}")]
     NoSuchPackage {
         /// Flavour that was to be built.
         flavour: FlavourName,

@@ -149,7 +149,7 @@ pub(crate) struct Images {
 impl Images {
     pub(crate) fn open(dir: &Path, trash: Arc<Trash>) -> Result<Self, Error> {
         for dir in [dir, &dir.join(FLAVOURS)] {
-            fsio::ensure_private_dir(dir).map_err(Error::io("make", dir))?;
+            fsio::ensure_private_dir(dir).map_err(Error::io("use", dir))?;
         }
         let images = Self { dir: dir.to_path_buf(), trash };
         // Builds that were interrupted; the lock on the store says that no
@@ -244,7 +244,12 @@ impl Images {
 
     /// The image that a flavour points at.
     pub(crate) fn of_flavour(&self, flavour: &FlavourName) -> Result<Image, Error> {
-        self.load(self.pointer(flavour)?.ok_or_else(|| Error::NoSuchFlavour(flavour.clone()))?.default)
+        self.load(self.digest_of(flavour)?)
+    }
+
+    /// Which image a flavour points at.
+    pub(crate) fn digest_of(&self, flavour: &FlavourName) -> Result<Digest, Error> {
+        Ok(self.pointer(flavour)?.ok_or_else(|| Error::NoSuchFlavour(flavour.clone()))?.default)
     }
 
     /// A sound image that was built by the recipe with this key.

@@ -47,7 +47,7 @@ const WORK: &str = "work";
 
 impl Overlayfs {
     pub(crate) fn open(dir: &Path, trash: Arc<Trash>) -> Result<Self, Error> {
-        fsio::ensure_private_dir(dir).map_err(Error::io("make", dir))?;
+        fsio::ensure_private_dir(dir).map_err(Error::io("use", dir))?;
         Ok(Self { dir: dir.to_path_buf(), trash })
     }
 
@@ -122,17 +122,17 @@ impl RootBackend for Overlayfs {
         self.trash.discard(&dir)
     }
 
-    fn roots(&self) -> Result<Vec<(RootId, Option<Digest>)>, Error> {
+    fn roots(&self) -> Result<Vec<(RootId, RootPolicy)>, Error> {
         let io = Error::io("read roots in", &self.dir);
         let names = fs::read_dir(&self.dir).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(io)?;
         let mut found = Vec::new();
         for entry in names {
             let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<RootId>().ok()) else { continue };
-            // A root without a readable record is still a root, to be swept.
-            let record = read_record(&entry.path()).unwrap_or_default();
-            found.push((id, record.map(|record| record.base)));
+            // A record that cannot be read is still one: somebody's files are there.
+            let persistent = entry.path().join(RECORD).try_exists().map_err(Error::io("read root", entry.path()))?;
+            found.push((id, if persistent { RootPolicy::Persistent } else { RootPolicy::Volatile }));
         }
-        found.sort();
+        found.sort_by(|(one, _), (other, _)| one.cmp(other));
         Ok(found)
     }
 }

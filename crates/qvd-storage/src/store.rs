@@ -50,7 +50,7 @@ impl Store {
     /// [`Error::StoreBusy`] while another process has it open.
     pub fn open(root: &Path) -> Result<Self, Error> {
         std::fs::create_dir_all(root).map_err(Error::io("make", root))?;
-        fsio::ensure_private_dir(root).map_err(Error::io("make", root))?;
+        fsio::ensure_private_dir(root).map_err(Error::io("use", root))?;
         let root = root.canonicalize().map_err(Error::io("open", root))?;
         let lock = lock(&root)?;
         let trash = Arc::new(Trash::open(&root.join("trash"))?);
@@ -128,6 +128,14 @@ impl Store {
         self.images.of_flavour(flavour)
     }
 
+    /// Which image desktops of a flavour start from; it may be damaged.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchFlavour`] or [`Error::DamagedFlavour`].
+    pub fn digest_of(&self, flavour: &FlavourName) -> Result<Digest, Error> {
+        self.images.digest_of(flavour)
+    }
+
     /// Every flavour that has an image, by name.
     ///
     /// # Errors
@@ -160,22 +168,32 @@ impl Store {
         self.backend.remove(id)
     }
 
-    /// Every root that is kept, with the image it stands on.
+    /// Every root on this host, by name, and what becomes of it at a stop.
     ///
     /// # Errors
     /// As [`RootBackend::roots`].
-    pub fn roots(&self) -> Result<Vec<(RootId, Option<Digest>)>, Error> {
+    pub fn roots(&self) -> Result<Vec<(RootId, RootPolicy)>, Error> {
         self.backend.roots()
     }
 
-    /// Removes every root but those in `keep`. A root that is still mounted
-    /// stays; the others go all the same.
+    /// Deletes, before it returns, what was removed so far. Otherwise that goes
+    /// on beside other work, and after the next open if the store is closed first.
+    ///
+    /// # Errors
+    /// Something cannot be deleted; the next open tries again.
+    pub fn empty_trash(&self) -> Result<(), Error> {
+        self.trash.empty()
+    }
+
+    /// Removes every volatile root but those in `keep`. A root that is still
+    /// mounted stays; the others go all the same.
     ///
     /// # Errors
     /// The last failure, after everything was tried.
-    pub fn sweep(&self, keep: &[RootId]) -> Result<(), Error> {
+    pub fn sweep_volatile(&self, keep: &[RootId]) -> Result<(), Error> {
         let mut failure = None;
-        for (id, _) in self.roots()?.into_iter().filter(|(id, _)| !keep.contains(id)) {
+        let volatile = self.roots()?.into_iter().filter(|(_, policy)| *policy == RootPolicy::Volatile);
+        for (id, _) in volatile.filter(|(id, _)| !keep.contains(id)) {
             if let Err(error) = self.remove_root(&id) {
                 tracing::warn!(root = %id, %error, "root left behind");
                 failure = Some(error);
@@ -190,7 +208,7 @@ impl Store {
     /// As [`Home::open`].
     pub fn home(&self, id: &HomeId, image: &Image) -> Result<Home, Error> {
         let homes = self.root.join("homes");
-        fsio::ensure_private_dir(&homes).map_err(Error::io("make", &homes))?;
+        fsio::ensure_private_dir(&homes).map_err(Error::io("use", &homes))?;
         Home::open(&homes.join(id.to_string()), image)
     }
 
@@ -212,6 +230,7 @@ impl Store {
             (self.backend.name(), backend.roots),
             ("id-mapped layers", backend.id_mapped),
             ("volatile roots", backend.volatile),
+            ("image building (mmdebstrap)", build::support()),
             ("reflink", reflink(&self.root).map_err(Error::io("probe reflink below", &self.root))?),
         ])
     }

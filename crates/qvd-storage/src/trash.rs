@@ -39,7 +39,7 @@ struct Shared {
 
 impl Trash {
     pub(crate) fn open(path: &Path) -> Result<Self, Error> {
-        fsio::ensure_private_dir(path).map_err(Error::io("make", path))?;
+        fsio::ensure_private_dir(path).map_err(Error::io("use", path))?;
         let dir = fsio::open_dir(path).map_err(Error::io("open", path))?;
         let shared = Arc::new(Shared { dir, stop: AtomicBool::new(false), next: AtomicU64::new(0) });
         let (wake, woken) = mpsc::channel();
@@ -58,6 +58,11 @@ impl Trash {
             thread::Builder::new().name("trash".to_owned()).spawn(work).map_err(Error::io("delete below", path))?
         };
         Ok(Self { path: path.to_path_buf(), shared, wake: Some(wake), worker: Some(worker) })
+    }
+
+    /// Deletes everything in it, in this thread, and says whether that worked.
+    pub(crate) fn empty(&self) -> Result<(), Error> {
+        self.shared.empty().map_err(Error::io("empty", &self.path))
     }
 
     /// Takes what is at `path` out of the way; `Ok` when nothing is there.

@@ -1,6 +1,6 @@
 //! From the farm's errors to HTTP's.
 
-use std::{error::Error as StdError, fmt::Write as _};
+use std::fmt::Write as _;
 
 use axum::{
     Json,
@@ -114,7 +114,7 @@ fn status_of(kind: ErrorKind) -> StatusCode {
 }
 
 fn causes(error: &FarmError) -> Vec<String> {
-    std::iter::successors(error.source(), |cause| (*cause).source()).map(|cause| one_line(&cause.to_string())).collect()
+    qvd_core::causes(error).iter().skip(1).map(|cause| one_line(cause)).collect()
 }
 
 fn one_line(text: &str) -> String {

@@ -254,6 +254,9 @@ async fn desktops(
     Asked(whose): Asked<Whose>,
 ) -> Answer<Json<Vec<DesktopInfo>>> {
     let user = whose.seen_by(&caller);
+    if let Some(name) = &user {
+        farm.user(name).await.map_err(|e| ApiError::new(&caller, &e))?;
+    }
     farm.desktop_infos(user.as_ref()).await.map(Json).map_err(|e| ApiError::new(&caller, &e))
 }
 

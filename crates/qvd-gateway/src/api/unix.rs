@@ -60,9 +60,23 @@ pub enum UnixServeError {
 #[derive(Debug)]
 pub struct UnixDoor {
     listener: UnixListener,
+    place: Place,
+}
+
+/// Our socket's name. Goes with its owner, also with one that never served.
+#[derive(Debug)]
+struct Place {
     path: PathBuf,
     /// Device and inode, to know our own socket again.
     identity: (u64, u64),
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            tracing::warn!(%error, "socket left behind");
+        }
+    }
 }
 
 impl UnixDoor {
@@ -97,7 +111,7 @@ impl UnixDoor {
             .and_then(|()| fs::symlink_metadata(&new))
             .and_then(|found| fs::rename(&new, path).map(|()| (found.dev(), found.ino())));
         match placed {
-            Ok(identity) => Ok(Self { listener, path: path.to_owned(), identity }),
+            Ok(identity) => Ok(Self { listener, place: Place { path: path.to_owned(), identity } }),
             Err(e) => {
                 if let Err(error) = fs::remove_file(&new) {
                     tracing::warn!(path = %new.display(), %error, "socket left behind");
@@ -133,8 +147,9 @@ impl UnixDoor {
                 }
             }
         }
-        let removed = self.remove();
-        drop(self.listener);
+        let Self { listener, place } = self;
+        let removed = place.remove();
+        drop(listener);
         ending.send_replace(true);
         let all = async { while connections.join_next().await.is_some() {} };
         if tokio::time::timeout(SHUTDOWN_GRACE, all).await.is_err() {
@@ -142,7 +157,9 @@ impl UnixDoor {
         }
         removed
     }
+}
 
+impl Place {
     /// Removes the socket unless another daemon has put its own there.
     fn remove(&self) -> Result<(), UnixServeError> {
         let failed = |op| move |source| UnixServeError::Io { op, path: self.path.clone(), source };

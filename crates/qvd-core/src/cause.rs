@@ -1,0 +1,21 @@
+//! The story that an error and its causes tell.
+
+use std::{error::Error, iter};
+
+/// What an error says and what each of its causes says, outermost first.
+///
+/// Each layer names its verb and its object, as its own callers need it; where
+/// two layers do that in the same words, the second adds nothing and is left out.
+///
+/// ```
+/// use std::{error::Error, io};
+/// let error: Box<dyn Error> = io::Error::other(io::Error::other("disk full")).into();
+/// assert_eq!(qvd_core::causes(&*error), ["disk full"]);
+/// ```
+#[must_use]
+pub fn causes(error: &(dyn Error + 'static)) -> Vec<String> {
+    let mut said: Vec<String> =
+        iter::successors(Some(error), |error| (*error).source()).map(ToString::to_string).collect();
+    said.dedup();
+    said
+}
