@@ -88,6 +88,8 @@ fn parse_config(bytes: &[u8]) -> Result<InitConfig, String> {
 enum Child {
     Session(Role),
     Service(usize),
+    /// One of the session's programs, by its place in the list.
+    Program(usize),
     Exec(Client),
     /// Nothing depends on how it ends.
     Other,
@@ -319,6 +321,7 @@ impl Init {
                 let now = self.now();
                 self.service_ended(index, now);
             }
+            Some(Child::Program(index)) => self.session(Some(Event::ProgramEnded(index, exit))),
             Some(Child::Exec(id)) => {
                 self.answer(id, &Reply::Exited(exit));
                 self.connections.remove(&id);
@@ -399,12 +402,15 @@ impl Init {
                 None
             }
             Action::Autostart => {
-                for argv in &graphical.config.autostart {
-                    match graphical.program(argv, &self.log) {
-                        Ok(pid) => drop(self.children.insert(pid, Child::Other)),
-                        Err(e) => self.log.note(&format!("cannot start `{}`: {e}", argv.join(" "))),
-                    }
+                // What a former session left no longer counts.
+                for child in self.children.values_mut().filter(|child| matches!(child, Child::Program(_))) {
+                    *child = Child::Other;
                 }
+                (0..graphical.config.autostart.len()).for_each(|index| self.autostart(index));
+                None
+            }
+            Action::AutostartAgain(index) => {
+                self.autostart(index);
                 None
             }
             Action::Changed => {
@@ -416,6 +422,16 @@ impl Init {
             self.log.note(&failure);
         }
         None
+    }
+
+    /// Starts one of the session's programs.
+    fn autostart(&mut self, index: usize) {
+        let Some(graphical) = &self.graphical else { return };
+        let Some(argv) = graphical.config.autostart.get(index) else { return };
+        match graphical.program(argv, &self.log) {
+            Ok(pid) => drop(self.children.insert(pid, Child::Program(index))),
+            Err(e) => self.log.note(&format!("cannot start `{}`: {e}", argv.join(" "))),
+        }
     }
 
     /// Gives a client its display.

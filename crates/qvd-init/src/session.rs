@@ -8,7 +8,7 @@
 //! so a signal that the agent ignored or a program that died is simply met
 //! again.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use qvd_core::{DisplayKind, Geometry};
 use qvd_guest::{Exit, SessionState};
@@ -36,6 +36,11 @@ const KILL_AFTER: Duration = Duration::from_secs(2);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// What ran this long counts as having worked: the pause is short again.
 const WORKED: Duration = Duration::from_secs(30);
+
+/// A program of the session's that failed within this time may not have reached
+/// the display: an agent between two fronts lets nobody in. It is tried again
+/// this often.
+const UNREACHED: (Duration, u32) = (Duration::from_secs(5), 3);
 
 /// Pause before the next start after `failures` quick deaths in a row.
 fn pause(failures: u32) -> Duration {
@@ -127,6 +132,8 @@ pub(crate) enum Event {
     Seen(Seen),
     /// A program ended, or could not be started.
     Ended(Role, Exit),
+    /// One of the session's programs, by its place in the list, has ended.
+    ProgramEnded(usize, Exit),
     /// A client wants the display.
     Attach(Client, DisplayKind),
     /// A client no longer waits.
@@ -162,6 +169,8 @@ pub(crate) enum Action {
     Refuse(Client, &'static str, &'static str),
     /// Starts the session's programs.
     Autostart,
+    /// Starts one of them again.
+    AutostartAgain(usize),
     /// The session's state is another.
     Changed,
 }
@@ -217,6 +226,14 @@ impl Backoff {
     }
 }
 
+/// One of the session's programs that failed at once.
+#[derive(Debug, Clone, Copy)]
+struct Unreached {
+    since: Moment,
+    backoff: Backoff,
+    due: bool,
+}
+
 /// The session of a desktop.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -232,7 +249,8 @@ pub(crate) struct Session {
     /// Whether the head shown now was made for a size other than the client's.
     resize: Option<Geometry>,
     managed: bool,
-    autostarted: bool,
+    autostarted: Option<Moment>,
+    unreached: BTreeMap<usize, Unreached>,
     waiting: Option<Waiting>,
     agent_backoff: Backoff,
     manager_backoff: Backoff,
@@ -259,7 +277,8 @@ impl Session {
             front: Front::Nobody,
             resize: None,
             managed: false,
-            autostarted: false,
+            autostarted: None,
+            unreached: BTreeMap::new(),
             waiting: None,
             agent_backoff: Backoff::default(),
             manager_backoff: Backoff::default(),
@@ -285,6 +304,16 @@ impl Session {
     /// Whether a native client shows the session.
     pub(crate) fn is_native(&self) -> bool {
         self.front == Front::Native && self.seen.agent == AgentState::Running
+    }
+
+    /// Whether the session is shown, and not about to change its front.
+    fn is_shown(&self) -> bool {
+        self.seen.agent == AgentState::Running
+            && match self.front {
+                Front::Head => self.proxy.is_up(),
+                Front::Native => true,
+                Front::Nobody => false,
+            }
     }
 
     /// Takes note of an event.
@@ -327,6 +356,7 @@ impl Session {
                     self.seen.listens = false;
                 }
             }
+            Event::ProgramEnded(index, exit) => self.program_ended(now, index, exit),
             Event::NotConnected => self.connect_not_before = now + CONNECT_AGAIN,
             Event::Ended(role, exit) => self.ended(now, role, exit, out),
         }
@@ -341,7 +371,8 @@ impl Session {
                 self.seen = Seen::default();
                 self.front = Front::Nobody;
                 self.managed = false;
-                self.autostarted = false;
+                self.autostarted = None;
+                self.unreached.clear();
                 for role in [Role::WindowManager, Role::Watch, Role::Proxy, Role::Fit, Role::Head] {
                     self.end(now, role, out);
                 }
@@ -381,6 +412,18 @@ impl Session {
                 }
                 self.watch = Program::Down;
             }
+        }
+    }
+
+    fn program_ended(&mut self, now: Moment, index: usize, exit: Exit) {
+        let Some(since) = self.autostarted else { return };
+        let first = Unreached { since, backoff: Backoff::default(), due: false };
+        let program = self.unreached.entry(index).or_insert(first);
+        program.due = exit != Exit::Code(0)
+            && now.saturating_sub(program.since) < UNREACHED.0
+            && program.backoff.failures < UNREACHED.1;
+        if program.due {
+            program.backoff.died(now, program.since);
         }
     }
 
@@ -559,10 +602,18 @@ impl Session {
                 self.start(now, Role::Watch, self.geometry, out);
             }
         }
-        if self.managed && !self.autostarted {
-            self.autostarted = true;
+        if self.managed && self.autostarted.is_none() {
+            self.autostarted = Some(now);
             self.ready_at = self.ready_at.or(Some(now));
             out.push(Action::Autostart);
+        }
+        if self.managed && self.is_shown() {
+            for (&index, program) in &mut self.unreached {
+                if program.due && now >= program.backoff.not_before {
+                    (program.due, program.since) = (false, now);
+                    out.push(Action::AutostartAgain(index));
+                }
+            }
         }
     }
 
@@ -609,7 +660,8 @@ impl Session {
             self.toggle_not_before,
             self.connect_not_before,
         ];
-        let later = later.into_iter().filter(|&moment| moment > now);
+        let unreached = self.unreached.values().filter(|program| program.due).map(|program| program.backoff.not_before);
+        let later = later.into_iter().chain(unreached).filter(|&moment| moment > now);
         ending.chain(silent).chain(self.waiting.map(|waiting| waiting.until)).chain(later).min()
     }
 }

@@ -316,6 +316,29 @@ fn a_crashed_window_manager_is_replaced_and_programs_stay() {
 }
 
 #[test]
+fn a_program_that_met_a_display_between_two_fronts_is_started_again() {
+    let mut world = World::booted();
+    world.happen(Some(Event::Attach(1, native())));
+    world.happen(Some(Event::ProgramEnded(0, Exit::Code(1))));
+    assert!(!world.has(|action| *action == Action::AutostartAgain(0)), "{:?}", world.log);
+    world.until(|world| world.connected(1));
+    world.until(|world| world.has(|action| *action == Action::AutostartAgain(0)));
+}
+
+#[test]
+fn a_program_that_does_not_work_or_was_closed_is_left_alone() {
+    let mut world = World::booted();
+    world.happen(Some(Event::ProgramEnded(0, Exit::Code(0))));
+    for _ in 0..10 {
+        world.happen(Some(Event::ProgramEnded(1, Exit::Code(1))));
+        world.now += Duration::from_secs(1);
+        world.happen(None);
+    }
+    let tries = |index| world.log.iter().filter(|action| **action == Action::AutostartAgain(index)).count();
+    assert_eq!((tries(0), tries(1)), (0, 3), "{:?}", world.log);
+}
+
+#[test]
 fn signing_out_ends_the_whole_session() {
     let mut world = World::booted();
     world.kill(Role::WindowManager, Exit::Code(0));
