@@ -285,9 +285,23 @@ impl Cgroup {
         Ok(Some(dir.into()))
     }
 
-    /// Moves a process in, in every hierarchy.
+    /// What a process without threads writes to in order to move in, in every
+    /// v1 hierarchy. It does that itself because moving another waits for an
+    /// RCU grace period, some milliseconds and more under load (Linux 6.18
+    /// `kernel/cgroup/cgroup.c`, `cgroup_procs_write_start`).
+    pub(crate) fn entrances(&self) -> Result<Vec<OwnedFd>, Error> {
+        let v1 = self.all.hierarchies.iter().filter(|hierarchy| !hierarchy.unified);
+        v1.map(|hierarchy| {
+            let path = self.path(hierarchy).join("tasks");
+            let tasks = File::options().write(true).open(&path);
+            Ok(tasks.map_err(io_error(format!("open `{}`", path.display())))?.into())
+        })
+        .collect()
+    }
+
+    /// Moves a process in, in the v2 hierarchy if it is used.
     pub(crate) fn attach(&self, pid: u32) -> Result<(), Error> {
-        for hierarchy in &self.all.hierarchies {
+        for hierarchy in self.all.hierarchies.iter().filter(|hierarchy| hierarchy.unified) {
             let path = self.path(hierarchy).join("cgroup.procs");
             let op = || format!("move process {pid} to `{}`", path.display());
             self.all.tree.write(&path, &pid.to_string()).map_err(io_error(op()))?;

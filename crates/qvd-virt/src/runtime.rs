@@ -5,7 +5,7 @@ use std::{
     ffi::CString,
     fs,
     io::{self, Write},
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -119,15 +119,15 @@ impl Runtime {
         let _span = info_span!("prepare", desktop = %id).entered();
         spec.check()?;
         let claim = Claim::new(&self.shared, id)?;
-        let plan = {
-            let _span = info_span!("compile").entered();
-            self.compile(&mut spec)?
-        };
-        let steps = plan.len();
         let cgroup = {
             let _span = info_span!("cgroup").entered();
             self.shared.cgroups.create(id, spec.limits)?
         };
+        let plan = {
+            let _span = info_span!("compile").entered();
+            self.compile(&mut spec, cgroup.entrances()?)?
+        };
+        let steps = plan.len();
         let birthplace = if self.born_in_place { cgroup.birthplace()? } else { None };
         let spawned = {
             let _span = info_span!("clone").entered();
@@ -182,11 +182,15 @@ impl Runtime {
         Ok(())
     }
 
-    fn compile(&self, spec: &mut ContainerSpec) -> Result<Plan, Error> {
+    fn compile(&self, spec: &mut ContainerSpec, groups: Vec<OwnedFd>) -> Result<Plan, Error> {
         let mut plan = Plan::new();
         let root = spec.root.try_clone().map_err(io_error("keep the root"))?;
         let mut parts = Parts::of(spec, root.as_fd())?;
 
+        for tasks in groups {
+            let tasks = plan.own(tasks).map_err(io_error("keep a cgroup"))?;
+            plan.step("enter its cgroup", Op::EnterGroup(tasks));
+        }
         plan.step("wait for its id map", Op::Wait);
         plan.step("drop the groups", Op::ClearGroups);
         plan.step("become group 0", Op::SetGid(0));

@@ -96,6 +96,8 @@ impl<'a> Child<'a> {
         match op {
             Op::Wait => return self.wait(),
             Op::Ready => self.send(READY, 0)?,
+            // Zero is the writer itself.
+            Op::EnterGroup(tasks) => call!(SYS_write, self.fd(*tasks), c"0".as_ptr(), 1)?,
             Op::ClearGroups => call!(SYS_setgroups, 0, std::ptr::null::<libc::gid_t>())?,
             Op::SetGid(id) => call!(SYS_setresgid, *id, *id, *id)?,
             Op::SetUid(id) => call!(SYS_setresuid, *id, *id, *id)?,

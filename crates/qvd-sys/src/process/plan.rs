@@ -134,6 +134,8 @@ pub enum Op {
     Wait,
     /// Tells the parent [`Event::Ready`](super::Event::Ready).
     Ready,
+    /// Enters the v1 cgroup whose `tasks` file this is, open for writing.
+    EnterGroup(PlanFd),
     /// Drops all supplementary groups.
     ClearGroups,
     /// Sets real, effective and saved group.
