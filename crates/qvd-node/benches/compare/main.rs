@@ -36,10 +36,6 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 /// Process 1 of all of them, in whatever root.
 const INIT: &str = "bench-init";
 
-/// How often what takes no process of its own is repeated in a turn; the
-/// median counts. The first finds the caches cold that its neighbours left.
-const REPEATS: usize = 3;
-
 /// How long anything may take before the benchmark gives up.
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -136,8 +132,8 @@ fn main() -> Outcome<()> {
 }
 
 fn compare(options: &Options) -> Outcome<()> {
-    let host = Host::new()?;
     let bed = Bed::new()?;
+    let host = Host::new()?;
     let mut contestants: Vec<Box<dyn Contestant + '_>> =
         vec![Box::new(Qvd::new(&bed, true)), Box::new(Qvd::new(&bed, false)), Box::new(Fork)];
     let peers: [(&str, Outcome<Box<dyn Contestant>>); 3] = [
@@ -162,6 +158,7 @@ fn compare(options: &Options) -> Outcome<()> {
         // Each hasher has keys of its own: a new order.
         rows.sort_by_cached_key(|row| RandomState::new().hash_one(row.contestant.name()));
         for row in &mut rows {
+            host.settle()?;
             let sample = row.contestant.run().map_err(|error| format!("{}: {error}", row.contestant.name()))?;
             row.samples.push(sample);
         }
@@ -178,8 +175,8 @@ fn compare(options: &Options) -> Outcome<()> {
     }
     drop(rows);
     drop(contestants);
-    bed.close()?;
-    host.close()
+    host.close()?;
+    bed.close()
 }
 
 /// Processes that ran or wanted to, the mean of a minute.
@@ -220,13 +217,14 @@ fn as_json(rows: &[Row<'_>], bed: &Bed, rounds: usize, load: &[String; 2]) -> se
             let (start, cycle) = (row.figures(|s| s.start_us), row.figures(|s| s.cycle_us));
             json!({
                 "name": row.contestant.name(),
-                "start_us": start.0, "start_min_us": start.1,
-                "cycle_us": cycle.0, "cycle_min_us": cycle.1,
+                "start_us": start.0.round(), "start_min_us": start.1.round(),
+                "cycle_us": cycle.0.round(), "cycle_min_us": cycle.1.round(),
                 "start_to_floor": floor.map(|floor| start.0 / floor),
                 "calls_before_exec": row.calls,
             })
         })
         .collect();
-    let steps: serde_json::Map<_, _> = bed.steps().into_iter().map(|(name, us)| (name.to_owned(), us.into())).collect();
+    let steps: serde_json::Map<_, _> =
+        bed.steps().into_iter().map(|(name, us)| (name.to_owned(), us.round().into())).collect();
     json!({ "rounds": rounds, "load": load, "rows": rows, "qvd_steps_us": steps, "port_requests": bed.port_requests() })
 }

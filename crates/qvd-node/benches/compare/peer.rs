@@ -2,14 +2,18 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsString,
     fs::{self, File, OpenOptions},
     io::{self, Read as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::{fd::AsFd as _, unix::fs::OpenOptionsExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Instant,
+    thread,
+    time::{Duration, Instant},
 };
 
+use qvd_net::loopback_up;
+use qvd_sys::netns;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{CWD, FileType, Mode, OFlags, mknodat},
@@ -17,7 +21,7 @@ use rustix::{
 };
 use serde_json::json;
 
-use crate::{Contestant, INIT, LIMIT, Outcome, REPEATS, Sample, bed::micros, median};
+use crate::{Contestant, INIT, LIMIT, Outcome, Sample, bed::micros};
 
 /// The peers' bridge. Source: `floor.c`, which knows no other name.
 const BRIDGE: &str = "pf0";
@@ -31,6 +35,7 @@ const STAMP: &str = "stamp";
 /// A network with the peers' bridge, and what they leave on the host.
 pub(crate) struct Host {
     groups: BTreeSet<PathBuf>,
+    links: BTreeSet<OsString>,
     sys: tempfile::TempDir,
 }
 
@@ -52,7 +57,22 @@ impl Host {
             let mut words = line.split(' ');
             finish(Command::new(words.next().unwrap_or_default()).args(words))?;
         }
-        Ok(Self { groups: groups()?, sys })
+        Ok(Self { groups: groups()?, links: links()?, sys })
+    }
+
+    /// Waits until the kernel has removed what the last turn left to it: the
+    /// links of a network namespace that ended. It holds the lock meanwhile
+    /// that whoever makes a link waits for, so that one would pay for another.
+    pub(crate) fn settle(&self) -> Outcome<()> {
+        let began = Instant::now();
+        while links()? != self.links {
+            if began.elapsed() > LIMIT {
+                return Err(format!("links stay: {:?}", links()?.difference(&self.links)).into());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        // Takes that lock, after whoever has it.
+        Ok(loopback_up(netns::current()?.as_fd())?)
     }
 
     /// Removes the cgroups that the peers leave.
@@ -65,6 +85,11 @@ impl Host {
         }
         finish(Command::new("umount").arg(self.sys.path()))
     }
+}
+
+/// The links of this network namespace.
+fn links() -> Outcome<BTreeSet<OsString>> {
+    Ok(fs::read_dir("/sys/class/net")?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?)
 }
 
 /// The cgroups that a peer would make, of those there are.
@@ -96,13 +121,6 @@ fn plant_with_stamp(tree: &Path, program: &Path) -> Outcome<()> {
 
 pub(crate) fn compile(source: &Path, to: &Path, how: &str) -> Outcome<()> {
     finish(Command::new("cc").args(["-O2", "-w", "-o"]).arg(to).arg(source).arg(how))
-}
-
-/// The median of a few runs in a row.
-pub(crate) fn repeated(run: impl Fn() -> Outcome<Sample>) -> Outcome<Sample> {
-    let samples = (0..REPEATS).map(|_| run()).collect::<Outcome<Vec<_>>>()?;
-    let of = |part: fn(&Sample) -> f64| median(&samples.iter().map(part).collect::<Vec<_>>());
-    Ok(Sample { start_us: of(|s| s.start_us), cycle_us: of(|s| s.cycle_us) })
 }
 
 /// Runs a command to its end, and says what it said when that is a bad one.
@@ -174,10 +192,10 @@ impl Floor {
 
     /// Overlay, volatile; veth on the bridge, left to the end of its namespace;
     /// user namespace; system call filter; cgroups.
-    fn times(&self, times: usize) -> Command {
+    fn once(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("-r").arg(&self.root).arg("-W").arg(&self.work);
-        command.args(["-o", "-V", "-n", "2", "-A", "-u", "-s", "-c", self.cgroups, "-q", "-N", &times.to_string()]);
+        command.args(["-o", "-V", "-n", "2", "-A", "-u", "-s", "-c", self.cgroups, "-q", "-N", "1"]);
         command.arg("--").arg(Path::new("/").join(INIT));
         command
     }
@@ -189,7 +207,7 @@ impl Contestant for Floor {
     }
 
     fn run(&self) -> Outcome<Sample> {
-        let output = self.times(REPEATS).stdin(Stdio::null()).output()?;
+        let output = self.once().stdin(Stdio::null()).output()?;
         let (said, bad) = (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr));
         if !output.status.success() || !bad.is_empty() {
             return Err(format!("it ended with {}: {}", output.status, bad.trim()).into());
@@ -202,7 +220,7 @@ impl Contestant for Floor {
     }
 
     fn command(&self) -> Option<Command> {
-        Some(self.times(1))
+        Some(self.once())
     }
 }
 
@@ -297,13 +315,11 @@ impl Contestant for Fork {
     }
 
     fn run(&self) -> Outcome<Sample> {
-        repeated(|| {
-            let began = Instant::now();
-            let mut child = Command::new("/bin/true").stdin(Stdio::null()).spawn()?;
-            let start_us = micros(began);
-            child.wait()?;
-            Ok(Sample { start_us, cycle_us: micros(began) })
-        })
+        let began = Instant::now();
+        let mut child = Command::new("/bin/true").stdin(Stdio::null()).spawn()?;
+        let start_us = micros(began);
+        child.wait()?;
+        Ok(Sample { start_us, cycle_us: micros(began) })
     }
 }
 
