@@ -136,8 +136,9 @@ fn compare(options: &Options) -> Outcome<()> {
     let host = Host::new()?;
     let mut contestants: Vec<Box<dyn Contestant + '_>> =
         vec![Box::new(Qvd::new(&bed, true)), Box::new(Qvd::new(&bed, false)), Box::new(Fork)];
-    let peers: [(&str, Outcome<Box<dyn Contestant>>); 3] = [
-        ("floor", Floor::build(&options.floor, bed.dir(), &bed.tree())),
+    let peers: [(&str, Outcome<Box<dyn Contestant>>); 4] = [
+        (Floor::NAME, Floor::build(&options.floor, bed.dir(), &bed.tree(), true)),
+        ("floor, no cgroups", Floor::build(&options.floor, bed.dir(), &bed.tree(), false)),
         ("runc", Runc::build(bed.dir(), &bed.program())),
         ("lxc", Lxc::build(bed.dir(), &bed.program())),
     ];
