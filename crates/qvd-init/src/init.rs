@@ -87,6 +87,8 @@ fn parse_config(bytes: &[u8]) -> Result<InitConfig, String> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Child {
     Session(Role),
+    /// Gives the head another size.
+    Resizer,
     Service(usize),
     /// One of the session's programs, by its place in the list.
     Program(usize),
@@ -326,6 +328,7 @@ impl Init {
                 self.answer(id, &Reply::Exited(exit));
                 self.connections.remove(&id);
             }
+            Some(Child::Resizer) => self.session(Some(Event::Resized)),
             Some(Child::Other) | None => {}
         }
     }
@@ -385,10 +388,13 @@ impl Init {
                 let argv = [x11::RESIZE.to_owned(), geometry.to_string()];
                 match graphical.helper(HEAD_DISPLAY, &argv, &self.log) {
                     Ok(pid) => {
-                        self.children.insert(pid, Child::Other);
+                        self.children.insert(pid, Child::Resizer);
                         None
                     }
-                    Err(e) => Some(format!("cannot resize the head: {e}")),
+                    Err(e) => {
+                        self.log.note(&format!("cannot resize the head: {e}"));
+                        return Some(Event::Resized);
+                    }
                 }
             }
             Action::Connect(client, kind) => return Some(self.connect(client, kind)),

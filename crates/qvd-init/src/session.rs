@@ -140,6 +140,8 @@ pub(crate) enum Event {
     Gone(Client),
     /// [`Action::Connect`] worked and the client has its display.
     Connected(Client),
+    /// [`Action::Resize`] is done, well or not.
+    Resized,
     /// [`Action::Connect`] found nobody listening yet.
     NotConnected,
 }
@@ -248,6 +250,9 @@ pub(crate) struct Session {
     front: Front,
     /// Whether the head shown now was made for a size other than the client's.
     resize: Option<Geometry>,
+    /// Whether it is being given another size. A client that comes meanwhile
+    /// is thrown out: it has not said yet that it follows a screen's size.
+    resizing: bool,
     managed: bool,
     autostarted: Option<Moment>,
     unreached: BTreeMap<usize, Unreached>,
@@ -276,6 +281,7 @@ impl Session {
             watch: Program::Down,
             front: Front::Nobody,
             resize: None,
+            resizing: false,
             managed: false,
             autostarted: None,
             unreached: BTreeMap::new(),
@@ -357,6 +363,7 @@ impl Session {
                 }
             }
             Event::ProgramEnded(index, exit) => self.program_ended(now, index, exit),
+            Event::Resized => self.resizing = false,
             Event::NotConnected => self.connect_not_before = now + CONNECT_AGAIN,
             Event::Ended(role, exit) => self.ended(now, role, exit, out),
         }
@@ -384,6 +391,7 @@ impl Session {
                 self.head = Program::Down;
                 self.seen.head_socket = false;
                 self.resize = None;
+                self.resizing = false;
                 self.end(now, Role::Proxy, out);
                 self.end(now, Role::Fit, out);
             }
@@ -534,9 +542,10 @@ impl Session {
             AgentState::Suspended => self.toggle(now, RESUME_AGAIN, out),
             AgentState::Running if self.front == Front::Head => {
                 if let Some(geometry) = self.resize.take() {
+                    self.resizing = true;
                     out.push(Action::Resize(geometry));
                 }
-                if head_up {
+                if head_up && !self.resizing {
                     self.connect(now, out);
                 }
             }
