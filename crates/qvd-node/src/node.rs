@@ -320,7 +320,15 @@ impl Host for Node {
         let slot = self.inner.slot(id);
         let mut live = lock(&slot.live);
         if let Some(desktop) = live.as_mut() {
-            lock(&slot.face).state = State::Stopping;
+            {
+                let mut face = lock(&slot.face);
+                face.state = State::Stopping;
+                // The display ends with the session, before all is closed: whoever
+                // looks at it has to know why, or would come back and start it again.
+                if let Some(end) = face.attachment.take() {
+                    end.end(EndReason::Stopped);
+                }
+            }
             desktop.ask_to_end(grace);
         }
         self.inner.close(&slot, &mut live)?;
