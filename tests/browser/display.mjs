@@ -1,14 +1,16 @@
 // Drives a real browser through the portal and a display: signs in, opens a
-// desktop, types into its terminal and reads the answer back, resizes, comes
-// back to the same terminal, is taken over.
+// desktop, types into its terminal and reads the answer back, copies and pastes,
+// resizes, comes back to the same terminal, is taken over by a telephone, stops
+// the desktop, signs out.
 //
 // QVD, QVD_INIT and QVD_TEST_STORE name the command, the init and a state
-// directory that holds the image; screenshots of a failure go to QVD_TEST_OUTPUT.
+// directory that holds the image; the server's log and screenshots of a failure
+// go to QVD_TEST_OUTPUT.
 
 import assert from "node:assert/strict";
 import { execFile, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
-import { mkdir } from "node:fs/promises";
+import { mkdir, open } from "node:fs/promises";
 import { createInterface } from "node:readline";
 import { promisify } from "node:util";
 
@@ -42,7 +44,10 @@ async function until(what, ask, satisfies) {
 
 async function startServer() {
   const args = ["--root", STORE, "--json", "up", "--listen", "127.0.0.1:0", "--init", INIT, "--ephemeral"];
-  const child = spawn(QVD, args, { stdio: ["ignore", "pipe", "inherit"] });
+  await mkdir(OUTPUT, { recursive: true });
+  const log = await open(`${OUTPUT}/qvd.log`, "w");
+  const child = spawn(QVD, args, { stdio: ["ignore", "pipe", log.fd] });
+  await log.close();
   const ended = new Promise((resolve) => child.once("exit", (code, signal) => resolve(code ?? signal)));
   const lines = createInterface({ input: child.stdout });
   const ready = new Promise((resolve) => lines.once("line", resolve));
@@ -107,8 +112,19 @@ async function waitForScreen(page) {
 }
 
 const type = (page, text) => page.keyboard.type(`${text}\n`, { delay: 15 });
+
+/** Types letters as a keyboard that has them does: each is one key, without Shift. */
+async function typeLetters(page, text) {
+  const devtools = await page.context().newCDPSession(page);
+  for (const key of text) {
+    for (const type of ["keyDown", "keyUp"]) await devtools.send("Input.dispatchKeyEvent", { type, key, code: "KeyE" });
+  }
+  await devtools.detach();
+}
+
 const inside = (id, ...command) => qvd("desktop", "exec", "-T", id, "--", ...command);
 const file = (id, name) => inside(id, "sh", "-c", `cat ~/${name} 2>/dev/null || true`);
+const written = (id, name, text) => until(`a file with ${text}`, () => file(id, name), (found) => found === text);
 
 const browser = await chromium.launch({
   executablePath: CHROMIUM,
@@ -117,7 +133,8 @@ const browser = await chromium.launch({
     "--disable-component-update", "--disable-sync",
   ],
 });
-const newContext = () => browser.newContext({ ignoreHTTPSErrors: true, viewport: { width: 1280, height: 800 } });
+const newContext = (device = { viewport: { width: 1280, height: 800 } }) =>
+  browser.newContext({ ignoreHTTPSErrors: true, ...device });
 const server = await startServer();
 let shown = [];
 
@@ -126,11 +143,10 @@ async function step(name, run) {
   try {
     await run();
   } catch (error) {
-    await mkdir(OUTPUT, { recursive: true });
     for (const [index, page] of shown.entries()) {
       await page.screenshot({ path: `${OUTPUT}/failure-${index}.png` }).catch(() => {});
     }
-    console.error(`FAILED: ${name}; screenshots are in ${OUTPUT}`);
+    console.error(`FAILED: ${name}; screenshots and the log are in ${OUTPUT}`);
     throw error;
   }
   console.log(`ok: ${name} (${Date.now() - start} ms)`);
@@ -157,30 +173,57 @@ try {
   await step("opening a stopped desktop starts it", async () => {
     await page.click(`li[data-desktop="${id}"] a[href="/desktops/${id}"]`);
     await waitForScreen(page);
+    // The shell names its window when it prompts.
+    const title = () => inside(id, "sh", "-c", "xdotool getactivewindow getwindowname 2>/dev/null || true");
+    await until("a prompt", title, (text) => text.includes("@"));
   });
 
   await step("what is typed is computed and shown", async () => {
     const before = await look(page);
     await type(page, "echo $((6*7)) | tee ~/answer; echo $$ > ~/shell");
-    await until("the answer", () => file(id, "answer"), (answer) => answer === "42\n");
+    await written(id, "answer", "42\n");
     await until("a change of the picture", () => look(page), ({ hash }) => hash !== before.hash);
+  });
+
+  await step("every letter arrives, with Shift or a key of its own", async () => {
+    await type(page, "clear");
+    await typeLetters(page, "echo 'jeté ñandú ¿Ü? ß € ~|{}(Łódź)");
+    for (const key of ["Shift+Digit4", "Shift+Digit9", "Shift+KeyQ", "Shift+Backquote"]) await page.keyboard.press(key);
+    await type(page, "' > ~/letters");
+    await written(id, "letters", "jeté ñandú ¿Ü? ß € ~|{}(Łódź)$(Q~\n");
+  });
+
+  await step("the clipboard of the browser reaches the desktop", async () => {
+    const text = "größer\n€ 5 – „Łódź“ 🙂";
+    await page.click("#handle");
+    await page.click('[data-panel="clipboard"]');
+    await page.fill("#clipboard-text", text);
+    await page.click("#clipboard-send");
+    await page.click("#handle");
+    await page.locator(CANVAS).focus();
+    await until("the pasted text", async () => {
+      await type(page, "clear; xclip -selection clipboard -t UTF8_STRING -o > ~/pasted");
+      return file(id, "pasted");
+    }, (pasted) => pasted === text);
   });
 
   await step("the clipboard of the desktop reaches the browser", async () => {
     // A terminal full of one word: a double click anywhere in it selects that.
     await type(page, "clear; yes is$((6*7))now | head -n 3000 | tr '\\n' ' '; echo done > ~/filled");
-    await until("a full terminal", () => file(id, "filled"), (text) => text === "done\n");
+    await written(id, "filled", "done\n");
     const box = await page.locator(CANVAS).boundingBox();
     const clipboard = () => page.inputValue("#clipboard-text");
-    const points = [[0.1, 0.2], [0.2, 0.3], [0.3, 0.4], [0.15, 0.15], [0.4, 0.5], [0.5, 0.5]];
+    const points = [[0.1, 0.2], [0.2, 0.3], [0.3, 0.4], [0.15, 0.15]];
     let turn = 0;
     const select = async () => {
       const [x, y] = points[turn++ % points.length];
       await page.mouse.dblclick(box.x + box.width * x, box.y + box.height * y);
       return clipboard();
     };
-    await until("a copied word", select, (text) => text.includes("is42now"));
+    await until("a selected word", select, (text) => text.includes("is42now"));
     await page.locator(CANVAS).focus();
+    await type(page, "clear; printf 'jet\\303\\251 \\342\\202\\254 \\360\\237\\231\\202' | xclip -selection clipboard");
+    await until("a copied text", clipboard, (text) => text === "jeté € 🙂");
   });
 
   await step("the screen follows the window", async () => {
@@ -197,20 +240,43 @@ try {
     await page.goto(`${server.url}/desktops/${id}`);
     await waitForScreen(page);
     await type(page, "echo $$ > ~/shell-again");
-    const again = await until("the shell's answer", () => file(id, "shell-again"), (text) => /^\d+\n$/.test(text));
-    assert.equal(again, await file(id, "shell"), "it is another shell");
+    await written(id, "shell-again", await file(id, "shell"));
   });
 
-  await step("a second browser takes over and the first is told", async () => {
-    const second = await newPage(await newContext(), "second");
-    shown.push(second);
-    await signIn(second, `${server.url}/desktops/${id}`);
-    await waitForScreen(second);
+  const phone = await newPage(await newContext({ viewport: { width: 390, height: 844 }, hasTouch: true, isMobile: true }), "phone");
+
+  await step("a second browser, a telephone, takes over and the first is told", async () => {
+    shown.push(phone);
+    await signIn(phone, `${server.url}/desktops/${id}`);
+    await waitForScreen(phone);
     await page.waitForSelector("#overlay", { state: "visible" });
-    assert.match(await page.textContent("#overlay"), /another|elsewhere|taken/i);
-    await type(second, "echo $$ > ~/shell-taken");
-    const taken = await until("the shell's answer", () => file(id, "shell-taken"), (text) => /^\d+\n$/.test(text));
-    assert.equal(taken, await file(id, "shell"), "it is another shell");
+    assert.match(await page.textContent("#headline"), /another screen/);
+  });
+
+  await step("an on-screen keyboard types into the same terminal", async () => {
+    await phone.tap("#handle");
+    await phone.tap("#touch-keyboard");
+    await phone.keyboard.insertText("echo é $((6*7)) $$ > ~/phonx");
+    await phone.keyboard.press("Backspace");
+    await phone.keyboard.insertText("e\n");
+    await written(id, "phone", `é 42 ${await file(id, "shell")}`);
+  });
+
+  await step("the portal stops the desktop and the telephone is told", async () => {
+    await page.click("#leave");
+    const card = page.locator(`li[data-desktop="${id}"]`);
+    await card.locator(".stop button").click();
+    await page.click('#confirm button[value="stop"]');
+    await page.waitForSelector(`li[data-desktop="${id}"][data-state="stopped"]`);
+    await phone.waitForSelector("#again", { state: "visible" });
+    assert.match(await phone.textContent("#headline"), /stopped/);
+  });
+
+  await step("signing out leaves nothing to come back to", async () => {
+    await page.click('form[action="/sign-out"] button');
+    await page.waitForSelector("#password");
+    await page.goto(`${server.url}/desktops/${id}`);
+    await page.waitForSelector("#password");
   });
 
   await step("no page had an error", () => assert.deepEqual(troubles, []));
