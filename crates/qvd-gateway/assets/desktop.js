@@ -222,4 +222,5 @@ document.addEventListener("visibilitychange", () => !document.hidden && attempts
 window.addEventListener("pagehide", () => { leaving = true; });
 window.addEventListener("pageshow", (event) => event.persisted && location.reload());
 
+window.dispatchEvent(new Event("qvd-loaded"));
 connect();
