@@ -4,8 +4,9 @@ use std::{error::Error, iter};
 
 /// What an error says and what each of its causes says, outermost first.
 ///
-/// Each layer names its verb and its object, as its own callers need it; where
-/// two layers do that in the same words, the second adds nothing and is left out.
+/// Each layer names its verb and its object, as its own callers need it. A cause
+/// that adds nothing to the words before it is left out; libraries that put
+/// their cause into their own text are told once, too.
 ///
 /// ```
 /// use std::{error::Error, io};
@@ -16,6 +17,6 @@ use std::{error::Error, iter};
 pub fn causes(error: &(dyn Error + 'static)) -> Vec<String> {
     let mut said: Vec<String> =
         iter::successors(Some(error), |error| (*error).source()).map(ToString::to_string).collect();
-    said.dedup();
+    said.dedup_by(|cause, effect| effect.ends_with(cause.as_str()));
     said
 }

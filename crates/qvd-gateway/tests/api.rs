@@ -208,7 +208,7 @@ async fn an_image_is_built_with_news_and_its_flavour_can_be_set_up() {
 async fn a_programs_output_and_exit_arrive() {
     let (world, id) = World::with_desktop().await;
     let early = world.client.exec(id, &program(None)).await.unwrap_err();
-    assert_eq!(early.status(), Some(StatusCode::UNPROCESSABLE_ENTITY));
+    assert_eq!((early.status(), early.code()), (Some(StatusCode::CONFLICT), Some("not_running")));
     world.client.start(id, |_, _| {}).await.unwrap();
     for exit in [Exit::Code(0), Exit::Code(7), Exit::Signal(9)] {
         world.host.script(Script::Say { stdout: b"out\n".to_vec(), stderr: b"err\n".to_vec(), exit });

@@ -39,6 +39,12 @@ const ADVICE: &[Advice] = &[
         remedy: "raise the sysctl user.max_user_namespaces, or use a kernel with user namespaces",
     },
     Advice {
+        name: "overlayfs",
+        required: true,
+        cost: "no desktop can run here",
+        remedy: "use Linux 5.19 or later, and a local file system with free space for the state directory",
+    },
+    Advice {
         name: "id-mapped layers",
         required: true,
         cost: "desktops cannot each have user ids of their own on one image",

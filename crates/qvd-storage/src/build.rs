@@ -185,7 +185,7 @@ impl Job<'_> {
         }
         match child.wait(self.deadline).map_err(Error::io("wait for", name))? {
             Some(status) if status.success() => Ok(()),
-            Some(_) if told.no_space => Err(Error::NoSpace { op: "build an image", path: self.below.to_path_buf() }),
+            Some(_) if told.no_space => Err(Error::NoSpace { op: "build below", path: self.below.to_path_buf() }),
             Some(status) => Err(match told.no_package {
                 Some(package) => Error::NoSuchPackage {
                     flavour: self.recipe.name.clone(),

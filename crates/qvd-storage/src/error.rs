@@ -57,11 +57,11 @@ pub enum Error {
         suite: String,
     },
     /// The file system of the store is full.
-    #[error("cannot {op}: no space is left below `{}`", path.display())]
+    #[error("cannot {op} `{}`: no space is left on its file system", path.display())]
     NoSpace {
         /// What was tried.
         op: &'static str,
-        /// Directory whose file system is full.
+        /// File or directory whose file system is full.
         path: PathBuf,
     },
     /// An image is not what its name says, or is incomplete.
