@@ -3,5 +3,6 @@
 //! that `make test` prepares, and leaves nothing.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, missing_docs)]
 
+mod bad_input;
 mod harness;
 mod journey;
