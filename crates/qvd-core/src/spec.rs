@@ -44,6 +44,12 @@ pub struct Limits {
     pub pids: u32,
 }
 
+impl Limits {
+    /// The least that an init, an X server and a window manager come up with.
+    /// Less would only be found out by a start that does not end.
+    pub const LEAST: Self = Self { memory: Bytes::mib(64), cpu: MilliCpu(50), pids: 32 };
+}
+
 impl Default for Limits {
     /// 1 GiB, two cores, 1024 processes: a browser with a few pages fits.
     fn default() -> Self {

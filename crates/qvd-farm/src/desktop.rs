@@ -33,12 +33,20 @@ fn unknown(id: DesktopId) -> FarmError {
 }
 
 pub(crate) fn check_limits(limits: &Limits) -> Result<(), FarmError> {
-    let zero =
-        |what| Err(FarmError::with_code(ErrorKind::Invalid, "invalid_limits", format!("{what} must not be zero")));
+    let refuse = |what: String| Err(FarmError::with_code(ErrorKind::Invalid, "invalid_limits", what));
+    let least = Limits::LEAST;
     match limits {
-        Limits { memory, .. } if memory.get() == 0 => zero("the memory limit"),
-        Limits { cpu, .. } if cpu.0 == 0 => zero("the processor limit"),
-        Limits { pids: 0, .. } => zero("the limit of processes"),
+        Limits { memory, .. } if *memory < least.memory => refuse(format!(
+            "a memory limit of {memory} is too little: no desktop starts with less than {}",
+            least.memory
+        )),
+        Limits { cpu, .. } if cpu.0 < least.cpu.0 => refuse(format!(
+            "a processor limit of {} is too little: give at least {} thousandths of a core",
+            cpu.0, least.cpu.0
+        )),
+        Limits { pids, .. } if *pids < least.pids => {
+            refuse(format!("a limit of {pids} processes is too little: give at least {}", least.pids))
+        }
         _ => Ok(()),
     }
 }
