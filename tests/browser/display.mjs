@@ -213,7 +213,7 @@ try {
     await written(id, "filled", "done\n");
     const box = await page.locator(CANVAS).boundingBox();
     const clipboard = () => page.inputValue("#clipboard-text");
-    const points = [[0.1, 0.2], [0.2, 0.3], [0.3, 0.4], [0.15, 0.15]];
+    const points = [[0.11, 0.2], [0.23, 0.3], [0.31, 0.4], [0.17, 0.15]];
     let turn = 0;
     const select = async () => {
       const [x, y] = points[turn++ % points.length];
