@@ -163,6 +163,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Rfb<S> {
         Ok(())
     }
 
+    /// Waits for the text that the desktop puts into its clipboard next.
+    ///
+    /// # Errors
+    /// The connection ended or the server broke the protocol.
+    pub async fn next_clipboard(&mut self) -> anyhow::Result<String> {
+        self.clipboard = None;
+        loop {
+            self.message().await?;
+            if let Some(text) = &self.clipboard {
+                return Ok(text.clone());
+            }
+        }
+    }
+
     /// Puts text into the desktop's clipboard, as the protocol has it without
     /// extensions: only what Latin-1 can write.
     ///
