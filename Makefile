@@ -32,6 +32,7 @@ test: init image browser $(STAMP)/test-tools
 	QVD_TEST_PRIVILEGED=1 QVD=$(T)/debug/qvd QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
 		cargo nextest run --locked --workspace --profile ci
 	cargo test --locked --workspace --doc
+	cargo run --locked --example desktop -- $(STORE) $(INIT)
 	QVD=$(T)/debug/qvd QVD_INIT=$(INIT) QVD_TEST_STORE=$(STORE) QVD_TEST_OUTPUT=$(T)/browser \
 		node tests/browser/display.mjs
 

@@ -149,7 +149,7 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     println!("\n  Open      {}\n  User      {user}\n  Password  {password}\n\nCtrl-C ends it.", server.url());
-    server.wait_for_interrupt()
+    server.stop_at_interrupt()
 }
 
 /// Everything that bears this installation's name.

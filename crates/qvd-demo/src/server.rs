@@ -164,18 +164,15 @@ impl Server {
         Ok(())
     }
 
-    /// Waits for an interrupt from the keyboard, which the terminal sends to
-    /// the server as well, and for the server's end.
+    /// Waits for an interrupt from the keyboard, then ends the server in good
+    /// order. A terminal interrupts the server too; hearing it twice is fine.
     ///
     /// # Errors
     /// As [`Server::stop`].
-    pub fn wait_for_interrupt(mut self) -> anyhow::Result<()> {
-        let mut child = self.child.take().context("the server is gone")?;
+    pub fn stop_at_interrupt(self) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(tokio::signal::ctrl_c())?;
-        let status = child.wait()?;
-        ensure!(status.success(), "`qvd up` ended with {status}");
-        Ok(())
+        self.stop()
     }
 
     fn terminate(&self) -> anyhow::Result<()> {
