@@ -81,10 +81,13 @@ pub(crate) fn watch() -> Outcome {
 /// the screen, and the session has the head's keys.
 pub(crate) fn fit() -> Outcome {
     let (connection, root) = connect()?;
+    // Redirecting is what makes a window manager. Without one the agent would
+    // take itself for full-screen, and keep to that on a native client.
+    let mask = EventMask::SUBSTRUCTURE_NOTIFY | EventMask::SUBSTRUCTURE_REDIRECT;
+    let events = ChangeWindowAttributesAux::new().event_mask(mask);
+    connection.change_window_attributes(root, &events)?.check()?;
     keymap::extend(&connection)?;
     let mut session = None;
-    let events = ChangeWindowAttributesAux::new().event_mask(EventMask::SUBSTRUCTURE_NOTIFY);
-    connection.change_window_attributes(root, &events)?.check()?;
     connection.randr_select_input(root, randr::NotifyMask::SCREEN_CHANGE)?.check()?;
     let mut size = connection.get_geometry(root)?.reply().map(|reply| (reply.width, reply.height))?;
     for window in connection.query_tree(root)?.reply()?.children {
@@ -93,6 +96,8 @@ pub(crate) fn fit() -> Outcome {
     connection.flush()?;
     loop {
         match connection.wait_for_event()? {
+            Event::MapRequest(event) => drop(connection.map_window(event.window)?),
+            Event::ConfigureRequest(event) => fill(&connection, event.window, size)?,
             Event::MapNotify(event) => {
                 fill(&connection, event.window, size)?;
                 connection.flush()?;
@@ -130,7 +135,7 @@ fn fill(connection: &RustConnection, window: Window, (width, height): (u16, u16)
     }
     let place = ConfigureWindowAux::new().x(0).y(0).width(u32::from(width)).height(u32::from(height)).border_width(0);
     connection.configure_window(window, &place)?;
-    // Without a window manager nobody else gives it the keyboard.
+    // Nobody else gives it the keyboard.
     connection.set_input_focus(InputFocus::POINTER_ROOT, window, x11rb::CURRENT_TIME)?;
     Ok(())
 }
