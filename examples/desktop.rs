@@ -3,6 +3,7 @@
 //! and the display that a browser would be given.
 //!
 //! As root: `cargo run --release --example desktop -- DIRECTORY PATH/TO/qvd-init`
+#![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use std::{collections::BTreeMap, env, error::Error, io::Read as _, path::Path, time::Duration};
 
