@@ -27,7 +27,7 @@ use crate::{
     exec::Exec,
     graphical::{self, Graphical},
     log::Log,
-    options::HEAD_DISPLAY,
+    options::{HEAD_DISPLAY, SESSION_DISPLAY},
     reap, session,
     session::{Action, Client, Event, Moment, Role, Session},
     spawn::{Identity, Program},
@@ -397,6 +397,16 @@ impl Init {
                     }
                 }
             }
+            Action::Redraw => match graphical.helper(SESSION_DISPLAY, &[x11::REDRAW.to_owned()], &self.log) {
+                Ok(pid) => {
+                    self.children.insert(pid, Child::Other);
+                    None
+                }
+                Err(e) => {
+                    self.log.note(&format!("cannot have the session drawn again: {e}"));
+                    None
+                }
+            },
             Action::Connect(client, kind) => return Some(self.connect(client, kind)),
             Action::Progress(client, step) => {
                 self.answer(client, &Reply::Progress(step.to_owned()));

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         Some(x11::WATCH) => x11::finish(x11::watch()),
         Some(x11::FIT) => x11::finish(x11::fit()),
         Some(x11::RESIZE) => x11::finish(x11::resize(env::args().nth(2).as_deref())),
+        Some(x11::REDRAW) => x11::finish(x11::redraw()),
         Some(_) => ExitCode::from(2),
     }
 }

@@ -163,6 +163,8 @@ pub(crate) enum Action {
     Toggle,
     /// Gives the running head this size.
     Resize(Geometry),
+    /// Has the session's programs draw their windows again.
+    Redraw,
     /// Connects a client to its display.
     Connect(Client, DisplayKind),
     /// Tells a client what it waits for.
@@ -336,6 +338,11 @@ impl Session {
                     self.toggle_not_before = Moment::ZERO;
                     if seen.agent == AgentState::Suspended {
                         self.front = Front::Nobody;
+                    }
+                    // What a window lost while nobody showed it, the agent does
+                    // not always ask its program for again.
+                    if seen.agent == AgentState::Running && self.seen.agent != AgentState::Starting {
+                        out.push(Action::Redraw);
                     }
                 }
                 self.seen = seen;

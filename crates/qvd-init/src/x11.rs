@@ -1,17 +1,23 @@
 //! What the init does as a client of X servers, each in a process of the
 //! user's: the servers and all they say belong to the user.
 
-use std::{error::Error, os::unix::net::UnixStream, process::ExitCode};
+use std::{
+    error::Error,
+    os::unix::net::UnixStream,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use qvd_core::Geometry;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use x11rb::{
     connection::Connection,
     protocol::{
         Event,
         randr::{self, ConnectionExt as _},
         xproto::{
-            AtomEnum, ChangeWindowAttributesAux, ConfigureWindowAux, ConnectionExt as _, EventMask, InputFocus,
-            MapState, Window, WindowClass,
+            AtomEnum, ChangeWindowAttributesAux, ConfigureWindowAux, ConnectionExt as _, CreateWindowAux, EventMask,
+            InputFocus, MapState, Window, WindowClass,
         },
     },
     rust_connection::{DefaultStream, RustConnection},
@@ -28,6 +34,9 @@ pub(crate) const WATCH: &str = "watch";
 pub(crate) const FIT: &str = "fit";
 /// First argument for [`resize`].
 pub(crate) const RESIZE: &str = "resize";
+
+/// First argument for [`redraw`].
+pub(crate) const REDRAW: &str = "redraw";
 
 type Outcome = Result<(), Box<dyn Error>>;
 
@@ -137,6 +146,45 @@ fn fill(connection: &RustConnection, window: Window, (width, height): (u16, u16)
     connection.configure_window(window, &place)?;
     // Nobody else gives it the keyboard.
     connection.set_input_focus(InputFocus::POINTER_ROOT, window, x11rb::CURRENT_TIME)?;
+    Ok(())
+}
+
+/// How long a session that was just given to another front may go on changing
+/// its size. On a busy machine the agent is still at it when it says that it
+/// runs, and what programs draw meanwhile is lost.
+const SETTLES: Duration = Duration::from_millis(1500);
+
+/// Has every program on `$DISPLAY` draw its windows again: now, whenever the
+/// screen changes its size, and once things have settled.
+pub(crate) fn redraw() -> Outcome {
+    let (connection, root) = connect()?;
+    let events = ChangeWindowAttributesAux::new().event_mask(EventMask::STRUCTURE_NOTIFY);
+    connection.change_window_attributes(root, &events)?.check()?;
+    let end = Instant::now() + SETTLES;
+    expose(&connection, root)?;
+    loop {
+        match connection.poll_for_event()? {
+            Some(Event::ConfigureNotify(_)) => expose(&connection, root)?,
+            Some(_) => {}
+            None => {
+                let left = Timespec::try_from(end.saturating_duration_since(Instant::now()))?;
+                if poll(&mut [PollFd::new(connection.stream(), PollFlags::IN)], Some(&left))? == 0 {
+                    return expose(&connection, root);
+                }
+            }
+        }
+    }
+}
+
+/// One window over all of the screen comes and goes, without being drawn.
+fn expose(connection: &RustConnection, root: Window) -> Outcome {
+    let screen = connection.get_geometry(root)?.reply()?;
+    let window = connection.generate_id()?;
+    let over = CreateWindowAux::new().override_redirect(1).background_pixmap(x11rb::NONE);
+    let (width, height) = (screen.width, screen.height);
+    connection.create_window(0, window, root, 0, 0, width, height, 0, WindowClass::INPUT_OUTPUT, 0, &over)?;
+    connection.map_window(window)?;
+    connection.destroy_window(window)?.check()?;
     Ok(())
 }
 
