@@ -130,7 +130,7 @@ fn a_desktop_runs_confined_shows_itself_and_leaves_nothing() {
         assert_eq!(display.end_reason(), EndReason::Stopped);
         let gone =
             node.exec(spec.id, ExecRequest { argv: vec!["true".into()], env: BTreeMap::new(), root: false, tty: None });
-        assert_eq!(gone.unwrap_err().kind(), HostErrorKind::NotFound);
+        assert_eq!(gone.unwrap_err().kind(), HostErrorKind::NotRunning);
         node.remove(spec.id).unwrap();
         node.shut_down(Duration::ZERO).unwrap();
     });
