@@ -112,11 +112,8 @@ impl Face {
         match self.alone {
             _ if attached || self.state != State::Running => self.alone = Alone::No,
             Alone::No => self.alone = Alone::Since(Instant::now()),
-            Alone::Since(when) if when.elapsed() >= after => {
-                self.alone = Alone::Resting;
-                return true;
-            }
-            Alone::Since(_) | Alone::Resting => {}
+            Alone::Since(when) => return when.elapsed() >= after,
+            Alone::Resting => {}
         }
         false
     }
@@ -265,6 +262,11 @@ impl Watcher for Weak<Inner> {
             let Ok(mut live) = slot.live.try_lock() else { continue };
             if rest && let Some(desktop) = live.as_ref() {
                 desktop.rest();
+                let mut face = lock(&slot.face);
+                // Unless somebody came back meanwhile.
+                if matches!(face.alone, Alone::Since(_)) {
+                    face.alone = Alone::Resting;
+                }
             }
             if zombie && let Err(error) = inner.close(&slot, &mut live) {
                 tracing::debug!(error = &error as &dyn std::error::Error, "will try again");
