@@ -75,8 +75,9 @@ fn start(server: &Server, desktop: u32) {
 fn identity(server: &Server, desktop: u32) -> String {
     let end = Instant::now() + SOON;
     loop {
-        // The terminal starts when the window manager is up.
-        let said = inside(server, desktop, "cut -d' ' -f22 /proc/1/stat; pgrep -P $(pgrep -o xterm); true");
+        // The terminal starts when the window manager is up, and has other
+        // children before its shell.
+        let said = inside(server, desktop, "cut -d' ' -f22 /proc/1/stat; pgrep -P $(pgrep -o xterm) -x bash; true");
         if said.lines().count() == 2 {
             return said;
         }
