@@ -6,12 +6,14 @@
 #![forbid(unsafe_code)]
 
 mod cause;
+mod error;
 mod id;
 mod spec;
 mod support;
 mod unit;
 
 pub use cause::causes;
+pub use error::ErrorKind;
 pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, UserName};
 pub use spec::{
     DesktopSpec, DesktopState, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, NetPolicy, RootPolicy,

@@ -1,24 +1,8 @@
 use std::{fmt, io, net::Ipv4Addr};
 
-use qvd_core::{DesktopId, Missing};
+use qvd_core::{DesktopId, ErrorKind, Missing};
 
 use crate::{Subnet, netlink::NetlinkError};
-
-/// What somebody who has to choose a next step needs to know of an error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ErrorKind {
-    /// What was asked for is wrong; asking again will not help.
-    Invalid,
-    /// There is no such thing.
-    NotFound,
-    /// Somebody holds it, or all are in use; later it may work.
-    Busy,
-    /// This host lacks something.
-    Unsupported,
-    /// It was tried and failed.
-    Failed,
-}
 
 /// What this crate reports. `Display` is one line and never repeats the cause.
 #[derive(Debug, thiserror::Error)]

@@ -52,10 +52,11 @@ mod sysctl;
 #[cfg(test)]
 mod tests;
 
-pub use error::{Error, ErrorKind, TeardownErrors};
+pub use error::{Error, TeardownErrors};
 pub use mac::Mac;
 pub use netlink::NetlinkError;
 pub use network::{NetConfig, Network};
 pub use pool::{Subnet, SubnetError};
 pub use port::{Port, PortSpec, loopback_up};
 pub use probe::probe;
+pub use qvd_core::ErrorKind;

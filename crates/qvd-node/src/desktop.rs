@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{DesktopId, DesktopSpec, NetPolicy, RootPolicy, StartStep, UidRange, Virtualizer};
+use qvd_core::{DesktopId, DesktopSpec, ErrorKind, NetPolicy, RootPolicy, StartStep, UidRange, Virtualizer};
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
 use qvd_net::{Network, Port, PortSpec, loopback_up};
 use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Root, RootId, Store};
@@ -436,29 +436,20 @@ fn init_config(image: &Image) -> InitConfig {
 }
 
 fn storage(what: impl fmt::Display) -> impl FnOnce(qvd_storage::Error) -> HostError {
-    use qvd_storage::ErrorKind as Kind;
-    move |error| {
-        let kind = match error.kind() {
-            Kind::Invalid => HostErrorKind::Invalid,
-            Kind::NotFound => HostErrorKind::NotFound,
-            Kind::Busy => HostErrorKind::Busy,
-            Kind::Unsupported => HostErrorKind::Unsupported,
-            _ => HostErrorKind::Failed,
-        };
-        HostError::because(kind, what.to_string(), error)
-    }
+    move |error| HostError::because(host_kind(error.kind()), what.to_string(), error)
 }
 
 fn net(what: impl fmt::Display) -> impl FnOnce(qvd_net::Error) -> HostError {
-    use qvd_net::ErrorKind as Kind;
-    move |error| {
-        let kind = match error.kind() {
-            Kind::Invalid => HostErrorKind::Invalid,
-            Kind::Busy => HostErrorKind::Busy,
-            Kind::Unsupported => HostErrorKind::Unsupported,
-            _ => HostErrorKind::Failed,
-        };
-        HostError::because(kind, what.to_string(), error)
+    move |error| HostError::because(host_kind(error.kind()), what.to_string(), error)
+}
+
+const fn host_kind(kind: ErrorKind) -> HostErrorKind {
+    match kind {
+        ErrorKind::Invalid => HostErrorKind::Invalid,
+        ErrorKind::NotFound => HostErrorKind::NotFound,
+        ErrorKind::Busy => HostErrorKind::Busy,
+        ErrorKind::Unsupported => HostErrorKind::Unsupported,
+        _ => HostErrorKind::Failed,
     }
 }
 

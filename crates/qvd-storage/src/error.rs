@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use qvd_core::{Digest, FlavourName, Missing};
+use qvd_core::{Digest, ErrorKind, FlavourName, Missing};
 use qvd_sys::mount::MountError;
 
 use crate::RootId;
@@ -110,22 +110,6 @@ pub enum Error {
         /// What the kernel said.
         source: MountError,
     },
-}
-
-/// What somebody who has to choose a next step needs to know of an error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ErrorKind {
-    /// What was asked for is wrong.
-    Invalid,
-    /// There is no such thing.
-    NotFound,
-    /// Somebody holds it; later it may work.
-    Busy,
-    /// This host cannot do it; another may.
-    Unsupported,
-    /// It was tried and failed.
-    Failed,
 }
 
 impl Error {

@@ -37,9 +37,10 @@ mod treeedit;
 
 pub use backend::{BaseTree, Capabilities, Root, RootBackend, RootId, RootIdError};
 pub use build::BuildOptions;
-pub use error::{Error, ErrorKind, RecipeError};
+pub use error::{Error, RecipeError};
 pub use home::{Home, HomeId};
 pub use image::Image;
 pub use overlay::Overlayfs;
+pub use qvd_core::ErrorKind;
 pub use recipe::{Defaults, ImageConfig, Recipe, SessionSpec, UserConfig};
 pub use store::{Built, Store};
