@@ -38,6 +38,8 @@ pub enum Missing {
     Program(String),
     /// A device is absent or does not work.
     Device(String),
+    /// It cannot work that way whatever the host; it names why.
+    Design(String),
 }
 
 impl fmt::Display for Missing {
@@ -48,6 +50,7 @@ impl fmt::Display for Missing {
             Self::Privilege(what) => write!(f, "this process may not {what}"),
             Self::Program(what) => write!(f, "program {what} is not installed"),
             Self::Device(what) => write!(f, "device {what} is not usable"),
+            Self::Design(why) => write!(f, "by its nature, {why}"),
         }
     }
 }

@@ -28,19 +28,20 @@ mod fsio;
 mod glob;
 mod home;
 mod image;
-mod overlay;
 mod recipe;
 mod store;
 mod trash;
 mod tree;
 mod treeedit;
 
-pub use backend::{BaseTree, Capabilities, Root, RootBackend, RootId, RootIdError};
+pub use backend::{
+    BaseTree, Capabilities, Capability, Layer, Overlayfs, Place, Quota, Root, RootBackend, RootId, RootIdError,
+    RootOptions,
+};
 pub use build::BuildOptions;
 pub use error::{Error, RecipeError};
 pub use home::{Home, HomeId};
 pub use image::Image;
-pub use overlay::Overlayfs;
 pub use qvd_core::ErrorKind;
 pub use recipe::{Defaults, ImageConfig, Recipe, SessionSpec, UserConfig};
 pub use store::{Built, Store};

@@ -14,8 +14,8 @@ use rustix::{
 };
 
 use crate::{
-    BuildOptions, Error, Home, HomeId, Image, ImageConfig, Recipe, Root, RootBackend, RootId, build, fsio,
-    image::Images, overlay::Overlayfs, trash::Trash,
+    BuildOptions, Capability, Error, Home, HomeId, Image, ImageConfig, Overlayfs, Place, Recipe, Root, RootBackend,
+    RootId, RootOptions, build, fsio, image::Images, trash::Trash,
 };
 
 /// Images, roots and homes of one host.
@@ -55,7 +55,7 @@ impl Store {
         let lock = lock(&root)?;
         let trash = Arc::new(Trash::open(&root.join("trash"))?);
         let images = Images::open(&root.join("images"), Arc::clone(&trash))?;
-        let backend = Overlayfs::open(&root.join("roots"), Arc::clone(&trash))?;
+        let backend = Overlayfs::new(Place::below(&root.join("roots"), Arc::clone(&trash))?);
         let store = Self { images, backend: Box::new(backend), trash, building: Mutex::new(()), _lock: lock, root };
         for name in ["roots", "homes"] {
             store.sweep_temporary(&store.root.join(name))?;
@@ -156,8 +156,8 @@ impl Store {
     ///
     /// # Errors
     /// As [`RootBackend::create`].
-    pub fn root(&self, image: &Image, id: &RootId, policy: RootPolicy) -> Result<Box<dyn Root>, Error> {
-        self.backend.create(&image.base(), id, policy)
+    pub fn root(&self, image: &Image, id: &RootId, options: impl Into<RootOptions>) -> Result<Box<dyn Root>, Error> {
+        self.backend.create(&image.base(), id, &options.into())
     }
 
     /// Removes a root for good: see [`RootBackend::remove`].
@@ -227,9 +227,9 @@ impl Store {
     pub fn probe(&self) -> Result<Vec<(&'static str, Support)>, Error> {
         let backend = self.backend.capabilities()?;
         Ok(vec![
-            (self.backend.name(), backend.roots),
-            ("id-mapped layers", backend.id_mapped),
-            ("volatile roots", backend.volatile),
+            (self.backend.name(), backend.get(Capability::Roots)),
+            ("id-mapped layers", backend.get(Capability::IdMapped)),
+            ("volatile roots", backend.get(Capability::Volatile)),
             ("image building (mmdebstrap)", build::support()),
             ("reflink", reflink(&self.root).map_err(Error::io("probe reflink below", &self.root))?),
         ])

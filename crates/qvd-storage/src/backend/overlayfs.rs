@@ -5,7 +5,6 @@ use std::{
     fs, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use qvd_core::{Digest, Missing, RootPolicy, Support};
@@ -18,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error,
-    backend::{BaseTree, Capabilities, Root, RootBackend, RootId},
+    backend::{BaseTree, Capabilities, Capability, Place, Root, RootBackend, RootId, RootOptions},
     fsio,
     trash::Trash,
 };
@@ -29,8 +28,7 @@ use crate::{
 /// inside, and each mount shows them in its desktop's range.
 #[derive(Debug)]
 pub struct Overlayfs {
-    dir: PathBuf,
-    trash: Arc<Trash>,
+    place: Place,
 }
 
 /// What is kept of a persistent root, beside its directories. A volatile one
@@ -46,15 +44,16 @@ const UPPER: &str = "upper";
 const WORK: &str = "work";
 
 impl Overlayfs {
-    pub(crate) fn open(dir: &Path, trash: Arc<Trash>) -> Result<Self, Error> {
-        fsio::ensure_private_dir(dir).map_err(Error::io("use", dir))?;
-        Ok(Self { dir: dir.to_path_buf(), trash })
+    /// Roots in this place.
+    #[must_use]
+    pub const fn new(place: Place) -> Self {
+        Self { place }
     }
 
     fn record(&self, dir: &Path, record: &Record) -> Result<(), Error> {
         let json = serde_json::to_vec(record).map_err(io::Error::from).map_err(Error::io("record root", dir))?;
         fsio::replace(&dir.join(RECORD), &json).map_err(Error::io("record root", dir))?;
-        fsio::sync_dir(&self.dir).map_err(Error::io("record root", dir))
+        fsio::sync_dir(self.place.dir()).map_err(Error::io("record root", dir))
     }
 }
 
@@ -64,8 +63,8 @@ impl RootBackend for Overlayfs {
     }
 
     fn capabilities(&self) -> Result<Capabilities, Error> {
-        let io = |error: io::Error| Error::io("probe overlayfs below", &self.dir)(error);
-        let scratch = tempfile::Builder::new().prefix(".probe-").tempdir_in(&self.dir).map_err(io)?;
+        let io = |error: io::Error| Error::io("probe overlayfs below", self.place.dir())(error);
+        let scratch = tempfile::Builder::new().prefix(".probe-").tempdir_in(self.place.dir()).map_err(io)?;
         for name in ["lower", UPPER, WORK] {
             fs::create_dir(scratch.path().join(name)).map_err(io)?;
         }
@@ -74,10 +73,11 @@ impl RootBackend for Overlayfs {
             let own = mount::open_dir_path(scratch.path()).map_err(io)?;
             match mount_overlay(lower.as_fd(), own.as_fd(), idmap, volatile) {
                 Ok(_mount) => Ok(Support::Yes),
-                Err(error) => support(&error, &self.dir),
+                Err(error) => support(&error, self.place.dir()),
             }
         };
-        let roots = layers(None, false)?;
+        let mut found = Capabilities::new();
+        found.set(Capability::Roots, layers(None, false)?);
         let id_mapped = match qvd_sys::userns::create(qvd_core::UidRange::FIRST, qvd_core::UidRange::LEN) {
             Ok(userns) => layers(Some(userns.as_fd()), false)?,
             Err(error) if error.raw_os_error() == Some(Errno::PERM.raw_os_error()) => {
@@ -85,46 +85,51 @@ impl RootBackend for Overlayfs {
             }
             Err(_) => Support::No(Missing::Kernel("user namespaces".to_owned())),
         };
-        let volatile = layers(None, true)?;
-        Ok(Capabilities { roots, id_mapped, volatile })
+        found.set(Capability::IdMapped, id_mapped).set(Capability::Volatile, layers(None, true)?);
+        Ok(found)
     }
 
-    fn create(&self, base: &BaseTree, id: &RootId, policy: RootPolicy) -> Result<Box<dyn Root>, Error> {
-        let dir = self.dir.join(id.as_str());
+    fn create(&self, base: &BaseTree, id: &RootId, options: &RootOptions) -> Result<Box<dyn Root>, Error> {
+        let policy = options.policy;
+        if !options.quota.is_unlimited() {
+            let missing = Missing::Filesystem("quotas for directories".to_owned());
+            return Err(Error::Unsupported { op: "limit roots", missing });
+        }
+        let dir = self.place.dir().join(id.as_str());
         let io = |op| Error::io(op, &dir);
         fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
         let had = read_record(&dir).map_err(io("read root"))?;
         match (had, policy) {
-            (None, RootPolicy::Volatile) => note_base(&dir, base).map_err(io("make root"))?,
+            (None, RootPolicy::Volatile) => note_base(&dir, whole(base)?).map_err(io("make root"))?,
             (Some(had), RootPolicy::Persistent) if had.base != base.digest() => {
                 return Err(Error::OtherBase { root: id.clone(), has: had.base, wanted: base.digest() });
             }
-            (Some(_), RootPolicy::Persistent) => note_base(&dir, base).map_err(io("make root"))?,
+            (Some(_), RootPolicy::Persistent) => note_base(&dir, whole(base)?).map_err(io("make root"))?,
             (_, policy) => {
                 // What another policy left is not what this one promises: a
                 // volatile upper may lack anything after a crash.
-                check_unused(id, &dir, &self.trash)?;
-                self.trash.discard(&dir)?;
+                check_unused(id, &dir, self.place.trash())?;
+                self.place.discard(&dir)?;
                 fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-                note_base(&dir, base).map_err(io("make root"))?;
+                note_base(&dir, whole(base)?).map_err(io("make root"))?;
                 if policy == RootPolicy::Persistent {
                     self.record(&dir, &Record { base: base.digest() })?;
                 }
             }
         }
-        let (id, base, trash) = (id.clone(), base.clone(), Arc::clone(&self.trash));
-        Ok(Box::new(Overlay { id, dir, base, policy, trash, closed: false }))
+        let base = whole(base)?.to_path_buf();
+        Ok(Box::new(Overlay { id: id.clone(), dir, base, policy, place: self.place.clone(), closed: false }))
     }
 
     fn remove(&self, id: &RootId) -> Result<(), Error> {
-        let dir = self.dir.join(id.as_str());
-        check_unused(id, &dir, &self.trash)?;
-        self.trash.discard(&dir)
+        let dir = self.place.dir().join(id.as_str());
+        check_unused(id, &dir, self.place.trash())?;
+        self.place.discard(&dir)
     }
 
     fn roots(&self) -> Result<Vec<(RootId, RootPolicy)>, Error> {
-        let io = Error::io("read roots in", &self.dir);
-        let names = fs::read_dir(&self.dir).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(io)?;
+        let io = Error::io("read roots in", self.place.dir());
+        let names = fs::read_dir(self.place.dir()).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(io)?;
         let mut found = Vec::new();
         for entry in names {
             let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<RootId>().ok()) else { continue };
@@ -137,19 +142,27 @@ impl RootBackend for Overlayfs {
     }
 }
 
+/// The directory of a base that is one.
+fn whole(base: &BaseTree) -> Result<&Path, Error> {
+    base.dir().ok_or_else(|| Error::Unsupported {
+        op: "make a root",
+        missing: Missing::Design("a base of several layers".to_owned()),
+    })
+}
+
 /// A link to the base. A link is made whole or not at all without a sync.
 const BASE: &str = "base";
 
-fn note_base(dir: &Path, base: &BaseTree) -> io::Result<()> {
+fn note_base(dir: &Path, base: &Path) -> io::Result<()> {
     let link = dir.join(BASE);
-    if fs::read_link(&link).is_ok_and(|noted| noted == base.dir()) {
+    if fs::read_link(&link).is_ok_and(|noted| noted == base) {
         return Ok(());
     }
     match fs::remove_file(&link) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    std::os::unix::fs::symlink(base.dir(), link)
+    std::os::unix::fs::symlink(base, link)
 }
 
 fn read_record(dir: &Path) -> io::Result<Option<Record>> {
@@ -164,9 +177,9 @@ fn read_record(dir: &Path) -> io::Result<Option<Record>> {
 struct Overlay {
     id: RootId,
     dir: PathBuf,
-    base: BaseTree,
+    base: PathBuf,
     policy: RootPolicy,
-    trash: Arc<Trash>,
+    place: Place,
     closed: bool,
 }
 
@@ -190,7 +203,7 @@ impl Root for Overlay {
                 Err(error) => return Err(Error::io("make root", &self.dir)(error)),
             }
         }
-        let lower = mount::open_dir_path(self.base.dir()).map_err(Error::io("open image", self.base.dir()))?;
+        let lower = mount::open_dir_path(&self.base).map_err(Error::io("open image", &self.base))?;
         mount_overlay(lower.as_fd(), own.as_fd(), idmap, volatile).map_err(|error| {
             match (Errno::from_io_error(error.io()), support(&error, &self.dir)) {
                 (Some(Errno::BUSY), _) => Error::RootBusy(self.id.clone()),
@@ -205,8 +218,8 @@ impl Root for Overlay {
             return Ok(());
         }
         if self.policy == RootPolicy::Volatile {
-            check_unused(&self.id, &self.dir, &self.trash)?;
-            self.trash.discard(&self.dir)?;
+            check_unused(&self.id, &self.dir, self.place.trash())?;
+            self.place.discard(&self.dir)?;
         }
         self.closed = true;
         Ok(())
@@ -216,9 +229,9 @@ impl Root for Overlay {
 impl Overlay {
     /// Throws away what was written so far, if nobody is using it.
     fn retire(&self) -> Result<(), Error> {
-        check_unused(&self.id, &self.dir, &self.trash)?;
-        self.trash.discard(&self.dir.join(UPPER))?;
-        self.trash.discard(&self.dir.join(WORK))
+        check_unused(&self.id, &self.dir, self.place.trash())?;
+        self.place.discard(&self.dir.join(UPPER))?;
+        self.place.discard(&self.dir.join(WORK))
     }
 }
 

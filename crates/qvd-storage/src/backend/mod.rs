@@ -1,0 +1,119 @@
+//! The contract between those who make writable roots and those who use them.
+
+mod base;
+mod capability;
+mod id;
+mod overlayfs;
+mod place;
+
+use std::{
+    fmt,
+    os::fd::{BorrowedFd, OwnedFd},
+};
+
+use qvd_core::{Bytes, RootPolicy};
+use serde::{Deserialize, Serialize};
+
+pub use self::{
+    base::{BaseTree, Layer},
+    capability::{Capabilities, Capability},
+    id::{RootId, RootIdError},
+    overlayfs::Overlayfs,
+    place::Place,
+};
+use crate::Error;
+
+/// Keeps writable roots on base trees.
+///
+/// Calls may come from many threads at once. Two calls about the same root
+/// have to be serialised by the caller, who knows what its desktop is doing.
+pub trait RootBackend: fmt::Debug + Send + Sync {
+    /// Name written to state files, so never changed once released.
+    fn name(&self) -> &'static str;
+
+    /// What this back end can do on *this* host, found by doing it.
+    ///
+    /// # Errors
+    /// It could not be found out: a full disk says nothing about the host.
+    fn capabilities(&self) -> Result<Capabilities, Error>;
+
+    /// Makes a root on `base`, or finds the one that is there: also that of a
+    /// desktop which a killed process left running, so nothing in it changes.
+    ///
+    /// # Errors
+    /// [`Error::OtherBase`] when a persistent root stands on another image,
+    /// [`Error::Unsupported`] when the host lacks something, also for a quota
+    /// that would not hold.
+    fn create(&self, base: &BaseTree, id: &RootId, options: &RootOptions) -> Result<Box<dyn Root>, Error>;
+
+    /// Removes a root for good. Removing what is not there is `Ok`.
+    ///
+    /// # Errors
+    /// [`Error::RootBusy`] while something has it mounted.
+    fn remove(&self, id: &RootId) -> Result<(), Error>;
+
+    /// Every root on this host, by name, and what becomes of it at a stop.
+    ///
+    /// # Errors
+    /// The directory of roots cannot be read.
+    fn roots(&self) -> Result<Vec<(RootId, RootPolicy)>, Error>;
+}
+
+/// The writable file tree of one desktop.
+#[must_use = "dropping it keeps the root on disk, also a volatile one"]
+pub trait Root: fmt::Debug + Send + Sync {
+    /// Which root this is.
+    fn id(&self) -> &RootId;
+
+    /// Makes a detached mount of the root; a volatile one begins from the base
+    /// anew. With `idmap`, owners show shifted by that user namespace's maps.
+    /// The mount is in no mount table and gone once it is closed everywhere.
+    ///
+    /// # Errors
+    /// [`Error::RootBusy`] when it is mounted already, [`Error::Unsupported`]
+    /// when this host cannot do it.
+    fn mount(&self, idmap: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Error>;
+
+    /// Says that nobody uses the root any more: a volatile one is forgotten, a
+    /// persistent one kept. Closing again is `Ok`; after an error, closing
+    /// again tries again.
+    ///
+    /// # Errors
+    /// [`Error::RootBusy`] while something still has it mounted.
+    fn close(&mut self) -> Result<(), Error>;
+}
+
+/// How a root is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RootOptions {
+    /// What becomes of it at a stop.
+    pub policy: RootPolicy,
+    /// What it may add to its base.
+    pub quota: Quota,
+}
+
+impl From<RootPolicy> for RootOptions {
+    /// Without a quota.
+    fn from(policy: RootPolicy) -> Self {
+        Self { policy, quota: Quota::default() }
+    }
+}
+
+/// What a root may add to its base. `None` means as much as there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Quota {
+    /// Bytes of file content and metadata, as the file system counts them.
+    pub bytes: Option<Bytes>,
+    /// Files, directories and links.
+    pub inodes: Option<u64>,
+}
+
+impl Quota {
+    /// Whether nothing is limited.
+    #[must_use]
+    pub const fn is_unlimited(&self) -> bool {
+        self.bytes.is_none() && self.inodes.is_none()
+    }
+}
