@@ -6,6 +6,7 @@
 //! outlive the node. Limits are on files that no process inside can reach, as
 //! no cgroup file system is mounted there.
 
+mod freezer;
 mod tree;
 
 #[cfg(test)]
@@ -26,6 +27,7 @@ use qvd_core::{DesktopId, Instance, Limits, Missing};
 use qvd_sys::process::Process;
 use rustix::process::Signal;
 
+pub use freezer::Freezer;
 pub(crate) use tree::{Kernel, Tree};
 
 use crate::{Error, error::io_error};
@@ -46,16 +48,21 @@ pub(crate) enum Controller {
     Memory,
     Cpu,
     Pids,
+    /// Only v1 has it as a controller: in v2 every group can be frozen.
+    Freezer,
 }
 
 impl Controller {
-    pub(crate) const ALL: [Self; 3] = [Self::Memory, Self::Cpu, Self::Pids];
+    pub(crate) const ALL: [Self; 4] = [Self::Memory, Self::Cpu, Self::Pids, Self::Freezer];
+    /// Without these no desktop is started.
+    const REQUIRED: [Self; 3] = [Self::Memory, Self::Cpu, Self::Pids];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
             Self::Cpu => "cpu",
             Self::Pids => "pids",
+            Self::Freezer => "freezer",
         }
     }
 }
@@ -117,7 +124,7 @@ impl Cgroups {
     }
 
     fn new(tree: Box<dyn Tree>, hierarchies: Vec<Hierarchy>, instance: Instance) -> Result<Self, Error> {
-        for controller in Controller::ALL {
+        for controller in Controller::REQUIRED {
             if !hierarchies.iter().any(|h| h.controllers.contains(&controller)) {
                 let missing =
                     Missing::Kernel(format!("the cgroup controller `{}`, or it is not mounted", controller.name()));
@@ -258,6 +265,7 @@ fn files(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String, bo
                 files.push(("cpu.cfs_quota_us", quota.to_string(), false));
             }
             (Controller::Pids, _) => files.push(("pids.max", limits.pids.to_string(), false)),
+            (Controller::Freezer, _) => {}
         }
     }
     files
@@ -309,6 +317,13 @@ impl Cgroup {
         Ok(())
     }
 
+    /// What stops and resumes it; none on a v1 host without that controller.
+    pub(crate) fn freezer(&self, id: DesktopId) -> Option<Freezer> {
+        let can = |h: &&Hierarchy| h.unified || h.controllers.contains(&Controller::Freezer);
+        let hierarchy = self.all.hierarchies.iter().find(can)?;
+        Some(Freezer::new(&self.all, hierarchy, id, self.path(hierarchy)))
+    }
+
     /// Numbers of the processes in it.
     pub(crate) fn processes(&self) -> io::Result<Vec<u32>> {
         self.all.hierarchies.first().map_or(Ok(Vec::new()), |first| self.all.tree.processes(&self.path(first)))
@@ -349,6 +364,14 @@ impl Cgroup {
             return Ok(());
         }
         let mut first = None;
+        // What stands still in a v1 group cannot even be killed. A group that
+        // nobody froze, or that is gone, takes it as well.
+        for hierarchy in self.all.hierarchies.iter().filter(|h| h.controllers.contains(&Controller::Freezer)) {
+            let state = self.path(hierarchy).join("freezer.state");
+            if let Err(error) = self.all.tree.write(&state, "THAWED") {
+                tracing::debug!(path = %state.display(), %error, "nothing to thaw");
+            }
+        }
         for hierarchy in self.all.hierarchies.iter().rev() {
             if let Err(error) = empty(self.all.tree.as_ref(), hierarchy, &self.path(hierarchy)) {
                 tracing::warn!(cgroup = %self.path(hierarchy).display(), %error, "cgroup not removed");

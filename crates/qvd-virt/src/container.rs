@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tracing::info_span;
 
 use crate::{
-    Enforced, Error,
+    Enforced, Error, Freezer,
     cgroup::Cgroup,
     error::io_error,
     runtime::{PLAN_WITHIN, Shared},
@@ -22,6 +22,9 @@ use crate::{
 
 /// How long a killed process may take to be gone.
 const KILLED_WITHIN: Duration = Duration::from_secs(10);
+
+/// What a child calls after it has reported: it waits, and executes.
+const CALLS_AFTER_READY: u32 = 2;
 
 /// What is the container's beside its process.
 #[derive(Debug)]
@@ -117,15 +120,15 @@ impl Prepared {
         // A child that has failed cannot be released; why it failed is what
         // its report says.
         let released = self.spawned.release();
-        for expected in [Event::Ready, Event::Closed] {
-            match self.spawned.event(PLAN_WITHIN) {
-                Ok(event) if event == expected => {}
-                Ok(_) => return Err(self.failed(SpawnError::Died)),
-                Err(source) => return Err(self.failed(source)),
-            }
-        }
+        let event = || self.spawned.event(PLAN_WITHIN).map_err(|source| self.failed(source));
+        let Event::Ready { calls } = event()? else { return Err(self.failed(SpawnError::Died)) };
+        let Event::Closed = event()? else { return Err(self.failed(SpawnError::Died)) };
         released.map_err(|source| self.failed(source))?;
-        Ok(Container::new(self.place, self.spawned.into_process()))
+        let calls = calls.saturating_add(CALLS_AFTER_READY);
+        tracing::debug!(calls, "program runs");
+        let mut container = Container::new(self.place, self.spawned.into_process());
+        container.start_calls = Some(calls);
+        Ok(container)
     }
 }
 
@@ -138,11 +141,27 @@ impl Prepared {
 pub struct Container {
     process: Process,
     place: Place,
+    start_calls: Option<u32>,
 }
 
 impl Container {
     pub(crate) const fn new(place: Place, process: Process) -> Self {
-        Self { process, place }
+        Self { process, place, start_calls: None }
+    }
+
+    /// How many system calls its process made from its birth until its program
+    /// ran, as it counted them itself; `None` for an adopted container. Unlike
+    /// the time that a start takes, it does not depend on what else runs.
+    #[must_use]
+    pub const fn start_calls(&self) -> Option<u32> {
+        self.start_calls
+    }
+
+    /// What lets all its processes stand still and go on; `None` where the
+    /// host has neither cgroup v2 nor the v1 controller `freezer`.
+    #[must_use]
+    pub fn freezer(&self) -> Option<Freezer> {
+        self.place.cgroup.freezer(self.place.id)
     }
 
     /// Its number.
@@ -266,6 +285,10 @@ impl Container {
         }
         let id = self.place.id;
         let _span = info_span!("close", desktop = %id).entered();
+        // A v1 freezer holds back even SIGKILL.
+        if let Some(freezer) = self.freezer() {
+            freezer.thaw()?;
+        }
         self.kill()?;
         if self.wait(KILLED_WITHIN)?.is_none() {
             return Err(Error::Timeout { op: format!("kill desktop {id}"), limit: KILLED_WITHIN });

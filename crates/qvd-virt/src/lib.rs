@@ -23,6 +23,7 @@ mod runtime;
 mod seccomp;
 mod spec;
 
+pub use cgroup::Freezer;
 pub use container::{Container, ContainerRecord, Prepared};
 pub use enforced::Enforced;
 pub use error::Error;

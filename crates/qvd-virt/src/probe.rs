@@ -50,12 +50,14 @@ impl Controller {
             Self::Memory => "memory limits",
             Self::Cpu => "processor limits",
             Self::Pids => "process limits",
+            Self::Freezer => "freezing of idle desktops",
         }
     }
 }
 
 fn limited(hierarchies: &[Hierarchy], controller: Controller) -> Support {
-    if hierarchies.iter().any(|h| h.controllers.contains(&controller)) {
+    let found = |h: &Hierarchy| h.controllers.contains(&controller) || (controller == Controller::Freezer && h.unified);
+    if hierarchies.iter().any(found) {
         Support::Yes
     } else {
         Support::No(Missing::Kernel(format!("a mounted cgroup controller `{}`", controller.name())))
@@ -85,7 +87,7 @@ fn child(namespace: Namespaces, op: Option<Op>, what: &str) -> io::Result<Suppor
         event
     });
     let result = match tried {
-        Ok(Event::Ready) => Ok(()),
+        Ok(Event::Ready { .. }) => Ok(()),
         Ok(Event::Closed) => Err(io::ErrorKind::BrokenPipe.into()),
         Err(SpawnError::Clone(source) | SpawnError::Step { source, .. } | SpawnError::Control(source)) => Err(source),
         Err(error) => Err(io::Error::other(error)),

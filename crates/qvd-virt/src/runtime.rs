@@ -326,7 +326,7 @@ impl Cgroups {
         let mut plan = Plan::new();
         plan.step("report", Op::Ready);
         let born = spawn(plan, Namespaces::NONE, Some(dir.as_fd())).map(|mut child| {
-            let ready = matches!(child.event(PLAN_WITHIN), Ok(Event::Ready));
+            let ready = matches!(child.event(PLAN_WITHIN), Ok(Event::Ready { .. }));
             let reaped = child.process_mut().wait(PLAN_WITHIN);
             ready && reaped.is_ok()
         });

@@ -4,6 +4,7 @@
 use std::{
     ffi::{CStr, CString, c_long},
     os::fd::RawFd,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use super::plan::{BpfInstruction, Op, Place, PlanFd, SLOTS};
@@ -16,9 +17,14 @@ pub(super) const READY: u32 = u32::MAX;
 /// gets the record.
 const FAILED: c_long = 127;
 
+/// System calls made so far. Only children count, and each has a copy of its
+/// own that begins at zero.
+static CALLS: AtomicU32 = AtomicU32::new(0);
+
 /// Makes a raw system call; the error is its number.
 macro_rules! call {
     ($name:ident $(, $argument:expr)* $(,)?) => {{
+        CALLS.fetch_add(1, Ordering::Relaxed);
         // SAFETY: every pointer among the arguments leads into the plan, which
         // the child has a private copy of, or to a local that outlives the call.
         let result = unsafe { libc::syscall(libc::$name $(, $argument)*) };
@@ -95,7 +101,8 @@ impl<'a> Child<'a> {
     fn step(&mut self, op: &Op) -> Result<(), i32> {
         match op {
             Op::Wait => return self.wait(),
-            Op::Ready => self.send(READY, 0)?,
+            // With the call that tells it.
+            Op::Ready => self.send(READY, CALLS.load(Ordering::Relaxed).wrapping_add(1).cast_signed())?,
             // Zero is the writer itself.
             Op::EnterGroup(tasks) => call!(SYS_write, self.fd(*tasks), c"0".as_ptr(), 1)?,
             Op::ClearGroups => call!(SYS_setgroups, 0, std::ptr::null::<libc::gid_t>())?,
@@ -205,8 +212,8 @@ fn loopback_up() -> Result<c_long, i32> {
     // The kernel keeps what belongs to the device, such as IFF_LOOPBACK. Both
     // flags are small: Linux `include/uapi/linux/if.h`.
     request.ifr_ifru.ifru_flags = 1 | 0x40;
-    call!(SYS_ioctl, socket, libc::SIOCSIFFLAGS, &raw const request)?;
-    call!(SYS_close, socket)
+    // The exec closes it with the others.
+    call!(SYS_ioctl, socket, libc::SIOCSIFFLAGS, &raw const request)
 }
 
 fn make_fs(kind: &CStr, options: &[(CString, CString)], attributes: u32) -> Result<c_long, i32> {

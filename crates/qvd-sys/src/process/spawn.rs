@@ -48,7 +48,10 @@ pub enum SpawnError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     /// It has come to [`Op::Ready`].
-    Ready,
+    Ready {
+        /// System calls it has made since it was born.
+        calls: u32,
+    },
     /// It closed its end: it executed its program, or it ended.
     Closed,
 }
@@ -193,7 +196,7 @@ impl Spawned {
         let [a, b, c, d, e, f, g, h] = record;
         let (step, error) = (u32::from_ne_bytes([a, b, c, d]), i32::from_ne_bytes([e, f, g, h]));
         if step == READY {
-            return Ok(Event::Ready);
+            return Ok(Event::Ready { calls: error.cast_unsigned() });
         }
         let name = usize::try_from(step).ok().and_then(|step| self.names.get(step));
         let name = name.map_or_else(|| "prepare the process".to_owned(), Clone::clone);

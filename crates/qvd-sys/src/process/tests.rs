@@ -1,5 +1,5 @@
 //! Plans as children execute them; no privilege is needed.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{fs::File, io::Read, os::fd::OwnedFd, time::Duration};
 
@@ -19,7 +19,9 @@ fn run(mut plan: Plan, script: &str, fds: &[i32]) -> (Exit, String) {
     plan.step("wait", Op::Wait);
     plan.step("execute", Op::Exec { program, args: ExecArgs::new(argv, vec![]) });
     let child = spawn(plan, Namespaces::NONE, None).unwrap();
-    assert_eq!(child.event(SOON).unwrap(), Event::Ready);
+    // Closing all but the gaps' ends takes some calls, then the plan's own.
+    let Event::Ready { calls } = child.event(SOON).unwrap() else { panic!("the plan reports") };
+    assert!((2..64).contains(&calls), "{calls}");
     child.release().unwrap();
     assert_eq!(child.event(SOON).unwrap(), Event::Closed);
     let mut process = child.into_process();

@@ -25,6 +25,9 @@ struct State {
 
 const ROOT: &str = "/fake";
 
+/// A process that does not stand still.
+const STUBBORN: &str = "13";
+
 impl Strict {
     fn new(unified: bool) -> Self {
         let strict = Self::default();
@@ -66,7 +69,8 @@ impl Tree for Strict {
         let above = state.groups.get(path.parent().unwrap()).ok_or_else(|| os(libc::ENOENT))?;
         let names: Vec<&str> = if state.unified {
             let enabled = &above["cgroup.subtree_control"];
-            let mut names = vec!["cgroup.procs", "cgroup.kill", "cgroup.subtree_control", "cgroup.events"];
+            let mut names =
+                vec!["cgroup.procs", "cgroup.kill", "cgroup.subtree_control", "cgroup.events", "cgroup.freeze"];
             for (controller, files) in
                 [("memory", &["memory.max", "memory.swap.max"][..]), ("cpu", &["cpu.max"]), ("pids", &["pids.max"])]
             {
@@ -77,7 +81,14 @@ impl Tree for Strict {
             names
         } else {
             // A kernel without swap accounting: no memory.memsw.
-            vec!["cgroup.procs", "memory.limit_in_bytes", "cpu.cfs_period_us", "cpu.cfs_quota_us", "pids.max"]
+            vec![
+                "cgroup.procs",
+                "memory.limit_in_bytes",
+                "cpu.cfs_period_us",
+                "cpu.cfs_quota_us",
+                "pids.max",
+                "freezer.state",
+            ]
         };
         let files = names.into_iter().map(|name| (name.to_owned(), String::new())).collect();
         state.groups.insert(path.to_owned(), files);
@@ -100,9 +111,16 @@ impl Tree for Strict {
         let (group, name) = split(path);
         let mut state = self.state();
         let files = state.groups.get_mut(&group).ok_or_else(|| os(libc::ENOENT))?;
+        let stubborn = files.get("cgroup.procs").is_some_and(|procs| procs == STUBBORN);
         let file = files.get_mut(&name).ok_or_else(|| os(libc::ENOENT))?;
         match name.as_str() {
             "cgroup.kill" => files.get_mut("cgroup.procs").unwrap().clear(),
+            "cgroup.freeze" => {
+                value.clone_into(file);
+                files.insert("cgroup.events".to_owned(), format!("populated 1\nfrozen {value}\n"));
+            }
+            // A v1 group with something that does not stop stays on its way there.
+            "freezer.state" if value == "FROZEN" && stubborn => "FREEZING".clone_into(file),
             _ => value.clone_into(file),
         }
         Ok(())
@@ -128,7 +146,8 @@ fn id(number: u32) -> DesktopId {
 }
 
 fn open(strict: &Strict, unified: bool) -> Arc<Cgroups> {
-    let hierarchies = vec![Hierarchy { root: ROOT.into(), unified, controllers: Controller::ALL.to_vec() }];
+    let controllers = if unified { &Controller::REQUIRED[..] } else { &Controller::ALL };
+    let hierarchies = vec![Hierarchy { root: ROOT.into(), unified, controllers: controllers.to_vec() }];
     Arc::new(Cgroups::new(Box::new(strict.clone()), hierarchies, Instance::new(0x1a2b)).unwrap())
 }
 
@@ -195,7 +214,7 @@ fn controllers_are_found_in_v1_v2_and_hybrid_hosts() {
     };
     let strict = Strict::new(true);
     let pure = find(&strict, &line(ROOT, "cgroup2", "nsdelegate"));
-    assert_eq!(pure, [Hierarchy { root: ROOT.into(), unified: true, controllers: Controller::ALL.to_vec() }]);
+    assert_eq!(pure, [Hierarchy { root: ROOT.into(), unified: true, controllers: Controller::REQUIRED.to_vec() }]);
 
     // The v2 tree of a hybrid host has no controller that is ours.
     let v1 = line("/c/cpu,cpuacct", "cgroup", "cpu,cpuacct") + &line("/c/pids", "cgroup", "pids");
@@ -207,4 +226,33 @@ fn controllers_are_found_in_v1_v2_and_hybrid_hosts() {
     // A part of a tree, as containers see it, is no place for groups.
     let part = "30 23 0:26 /below /c/memory rw - cgroup cgroup rw,memory\n";
     assert!(find(&strict, part).is_empty());
+}
+
+#[test]
+fn groups_of_both_kinds_are_frozen_and_thawed() {
+    for unified in [true, false] {
+        let strict = Strict::new(unified);
+        let mut cgroup = open(&strict, unified).create(id(7), LIMITS).unwrap();
+        let freezer = cgroup.freezer(id(7)).unwrap();
+        assert!(!freezer.is_frozen().unwrap());
+        freezer.freeze().unwrap();
+        assert!(freezer.is_frozen().unwrap());
+        freezer.thaw().unwrap();
+        assert!(!freezer.is_frozen().unwrap());
+        cgroup.close().unwrap();
+        assert!(!freezer.is_frozen().unwrap(), "what is gone is not frozen");
+        freezer.thaw().unwrap();
+    }
+}
+
+#[test]
+fn what_does_not_stop_runs_on_after_the_refusal() {
+    let strict = Strict::new(false);
+    let cgroup = open(&strict, false).create(id(7), LIMITS).unwrap();
+    let group = Path::new(ROOT).join("qvd-1a2b/7");
+    strict.write(&group.join("cgroup.procs"), STUBBORN).unwrap();
+    let error = cgroup.freezer(id(7)).unwrap().freeze().unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    assert_eq!(strict.file("qvd-1a2b/7/freezer.state"), "THAWED");
+    strict.write(&group.join("cgroup.procs"), "").unwrap();
 }
