@@ -8,6 +8,7 @@
 mod cause;
 mod error;
 mod id;
+mod rest;
 mod spec;
 mod support;
 mod unit;
@@ -15,6 +16,7 @@ mod unit;
 pub use cause::causes;
 pub use error::ErrorKind;
 pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, UserName};
+pub use rest::{RestMode, RestPolicy};
 pub use spec::{
     DesktopSpec, DesktopState, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, NetPolicy, RootPolicy,
     StartStep, Virtualizer,

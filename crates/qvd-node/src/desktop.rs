@@ -11,7 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{DesktopId, DesktopSpec, ErrorKind, NetPolicy, RootPolicy, StartStep, UidRange, Virtualizer};
+use qvd_core::{
+    DesktopId, DesktopSpec, ErrorKind, NetPolicy, RestPolicy, RootPolicy, StartStep, UidRange, Virtualizer,
+};
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
 use qvd_net::{Network, Port, PortSpec, loopback_up};
 use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Root, RootId, Store};
@@ -21,6 +23,7 @@ use crate::{
     HostError, HostErrorKind, ImageSummary, NodeConfig, Timings,
     guest::Guest,
     record::{Record, Records},
+    rest::Rest,
 };
 
 /// How long the init has beyond the programs' grace to end by itself.
@@ -38,6 +41,9 @@ pub(crate) struct Desktop {
     root: Box<dyn Root>,
     port: Option<Port>,
     container: Container,
+    rest: RestPolicy,
+    /// How long a browser's head stays after it has left.
+    linger: Duration,
 }
 
 /// Why a desktop could not be taken apart whole; what is left stays owned.
@@ -63,11 +69,32 @@ impl Desktop {
         matches!(self.container.try_wait(), Ok(None))
     }
 
+    /// How it rests; `usual` is the node's own idea of when.
+    pub(crate) fn rest(&self, usual: Duration) -> Rest {
+        Rest::new(self.rest, self.rest.after(usual, self.linger), self.container.freezer())
+    }
+
+    /// Number of its first process on the host.
+    pub(crate) const fn pid(&self) -> u32 {
+        self.container.pid()
+    }
+
+    /// Processor time that its programs have used; what cannot be read counts
+    /// as none.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        self.container.cpu_time().unwrap_or_else(|error| {
+            tracing::debug!(desktop = %self.id, error = &error as &dyn StdError, "processor time not known");
+            Duration::ZERO
+        })
+    }
+
     /// Gives back the memory that it can do without while nobody looks.
-    pub(crate) fn rest(&self) {
+    pub(crate) fn page_out(&self) {
         match self.container.page_out() {
             Ok(asked_bytes) => tracing::debug!(desktop = %self.id, asked_bytes, "desktop rests"),
-            Err(error) => tracing::info!(desktop = %self.id, error = &error as &dyn StdError, "desktop cannot rest"),
+            Err(error) => {
+                tracing::info!(desktop = %self.id, error = &error as &dyn StdError, "desktop keeps its memory")
+            }
         }
     }
 
@@ -196,6 +223,10 @@ impl Parts {
     fn adopt(&self, id: DesktopId) -> Result<Desktop, Box<dyn StdError + Send + Sync>> {
         let Record { spec, uid_slot, container, address, .. } = self.records.read(id)?;
         let container = self.runtime.adopt(&container)?.ok_or("its first process has ended")?;
+        // It may have been at rest when its node died.
+        if let Some(freezer) = container.freezer() {
+            freezer.thaw()?;
+        }
         let guest = Guest::at(self.records.socket(id));
         guest.check()?;
         let image = self.store.image(spec.image)?;
@@ -209,7 +240,8 @@ impl Parts {
         if !lock(&self.slots).insert(uid_slot) {
             return Err("its range of ids is another's".into());
         }
-        Ok(Desktop { id, uid_slot, guest, root, port, container })
+        let (rest, linger) = rest_of(&image);
+        Ok(Desktop { id, uid_slot, guest, root, port, container, rest, linger })
     }
 
     /// Makes everything up to the running init. Each owner undoes its part
@@ -289,7 +321,8 @@ impl Parts {
             .write(&Record::new(spec.clone(), uid_slot, facts, address))
             .map_err(failed(HostErrorKind::Failed, &what))?;
         undo.keep();
-        Ok((Desktop { id, uid_slot, guest, root, port, container }, timings))
+        let (rest, linger) = rest_of(&image);
+        Ok((Desktop { id, uid_slot, guest, root, port, container, rest, linger }, timings))
     }
 
     /// Takes a desktop apart, last made first, and goes on after a failure.
@@ -416,6 +449,12 @@ fn note<E: StdError + 'static>(id: DesktopId, undone: Result<(), E>) {
 
 pub(crate) fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+/// How desktops of an image rest, and how long a browser's head stays.
+fn rest_of(image: &Image) -> (RestPolicy, Duration) {
+    let linger = image.config().session.as_ref().map_or(0, |session| session.head_linger_s);
+    (image.config().defaults.rest, Duration::from_secs(linger.into()))
 }
 
 /// What the init is told, from what the image's recipe said.

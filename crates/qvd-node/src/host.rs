@@ -20,6 +20,8 @@ use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats}
 use qvd_storage::{Image, Store};
 use serde::{Deserialize, Serialize};
 
+use crate::rest::Awake;
+
 /// A host that runs desktops. Calls block, may come from many threads at once,
 /// and calls about one desktop wait for one another.
 pub trait Host: fmt::Debug + Send + Sync {
@@ -160,7 +162,8 @@ pub struct DesktopStatus {
     pub timings: Option<Timings>,
     /// Whether a client is attached.
     pub attached: bool,
-    /// Whether it has given back memory, because nobody was attached for a while.
+    /// Whether it stands still or has given back memory, because nobody was
+    /// attached for a while.
     pub resting: bool,
     /// Why it is not running, when it ended without being asked to.
     pub ended: Option<String>,
@@ -338,6 +341,8 @@ pub struct ExecSession {
 #[derive(Debug)]
 pub struct ExecControl {
     channel: Channel,
+    /// A desktop does not rest while a program runs for somebody outside.
+    awake: Option<Awake>,
 }
 
 /// How one talks with a program inside a desktop.
@@ -361,11 +366,15 @@ impl ExecSession {
     /// Wraps the connection that the program was started on.
     #[must_use]
     pub const fn new(stdio: ExecStdio, channel: Channel) -> Self {
-        Self { stdio, control: ExecControl { channel } }
+        Self { stdio, control: ExecControl { channel, awake: None } }
     }
 }
 
 impl ExecControl {
+    pub(crate) fn keep_awake(&mut self, awake: Awake) {
+        self.awake = Some(awake);
+    }
+
     /// Tells the program's terminal its new size.
     ///
     /// # Errors

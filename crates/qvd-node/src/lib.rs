@@ -9,6 +9,7 @@ mod host;
 mod node;
 mod probe;
 mod record;
+mod rest;
 mod supervisor;
 
 pub use host::{

@@ -15,6 +15,7 @@ use crate::{
     Timings,
     desktop::{Desktop, Parts, micros},
     guest::Guest,
+    rest::{Awake, Due, Rest},
     supervisor::{Supervisor, Watcher},
 };
 
@@ -36,7 +37,8 @@ pub struct NodeConfig {
     pub session_limit: Duration,
     /// How long a session may take to open a display.
     pub attach_limit: Duration,
-    /// How long nobody has to be attached until a desktop gives back memory.
+    /// How long nobody has to be attached until a desktop rests, unless its
+    /// flavour says otherwise.
     pub rest_after: Duration,
 }
 
@@ -76,10 +78,12 @@ struct Inner {
 }
 
 /// One desktop's place. `live` is held for as long as a start or a stop takes,
-/// so that these wait for one another; `face` only for a moment.
+/// so that these wait for one another; `rest` while its processes are stopped
+/// or resumed; `face` only for a moment. Taken in this order.
 #[derive(Debug, Default)]
 struct Slot {
     live: Mutex<Option<Desktop>>,
+    rest: Mutex<Rest>,
     face: Mutex<Face>,
 }
 
@@ -91,31 +95,19 @@ struct Face {
     ended: Option<String>,
     guest: Option<Guest>,
     attachment: Option<AttachmentEnd>,
-    alone: Alone,
 }
 
-/// Whether anybody looks at a running desktop.
-#[derive(Debug, Default, Clone, Copy)]
-enum Alone {
-    /// A client is attached, or was when this was last looked at.
-    #[default]
-    No,
-    Since(Instant),
-    /// For so long that it gave back memory.
-    Resting,
+impl Slot {
+    /// Lets the desktop go on if it stands still, and keeps it awake.
+    fn wake(&self, id: DesktopId) -> Result<Awake, HostError> {
+        let woken = lock(&self.rest).wake();
+        woken.map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot wake desktop {id}"), e))
+    }
 }
 
 impl Face {
-    /// Looks whether anybody is attached; true when the desktop should rest now.
-    fn should_rest(&mut self, after: Duration) -> bool {
-        let attached = self.attachment.as_ref().is_some_and(AttachmentEnd::is_open);
-        match self.alone {
-            _ if attached || self.state != State::Running => self.alone = Alone::No,
-            Alone::No => self.alone = Alone::Since(Instant::now()),
-            Alone::Since(when) => return when.elapsed() >= after,
-            Alone::Resting => {}
-        }
-        false
+    fn is_attached(&self) -> bool {
+        self.attachment.as_ref().is_some_and(AttachmentEnd::is_open)
     }
 }
 
@@ -154,6 +146,7 @@ impl Node {
             face.state = State::Running;
             face.guest = Some(desktop.guest().clone());
             drop(face);
+            *lock(&slot.rest) = desktop.rest(node.inner.config.rest_after);
             node.watch(&desktop)?;
             *lock(&slot.live) = Some(desktop);
         }
@@ -216,6 +209,7 @@ impl Inner {
         }
         let id = desktop.id();
         let result = self.parts.close(desktop);
+        *lock(&slot.rest) = Rest::default();
         let mut face = lock(&slot.face);
         match result {
             Ok(ended) => {
@@ -230,6 +224,12 @@ impl Inner {
                 Err(HostError::because(HostErrorKind::Failed, format!("cannot remove all of desktop {id}"), error))
             }
         }
+    }
+
+    /// Lets a desktop stand still if it is time; true if it does from now on.
+    fn settle(&self, slot: &Slot, desktop: &Desktop, attached: bool) -> bool {
+        let mut rest = lock(&slot.rest);
+        rest.tick(attached, || desktop.cpu_time()) == Due::Look && rest.settle(desktop.cpu_time(), desktop.pid())
     }
 
     fn guest(&self, id: DesktopId) -> Result<Guest, HostError> {
@@ -256,19 +256,21 @@ impl Watcher for Weak<Inner> {
         let Some(inner) = self.upgrade() else { return };
         let slots: Vec<_> = lock(&inner.slots).values().cloned().collect();
         for slot in slots {
-            let mut face = lock(&slot.face);
-            let (zombie, rest) = (face.state == State::Zombie, face.should_rest(inner.config.rest_after));
-            drop(face);
             let Ok(mut live) = slot.live.try_lock() else { continue };
-            if rest && let Some(desktop) = live.as_ref() {
-                desktop.rest();
-                let mut face = lock(&slot.face);
-                // Unless somebody came back meanwhile.
-                if matches!(face.alone, Alone::Since(_)) {
-                    face.alone = Alone::Resting;
-                }
+            let (state, attached) = {
+                let face = lock(&slot.face);
+                (face.state, face.is_attached())
+            };
+            if state == State::Running
+                && let Some(desktop) = live.as_ref()
+                && inner.settle(&slot, desktop, attached)
+            {
+                // Without the lock: whoever comes back meanwhile is served at once.
+                desktop.page_out();
             }
-            if zombie && let Err(error) = inner.close(&slot, &mut live) {
+            if state == State::Zombie
+                && let Err(error) = inner.close(&slot, &mut live)
+            {
                 tracing::debug!(error = &error as &dyn std::error::Error, "will try again");
             }
         }
@@ -297,6 +299,7 @@ impl Host for Node {
             self.watch(desktop)?;
             let waited = desktop.guest().wait_session(self.inner.config.session_limit);
             waited.map_err(|e| e.into_host_error(format!("the session of desktop {} did not start", spec.id)))?;
+            *lock(&slot.rest) = desktop.rest(self.inner.config.rest_after);
             let guest = desktop.guest().clone();
             Ok((guest, Timings { session_us: micros(began), ..timings }))
         });
@@ -331,7 +334,9 @@ impl Host for Node {
                     end.end(EndReason::Stopped);
                 }
             }
+            let awake = slot.wake(id)?;
             desktop.ask_to_end(grace);
+            drop(awake);
         }
         self.inner.close(&slot, &mut live)?;
         // It was asked to: that is nothing to report.
@@ -354,6 +359,7 @@ impl Host for Node {
 
     fn status(&self, id: DesktopId) -> DesktopStatus {
         let slot = lock(&self.inner.slots).get(&id).cloned().unwrap_or_default();
+        let resting = lock(&slot.rest).is_resting();
         let face = lock(&slot.face);
         let (state, step) = match face.state {
             State::Stopped => (DesktopState::Stopped, None),
@@ -366,8 +372,8 @@ impl Host for Node {
             state,
             step,
             timings: face.timings,
-            attached: face.attachment.as_ref().is_some_and(AttachmentEnd::is_open),
-            resting: matches!(face.alone, Alone::Resting),
+            attached: face.is_attached(),
+            resting,
             ended: face.ended.clone(),
         }
     }
@@ -382,11 +388,12 @@ impl Host for Node {
         let slot = self.inner.slot(id);
         {
             let mut face = lock(&slot.face);
-            face.alone = Alone::No;
             if let Some(end) = face.attachment.take() {
                 end.end(EndReason::TakenOver);
             }
         }
+        // Until the attachment itself says that somebody is there.
+        let _awake = slot.wake(id)?;
         let what = || format!("cannot open the display of desktop {id}");
         let stream =
             guest.attach(kind, self.inner.config.attach_limit, progress).map_err(|e| e.into_host_error(what()))?;
@@ -397,7 +404,6 @@ impl Host for Node {
             return Err(HostError::new(HostErrorKind::NotRunning, format!("desktop {id} was stopped")));
         }
         // Two clients may have asked at once: the later answer has the display.
-        face.alone = Alone::No;
         if let Some(other) = face.attachment.replace(end) {
             other.end(EndReason::TakenOver);
         }
@@ -407,11 +413,21 @@ impl Host for Node {
 
     fn exec(&self, id: DesktopId, request: ExecRequest) -> Result<ExecSession, HostError> {
         let guest = self.inner.guest(id)?;
-        guest.exec(request).map_err(|e| e.into_host_error(format!("cannot run a program in desktop {id}")))
+        let awake = self.inner.slot(id).wake(id)?;
+        let started = guest.exec(request);
+        let mut session = started.map_err(|e| e.into_host_error(format!("cannot run a program in desktop {id}")))?;
+        session.control.keep_awake(awake);
+        Ok(session)
     }
 
     fn stats(&self, id: DesktopId) -> Result<Stats, HostError> {
-        self.inner.guest(id)?.stats().map_err(|e| e.into_host_error(format!("cannot measure desktop {id}")))
+        let guest = self.inner.guest(id)?;
+        let what = || format!("cannot measure desktop {id}");
+        let slot = self.inner.slot(id);
+        // Asking is no reason to stay awake.
+        let stats = lock(&slot.rest).briefly(|| guest.stats());
+        let stats = stats.map_err(|e| HostError::because(HostErrorKind::Failed, what(), e))?;
+        stats.map_err(|e| e.into_host_error(what()))
     }
 
     fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {

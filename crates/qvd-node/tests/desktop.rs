@@ -235,3 +235,59 @@ fn cgroup_procs(instance: Instance, id: DesktopId) -> PathBuf {
         .find(|path| std::fs::read_to_string(path).is_ok_and(|text| !text.is_empty()))
         .expect("the cgroup of the desktop")
 }
+
+/// Whether the kernel holds all processes of a desktop, in either hierarchy.
+fn stands_still(instance: Instance, id: DesktopId) -> bool {
+    let tops = std::fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path());
+    let says = |path: PathBuf, text: &str| std::fs::read_to_string(path).is_ok_and(|state| state.contains(text));
+    tops.chain([PathBuf::from("/sys/fs/cgroup")]).any(|top| {
+        let group = top.join(instance.cgroup_name()).join(id.to_string());
+        says(group.join("freezer.state"), "FROZEN") || says(group.join("cgroup.events"), "frozen 1")
+    })
+}
+
+fn wait_for_rest(node: &Node, id: DesktopId) {
+    let deadline = std::time::Instant::now() + 3 * SOON;
+    while !node.status(id).resting {
+        assert!(std::time::Instant::now() < deadline, "desktop {id} does not rest");
+        std::thread::park_timeout(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn a_desktop_that_nobody_looks_at_stands_still_until_somebody_comes() {
+    on_a_host(|host| {
+        let (mut config, spec) = (host.config.clone(), host.spec(1));
+        config.rest_after = Duration::ZERO;
+        let still = || stands_still(config.instance, spec.id);
+        let node = Node::open(config.clone()).unwrap();
+        node.ensure_running(&spec, &mut drop).unwrap();
+        assert!(!still());
+        wait_for_rest(&node, spec.id);
+        assert!(still());
+
+        // Asking how it is does not wake it.
+        assert!(node.stats(spec.id).unwrap().processes >= 4);
+        assert!(still() && node.status(spec.id).resting);
+
+        // A client does, and a program that somebody runs.
+        let display = node.attach(spec.id, RFB, &mut drop).unwrap();
+        assert!(!still() && !node.status(spec.id).resting);
+        assert_eq!(greeting(display.stream()), "RFB 003.008\n");
+        drop(display);
+        wait_for_rest(&node, spec.id);
+        assert_eq!(run(&node, spec.id, false, "exit 3").0, Exit::Code(3));
+        assert!(!still());
+
+        // The next node finds it at rest, and takes it over all the same.
+        wait_for_rest(&node, spec.id);
+        drop(node);
+        assert!(still());
+        let node = Node::open(config.clone()).unwrap();
+        assert_eq!(node.status(spec.id).state, DesktopState::Running);
+        assert!(!still());
+        node.stop(spec.id, Duration::from_secs(3)).unwrap();
+        node.remove(spec.id).unwrap();
+        node.shut_down(Duration::ZERO).unwrap();
+    });
+}

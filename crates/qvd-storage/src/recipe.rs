@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use qvd_core::{FlavourName, Geometry, Limits, NetPolicy, RootPolicy};
+use qvd_core::{FlavourName, Geometry, Limits, NetPolicy, RestPolicy, RootPolicy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use toml::Spanned;
@@ -105,6 +105,8 @@ pub struct Defaults {
     pub root: RootPolicy,
     /// What it may reach.
     pub net: NetPolicy,
+    /// What it does while nobody looks.
+    pub rest: RestPolicy,
 }
 
 /// The distribution that packages are taken from.

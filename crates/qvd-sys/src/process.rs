@@ -24,6 +24,6 @@ mod tests;
 
 pub use memfd::seal;
 pub use memory::page_out;
-pub use pidfd::{Exit, Process, boot_id, start_time};
+pub use pidfd::{Exit, Process, boot_id, cpu_time, start_time};
 pub use plan::{BpfInstruction, ExecArgs, Namespaces, Op, Plan, PlanFd};
 pub use spawn::{Event, SpawnError, Spawned, spawn};

@@ -329,6 +329,18 @@ impl Cgroup {
         self.all.hierarchies.first().map_or(Ok(Vec::new()), |first| self.all.tree.processes(&self.path(first)))
     }
 
+    /// Processor time that its processes have used. On v1, where time is kept by
+    /// another controller than limits are, it is that of those that live.
+    pub(crate) fn cpu_time(&self) -> io::Result<Duration> {
+        let v2 = self.all.hierarchies.iter().find(|h| h.unified && h.controllers.contains(&Controller::Cpu));
+        if let Some(hierarchy) = v2 {
+            let stat = self.all.tree.read(&self.path(hierarchy).join("cpu.stat"))?;
+            let used = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
+            return used.map(Duration::from_micros).ok_or_else(|| io::ErrorKind::InvalidData.into());
+        }
+        self.processes()?.into_iter().try_fold(Duration::ZERO, |sum, pid| Ok(sum + qvd_sys::process::cpu_time(pid)?))
+    }
+
     /// What the kernel says the limits are.
     pub(crate) fn limits(&self) -> Result<Vec<(String, String)>, Error> {
         let mut values = Vec::new();

@@ -274,6 +274,14 @@ impl Container {
         Ok(asked)
     }
 
+    /// Processor time that its programs have used.
+    ///
+    /// # Errors
+    /// It has been removed, or the kernel does not say.
+    pub fn cpu_time(&self) -> Result<Duration, Error> {
+        self.place.cgroup.cpu_time().map_err(io_error(format!("read the processor time of desktop {}", self.place.id)))
+    }
+
     /// Kills what still runs and removes it. Idempotent; still armed after an
     /// error.
     ///

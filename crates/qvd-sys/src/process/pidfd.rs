@@ -180,11 +180,39 @@ impl AsFd for Process {
 /// # Errors
 /// There is no such process.
 pub fn start_time(pid: u32) -> io::Result<u64> {
+    let [start] = stat(pid, [22])?;
+    Ok(start)
+}
+
+/// Processor time that a process has used in all its threads; none if there is
+/// no such process.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn cpu_time(pid: u32) -> io::Result<Duration> {
+    match stat(pid, [14, 15]) {
+        Ok([user, system]) => {
+            let per_second = rustix::param::clock_ticks_per_second().max(1);
+            Ok(Duration::from_millis((user + system).saturating_mul(1000) / per_second))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
+            Ok(Duration::ZERO)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Numbers from `/proc/PID/stat`, by their position in proc(5).
+fn stat<const N: usize>(pid: u32, fields: [usize; N]) -> io::Result<[u64; N]> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, in parentheses, may contain anything; field 22 of proc(5) is
-    // the 20th behind it.
-    let field = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19));
-    field.and_then(|text| text.parse().ok()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    // The name, in parentheses, may contain anything; field 3 is the first behind it.
+    let rest: Vec<_> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace().collect();
+    let mut numbers = [0; N];
+    for (number, field) in numbers.iter_mut().zip(fields) {
+        let text = field.checked_sub(3).and_then(|index| rest.get(index));
+        *number = text.and_then(|text| text.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
+    }
+    Ok(numbers)
 }
 
 /// The random name of this boot of the kernel.

@@ -1,0 +1,234 @@
+//! Rest: a desktop that nobody looks at stands still and gives back memory.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use qvd_core::{RestMode, RestPolicy};
+use qvd_virt::Freezer;
+
+/// Largest table of connections read, in bytes: some thousand of them. With
+/// more, a desktop is not idle.
+const TABLE_MAX_BYTES: u64 = 1 << 20;
+
+/// Whether a desktop may rest, and whether it does.
+#[derive(Debug, Default)]
+pub(crate) struct Rest {
+    policy: RestPolicy,
+    after: Duration,
+    freezer: Option<Freezer>,
+    alone: Alone,
+    /// One reference more for each that needs the desktop awake.
+    users: Arc<()>,
+}
+
+/// Keeps a desktop awake for as long as it lives.
+#[derive(Debug, Clone)]
+pub(crate) struct Awake(#[expect(dead_code, reason = "only counted")] Arc<()>);
+
+/// Whether anybody needs a running desktop.
+#[derive(Debug, Default, Clone, Copy)]
+enum Alone {
+    /// Somebody does, or did when this was last looked at.
+    #[default]
+    No,
+    Since {
+        when: Instant,
+        /// Processor time that its programs had used by then.
+        used: Duration,
+    },
+    Resting,
+}
+
+/// What has to be done about a desktop now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Due {
+    Nothing,
+    /// It has been alone for long enough: ask what its programs do.
+    Look,
+}
+
+impl Rest {
+    pub(crate) fn new(policy: RestPolicy, after: Duration, freezer: Option<Freezer>) -> Self {
+        Self { policy, after, freezer, ..Self::default() }
+    }
+
+    pub(crate) const fn is_resting(&self) -> bool {
+        matches!(self.alone, Alone::Resting)
+    }
+
+    /// Looks whether anybody needs it; `used` is asked when it becomes alone.
+    pub(crate) fn tick(&mut self, attached: bool, used: impl FnOnce() -> Duration) -> Due {
+        let needed = attached || Arc::strong_count(&self.users) > 1 || self.policy.mode == RestMode::Never;
+        match self.alone {
+            Alone::Resting if !needed => {}
+            _ if needed => self.alone = Alone::No,
+            Alone::Since { when, .. } if when.elapsed() >= self.after => return Due::Look,
+            Alone::Since { .. } => {}
+            _ => self.alone = Alone::Since { when: Instant::now(), used: used() },
+        }
+        Due::Nothing
+    }
+
+    /// Lets it stand still, unless its programs work (`used`: processor time so
+    /// far) or talk with others (process 1 is `pid`). True when it rests now
+    /// and its memory can be given back.
+    pub(crate) fn settle(&mut self, used: Duration, pid: u32) -> bool {
+        let Alone::Since { when, used: before } = self.alone else { return false };
+        let busy = used.saturating_sub(before).as_secs_f64() * 100.0
+            > when.elapsed().as_secs_f64() * f64::from(self.policy.busy_percent);
+        if busy || (!self.policy.with_streams && has_streams(pid)) {
+            // Looked at again after as long.
+            self.alone = Alone::Since { when: Instant::now(), used };
+            return false;
+        }
+        if self.policy.mode == RestMode::Freeze
+            && let Some(freezer) = &self.freezer
+            && let Err(error) = freezer.freeze()
+        {
+            tracing::info!(error = &error as &dyn std::error::Error, "desktop runs on at rest");
+        }
+        self.alone = Alone::Resting;
+        true
+    }
+
+    /// Lets it go on, and keeps it awake until the result is dropped.
+    pub(crate) fn wake(&mut self) -> Result<Awake, qvd_virt::Error> {
+        if self.is_resting()
+            && let Some(freezer) = &self.freezer
+        {
+            freezer.thaw()?;
+        }
+        self.alone = Alone::No;
+        Ok(Awake(Arc::clone(&self.users)))
+    }
+
+    /// Lets it go on for one question, if it rests.
+    pub(crate) fn briefly<T>(&mut self, question: impl FnOnce() -> T) -> Result<T, qvd_virt::Error> {
+        let freezer = self.freezer.as_ref().filter(|_| self.is_resting() && self.policy.mode == RestMode::Freeze);
+        let Some(freezer) = freezer else { return Ok(question()) };
+        freezer.thaw()?;
+        let answer = question();
+        freezer.freeze()?;
+        Ok(answer)
+    }
+}
+
+/// Whether a program in the network namespace of process `pid` has a TCP
+/// connection to another host. What cannot be read counts as one.
+fn has_streams(pid: u32) -> bool {
+    ["tcp", "tcp6"].into_iter().any(|table| match read(&format!("/proc/{pid}/net/{table}")) {
+        Ok(text) => text.lines().skip(1).any(is_stream),
+        // A kernel without IPv6 has no such table.
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    })
+}
+
+fn read(path: &str) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(TABLE_MAX_BYTES).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Source: Linux `Documentation/networking/proc_net_tcp.rst`; state 01 is
+/// `TCP_ESTABLISHED`, addresses are words of the machine's own byte order.
+fn is_stream(line: &str) -> bool {
+    let mut fields = line.split_ascii_whitespace();
+    let (Some(remote), Some("01")) = (fields.nth(2), fields.next()) else { return false };
+    let Some((address, _port)) = remote.split_once(':') else { return false };
+    let words: Option<Vec<u32>> = address
+        .as_bytes()
+        .chunks(8)
+        .map(|word| u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok())
+        .collect();
+    match words.as_deref() {
+        Some(&[word]) => !Ipv4Addr::from(word.to_ne_bytes()).is_loopback(),
+        Some(&[a, b, c, d]) => {
+            let mut bytes = [0; 16];
+            for (place, word) in bytes.chunks_exact_mut(4).zip([a, b, c, d]) {
+                place.copy_from_slice(&word.to_ne_bytes());
+            }
+            let address = Ipv6Addr::from(bytes);
+            !address.is_loopback() && !address.to_ipv4_mapped().is_some_and(|mapped| mapped.is_loopback())
+        }
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rest(after: Duration) -> Rest {
+        Rest::new(RestPolicy { with_streams: true, ..RestPolicy::default() }, after, None)
+    }
+
+    const NONE: Duration = Duration::ZERO;
+
+    #[test]
+    fn it_rests_once_it_was_alone_for_long_enough() {
+        let mut rest = rest(Duration::ZERO);
+        assert_eq!(rest.tick(true, || NONE), Due::Nothing);
+        assert_eq!(rest.tick(false, || NONE), Due::Nothing, "alone from now on");
+        assert_eq!(rest.tick(false, || NONE), Due::Look);
+        assert!(rest.settle(NONE, 1));
+        assert!(rest.is_resting());
+        assert_eq!(rest.tick(false, || NONE), Due::Nothing);
+        drop(rest.wake());
+        assert!(!rest.is_resting());
+    }
+
+    #[test]
+    fn it_stays_awake_for_whoever_needs_it() {
+        let mut rest = rest(Duration::ZERO);
+        let program = rest.wake();
+        for _ in 0..3 {
+            assert_eq!(rest.tick(false, || NONE), Due::Nothing);
+        }
+        drop(program);
+        assert_eq!(rest.tick(false, || NONE), Due::Nothing);
+        assert_eq!(rest.tick(false, || NONE), Due::Look);
+        // Somebody came between the look and the rest.
+        drop(rest.wake());
+        assert!(!rest.settle(NONE, 1));
+    }
+
+    #[test]
+    fn it_does_not_rest_while_its_programs_work() {
+        let mut rest = rest(Duration::ZERO);
+        assert_eq!(rest.tick(false, || NONE), Due::Nothing);
+        assert_eq!(rest.tick(false, || NONE), Due::Look);
+        assert!(!rest.settle(Duration::from_secs(3600), 1), "an hour's work in no time");
+        assert!(rest.settle(Duration::from_secs(3600), 1), "and none since");
+    }
+
+    #[test]
+    fn a_policy_can_forbid_it() {
+        let policy = RestPolicy { mode: RestMode::Never, ..RestPolicy::default() };
+        let mut rest = Rest::new(policy, Duration::ZERO, None);
+        for _ in 0..3 {
+            assert_eq!(rest.tick(false, || NONE), Due::Nothing);
+        }
+    }
+
+    #[test]
+    fn streams_to_other_hosts_are_told_from_those_inside() {
+        let line = |remote: &str, state: &str| format!("   0: 0100007F:1F90 {remote} {state} 00000000:00000000 00:0");
+        let v4 = |address: Ipv4Addr| format!("{:08X}:01BB", u32::from_ne_bytes(address.octets()));
+        assert!(is_stream(&line(&v4(Ipv4Addr::new(192, 0, 2, 1)), "01")));
+        assert!(!is_stream(&line(&v4(Ipv4Addr::new(192, 0, 2, 1)), "0A")), "listening");
+        assert!(!is_stream(&line(&v4(Ipv4Addr::LOCALHOST), "01")));
+        let v6 = |address: Ipv6Addr| {
+            let words = address.octets();
+            let words = words.chunks_exact(4).map(|w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]));
+            words.map(|word| format!("{word:08X}")).collect::<String>() + ":01BB"
+        };
+        assert!(is_stream(&line(&v6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)), "01")));
+        assert!(!is_stream(&line(&v6(Ipv6Addr::LOCALHOST), "01")));
+        assert!(!is_stream(&line(&v6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()), "01")));
+    }
+}
