@@ -46,6 +46,7 @@ mod nft;
 mod pool;
 mod port;
 mod probe;
+pub mod responder;
 mod rules;
 mod sysctl;
 

@@ -56,12 +56,18 @@ fn link(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
     message
 }
 
+/// Reserved groups whose frames are forwarded, a bit for each last octet: all
+/// that can be. Forwarding is where the rules are, and they drop them.
+///
+/// Source: Linux `net/bridge/br_private.h`, `BR_GROUPFWD_RESTRICTED` is 7.
+pub(crate) const RESERVED_GROUPS_TO_RULES: u16 = 0xfff8;
+
 /// Makes the bridge, or gives an existing one these settings.
-pub(crate) fn ensure_bridge(name: &str, mac: Mac, group: u32) -> Request {
+pub(crate) fn ensure_bridge(name: &str, mac: Mac, group: u32, group_forward_mask: u16) -> Request {
     let data = InfoData::Bridge(vec![
         InfoBridge::StpState(BridgeStpState::Disabled),
         InfoBridge::MulticastSnooping(false),
-        InfoBridge::GroupFwdMask(0),
+        InfoBridge::GroupFwdMask(group_forward_mask),
     ]);
     let message = link(
         0,

@@ -147,7 +147,8 @@ impl Network {
         let forwarding_was_off = noted || (internet && sysctl::read("ipv4/ip_forward")? == "0");
         nft::load(&table, &Rules { instance, subnet, internet, forwarding_was_off, without }.render())?;
 
-        let made = links::ensure_bridge(&name, Mac::of(instance, subnet.gateway()), group(instance));
+        let reserved = if without.contains(&Protection::ReservedGroups) { 0 } else { links::RESERVED_GROUPS_TO_RULES };
+        let made = links::ensure_bridge(&name, Mac::of(instance, subnet.gateway()), group(instance), reserved);
         route.batch(vec![made]).map_err(refused("make the bridge"))?;
         let bridge = find(route, &name)?.ok_or_else(|| gone(&name))?.index;
         no_ipv6_address(route, bridge).map_err(refused("switch off IPv6 on"))?;

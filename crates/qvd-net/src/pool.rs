@@ -68,6 +68,12 @@ impl Subnet {
         self.prefix_len
     }
 
+    /// Ones for the bits that all its addresses share.
+    #[must_use]
+    pub const fn netmask(self) -> Ipv4Addr {
+        Ipv4Addr::from_bits(self.mask())
+    }
+
     /// The host's address in it.
     #[must_use]
     pub const fn gateway(self) -> Ipv4Addr {

@@ -7,11 +7,16 @@
 //!
 //! Identities are elements of sets keyed by the port, so that a frame costs
 //! the same however many desktops there are, and adding one touches no rule.
-//! Frames to the reserved multicast addresses 01:80:c2:00:00:00 to 0f never
-//! meet the prerouting hook (Linux `net/bridge/br_input.c`, `br_handle_frame`);
-//! the input hook of the bridge stops those. Those to :0e, for LLDP, meet none:
-//! the host's IP and ARP drop them because they come from the port itself, but
-//! a program of the host that listens for raw frames on the port hears them.
+//! What is let through is named by what it is, never by what it is not: a match
+//! on a field that a cut frame lacks fails, whichever way it is put (Linux
+//! `net/netfilter/nft_payload.c`, `nft_payload_eval`), so that a rule which
+//! drops what differs would let such a frame by.
+//!
+//! Of frames to the reserved groups 01:80:c2:00:00:00 to 0f, which a bridge
+//! keeps to itself (Linux `net/bridge/br_input.c`, `br_handle_frame`), those to
+//! :01 are always dropped and those to :02 meet the input hook. All others meet
+//! the prerouting hook because the bridge is told to forward them: only so do
+//! those to :0e, for LLDP, meet any hook at all.
 
 use std::{fmt::Write as _, net::Ipv4Addr};
 
@@ -45,6 +50,8 @@ pub(crate) enum Protection {
     Identity,
     /// The ARP sender is the port's.
     ArpIdentity,
+    /// ARP is about somebody, whose address is there: the last of its fields.
+    ArpWhole,
     /// IPv4 goes to the gateway's MAC only.
     ToGateway,
     /// No IPv4 options.
@@ -60,6 +67,8 @@ pub(crate) enum Protection {
     /// Nothing to any multicast MAC reaches the host, the reserved ones
     /// included, that no other rule sees.
     Multicast,
+    /// The bridge shows the rules what it would keep to itself.
+    ReservedGroups,
     /// Nothing passes from port to port.
     Neighbours,
     /// What comes from a port and not over the bridge does not reach the host:
@@ -134,7 +143,12 @@ impl Rules<'_> {
         lines.end();
 
         lines.chain("from_port_ip");
-        lines.when(self.on(Protection::Identity), "iifname . ether saddr . ip saddr != @identity drop");
+        let known = if self.on(Protection::Identity) { "iifname . ether saddr . ip saddr @identity " } else { "" };
+        lines.push(format!("{known}goto from_port_known"));
+        lines.push("drop");
+        lines.end();
+
+        lines.chain("from_port_known");
         lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} drop"));
         // The length of the header in 32-bit words.
         lines.when(self.on(Protection::Options), "@nh,4,4 != 5 drop");
@@ -146,13 +160,21 @@ impl Rules<'_> {
                 "ip daddr {{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, {broadcast}, 224.0.0.0-255.255.255.255 }} drop"
             ),
         );
-        lines.when(self.on(Protection::DhcpServer), "udp sport 67 drop");
-        lines.push(if self.on(Protection::Protocols) { "ip protocol { icmp, tcp, udp } accept" } else { "accept" });
+        // `meta l4proto` and ports are known of whole packets alone: of a
+        // length that is true, with a header that is there.
+        lines.push(if self.on(Protection::DhcpServer) { "udp sport != 67 accept" } else { "meta l4proto udp accept" });
+        lines.push(if self.on(Protection::Protocols) {
+            "meta l4proto { icmp, tcp } accept"
+        } else {
+            "meta l4proto != udp accept"
+        });
+        lines.push("drop");
         lines.end();
 
         lines.chain("from_port_arp");
         lines.push(format!(
-            "arp htype 1 arp ptype ip arp operation {{ request, reply }} {} accept",
+            "arp htype 1 arp ptype ip arp operation {{ request, reply }} {} {} accept",
+            if self.on(Protection::ArpWhole) { "arp daddr ip != 0.0.0.0" } else { "" },
             if self.on(Protection::ArpIdentity) {
                 "iifname . ether saddr . arp saddr ether . arp saddr ip @arp_identity"
             } else {

@@ -29,6 +29,15 @@ impl PacketSocket {
     /// # Errors
     /// There is no such link, or this process may not see raw frames.
     pub fn open(name: &str, ethertype: u16) -> io::Result<Self> {
+        Self::open_filtered(name, ethertype, &[])
+    }
+
+    /// As [`PacketSocket::open`], for those frames alone that `filter` accepts;
+    /// the kernel copies no others. An empty filter accepts all.
+    ///
+    /// # Errors
+    /// As [`PacketSocket::open`], or the filter is no program that ends.
+    pub fn open_filtered(name: &str, ethertype: u16, filter: &[Instruction]) -> io::Result<Self> {
         let flags = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: no memory is passed. Protocol 0 receives nothing before the bind.
         let fd = unsafe { libc::socket(libc::AF_PACKET, flags, 0) };
@@ -37,6 +46,10 @@ impl PacketSocket {
         }
         // SAFETY: the kernel just made it, and nobody else knows of it.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        // Before the bind, so that nothing comes in unfiltered.
+        if !filter.is_empty() {
+            attach(&socket, filter)?;
+        }
         let index = rustix::net::netdevice::name_to_index(&socket, name)?;
         // SAFETY: a structure of integers, for all of which zero is a value.
         let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
@@ -78,6 +91,69 @@ impl PacketSocket {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// One instruction of a filter: what classic BPF needs to look at a frame.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct Instruction(libc::sock_filter);
+
+/// Codes of instructions, each of the parts that the kernel's header names.
+///
+/// Source: Linux `include/uapi/linux/bpf_common.h`.
+mod code {
+    /// `BPF_LD | BPF_B | BPF_ABS`
+    pub(super) const LOAD_OCTET: u16 = 0x30;
+    /// `BPF_LD | BPF_H | BPF_ABS`
+    pub(super) const LOAD_TWO_OCTETS: u16 = 0x28;
+    /// `BPF_JMP | BPF_JEQ | BPF_K`
+    pub(super) const JUMP_IF_EQUAL: u16 = 0x15;
+    /// `BPF_RET | BPF_K`
+    pub(super) const RETURN: u16 = 0x06;
+}
+
+impl Instruction {
+    /// Ends the program: the whole frame is passed on.
+    pub const ACCEPT: Self = Self::new(code::RETURN, 0, 0, u32::MAX);
+    /// Ends the program: the frame is not passed on.
+    pub const REJECT: Self = Self::new(code::RETURN, 0, 0, 0);
+
+    const fn new(code: u16, jt: u8, jf: u8, k: u32) -> Self {
+        Self(libc::sock_filter { code, jt, jf, k })
+    }
+
+    /// Looks at the octet that `offset` others precede. A frame that ends
+    /// before is rejected.
+    #[must_use]
+    pub const fn load_octet(offset: u32) -> Self {
+        Self::new(code::LOAD_OCTET, 0, 0, offset)
+    }
+
+    /// Looks at two octets as a number. A frame that ends before is rejected.
+    #[must_use]
+    pub const fn load_two_octets(offset: u32) -> Self {
+        Self::new(code::LOAD_TWO_OCTETS, 0, 0, offset)
+    }
+
+    /// Skips `count` instructions unless what was looked at is `value`.
+    #[must_use]
+    pub const fn skip_unless(value: u32, count: u8) -> Self {
+        Self::new(code::JUMP_IF_EQUAL, 0, count, value)
+    }
+}
+
+fn attach(socket: &OwnedFd, filter: &[Instruction]) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(filter.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?,
+        // The kernel copies the program and writes nothing to it.
+        filter: filter.as_ptr().cast_mut().cast(),
+    };
+    let length = libc::socklen_t::try_from(mem::size_of_val(&program)).map_err(io::Error::other)?;
+    let (level, name, value) = (libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const program).cast());
+    // SAFETY: `program` and the instructions it points to outlive the call, `length` is its size and `len` their
+    // number; `Instruction` is laid out as `sock_filter`.
+    let attached = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value, length) };
+    if attached == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 impl AsFd for PacketSocket {

@@ -108,10 +108,14 @@ fn each_protection_is_needed() {
         (DhcpServer, &[], "dhcp server, unicast", Side::Host),
         (Protocols, &[], "other ip protocol", Side::Host),
         (Protocols, &[ToGateway, Destinations, Multicast], "igmp query", Side::Host),
-        (Multicast, &[], "eapol", Side::Host),
-        (Multicast, &[PortAlone], "ip to reserved multicast", Side::Program),
-        (PortAlone, &[Multicast], "ip to reserved multicast", Side::Program),
-        (PortAlone, &[], "ip to the nearest bridge", Side::Program),
+        (Ethertype, &[Multicast], "eapol", Side::Host),
+        (Multicast, &[ReservedGroups], "eapol", Side::Host),
+        (ReservedGroups, &[Multicast], "eapol", Side::Host),
+        (ReservedGroups, &[], "ip to the nearest bridge", Side::Host),
+        (ReservedGroups, &[], "lldp", Side::Host),
+        (Multicast, &[PortAlone, ReservedGroups], "ip to reserved multicast", Side::Program),
+        (PortAlone, &[Multicast, ReservedGroups], "ip to reserved multicast", Side::Program),
+        (PortAlone, &[ReservedGroups], "ip to the nearest bridge", Side::Program),
         (Host, &[], "a service of the host", Side::Program),
         (Hairpin, &[], "the way over the gateway", Side::Neighbour),
     ];
@@ -143,6 +147,7 @@ fn frame(world: &World, name: &str) -> Vec<u8> {
             let packet = frames::udp(own.ip, gateway.ip, (5000, 4000));
             frames::ethernet([1, 0x80, 0xc2, 0, 0, 0xe], own.mac, frames::IPV4, &packet)
         }
+        "lldp" => frames::ethernet([1, 0x80, 0xc2, 0, 0, 0xe], own.mac, 0x88cc, &[2, 7, 4, 1, 2, 3, 4, 5, 6, 0, 0]),
         "a service of the host" => ip(frames::udp(own.ip, gateway.ip, (5000, 4000))),
         "the way over the gateway" => ip(frames::udp(own.ip, other.ip, (5000, 6000))),
         name => world.hostile().into_iter().find(|(n, _)| *n == name).map(|(_, frame)| frame).unwrap(),

@@ -67,8 +67,9 @@ pub(crate) fn ipv4(from: Ipv4Addr, to: Ipv4Addr, ip: Ip<'_>, payload: &[u8]) -> 
     [header, payload.to_vec()].concat()
 }
 
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 =
+        bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -104,8 +105,7 @@ pub(crate) fn ipv6(next: u8, to: [u8; 16], payload: &[u8]) -> Vec<u8> {
 }
 
 /// Every frame kind of the measured matrix, under its name there. `own` sends
-/// them; `other` is its neighbour. LLDP is not among them: no bridge forwards it,
-/// and a host that listens for it on a port is meant to hear it.
+/// them; `other` is its neighbour.
 pub(crate) fn hostile(
     own: Station,
     other: Station,

@@ -2,10 +2,15 @@
 //! network namespaces of their own, which end with the test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod attacks;
 mod confinement;
 mod frames;
 mod internet;
 mod lifecycle;
+mod property;
+mod reference;
+mod responder;
+mod vectors;
 mod world;
 
 use qvd_testkit::Need;

@@ -2,7 +2,7 @@
 //! frame could reach.
 
 use std::{
-    net::{Ipv4Addr, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
@@ -12,9 +12,15 @@ use qvd_sys::{
     netns,
     packet::{ETHERTYPE_ALL, PacketSocket},
 };
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::{
+    io::Errno,
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
 
-use super::frames::{self, Station};
+use super::{
+    frames::{self, Station},
+    vectors::{Cast, Station6},
+};
 use crate::{NetConfig, Network, Port, PortSpec, Subnet, rules::Protection, sysctl};
 
 pub(crate) const INSTANCE: Instance = Instance::new(0x7e57);
@@ -167,10 +173,47 @@ impl World {
         mark
     }
 
+    /// The players, as the vectors want them.
+    pub(crate) fn cast(&self) -> Cast {
+        let six = |station: Station| {
+            let [a, b, c, d, e, f] = station.mac;
+            let interface = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+            let address =
+                |prefix: [u8; 8]| Ipv6Addr::from(u128::from_be_bytes([prefix, interface].concat().try_into().unwrap()));
+            Station6 {
+                mac: station.mac,
+                link_local: address([0xfe, 0x80, 0, 0, 0, 0, 0, 0]),
+                global: address([0xfd, 0x51, 0x56, 0x44, 0, 0, 0, 1]),
+            }
+        };
+        let (own, other, gateway) = (self.a.station(), self.b.station(), self.gateway());
+        Cast { own, other, gateway, own6: six(own), other6: six(other), gateway6: six(gateway) }
+    }
+
     /// Sends `frame` from the first desktop and finds out where it went.
     pub(crate) fn send(&mut self, frame: &[u8]) -> Seen {
+        self.send_marked(frame).1
+    }
+
+    /// The same, and what went out with the mark.
+    pub(crate) fn send_marked(&mut self, frame: &[u8]) -> (Vec<u8>, Seen) {
         let mark = self.mark();
-        self.from_a.send(&[frame, &mark].concat()).unwrap();
+        let sent = [frame, &mark].concat();
+        let seen = self.send_exactly(&sent, &mark);
+        (sent, seen)
+    }
+
+    /// Sends `frame` from the first desktop, whatever becomes of it.
+    pub(crate) fn send_only(&self, frame: &[u8]) {
+        if let Err(error) = self.from_a.send(frame) {
+            // What the other end of the link takes no notice of is said to us.
+            assert_eq!(error.raw_os_error(), Some(Errno::NOBUFS.raw_os_error()), "{error}");
+        }
+    }
+
+    /// Sends `frame` from the first desktop and finds out where `mark` went.
+    pub(crate) fn send_exactly(&mut self, frame: &[u8], mark: &[u8]) -> Seen {
+        self.send_only(frame);
         let mut seen = Seen::default();
         // A frame that is allowed goes the same way: without it, silence
         // would prove nothing.
@@ -178,20 +221,20 @@ impl World {
         let (own, gateway) = (self.a.station(), self.gateway());
         let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &frames::arp(1, own, gateway.ip));
         self.from_a.send(&[&request[..], &control].concat()).unwrap();
-        seen.host |= heard_before(&self.bridge, &mark, &control);
+        seen.host |= heard_before(&self.bridge, mark, &control);
         for socket in &self.past_bridge {
             while let Some(frame) = socket.receive(Duration::ZERO).unwrap() {
-                seen.host |= holds(&frame, &mark);
+                seen.host |= holds(&frame, mark);
             }
         }
         let mut packet = [0; 2048];
         while let Ok(length) = self.program.recv(&mut packet) {
-            seen.program |= holds(&packet[..length], &mark);
+            seen.program |= holds(&packet[..length], mark);
         }
         let control = self.mark();
         let frame = frames::ethernet(self.b.station().mac, gateway.mac, frames::ARP, &frames::arp(2, gateway, own.ip));
         self.bridge.send(&[&frame[..], &control].concat()).unwrap();
-        seen.neighbour |= heard_before(&self.at_b, &mark, &control);
+        seen.neighbour |= heard_before(&self.at_b, mark, &control);
         seen
     }
 }

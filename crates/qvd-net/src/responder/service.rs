@@ -1,0 +1,209 @@
+//! The thread that listens and answers.
+
+use std::{
+    io,
+    net::Ipv4Addr,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use qvd_sys::packet::{Instruction, PacketSocket};
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    io::Errno,
+};
+
+use super::{Guest, Site, answer, frame, guests::Guests, router};
+use crate::{Error, Mac};
+
+/// Pause between two advertisements to a guest. Source: RFC 4861, 6.2.1,
+/// `MaxRtrAdvInterval`.
+const ADVERTISE_EVERY: Duration = Duration::from_secs(600);
+
+/// Ethertypes.
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
+
+/// Most frames that are taken from one socket before the other has its turn.
+const TURN: usize = 64;
+
+/// Answers the guests of one bridge until it is closed.
+///
+/// Dropping it ends it as well.
+#[derive(Debug)]
+#[must_use = "dropping it leaves guests without answers"]
+pub struct Responder {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    site: Site,
+    guests: Mutex<Guests>,
+    /// Written to once: time to end.
+    end: OwnedFd,
+}
+
+impl Shared {
+    fn guests(&self) -> MutexGuard<'_, Guests> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Responder {
+    /// Listens on `bridge` of the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// There is no such bridge, or this process may not listen there.
+    pub fn open(bridge: &str, site: Site) -> Result<Self, Error> {
+        let listen = |ethertype, filter: &[Instruction]| {
+            PacketSocket::open_filtered(bridge, ethertype, filter).map_err(Error::io("listen for questions on", bridge))
+        };
+        let mut sockets = vec![listen(IPV4, DHCP4)?];
+        if site.gateway_ipv6.is_some() {
+            sockets.push(listen(IPV6, DHCP6_OR_SOLICITATION)?);
+        }
+        let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let end = end.map_err(io::Error::from).map_err(Error::io("make an event for", bridge))?;
+        let shared = Arc::new(Shared { site, guests: Mutex::default(), end });
+        let (of_thread, name) = (Arc::clone(&shared), bridge.to_owned());
+        let thread = std::thread::Builder::new().name("qvd-responder".to_owned()).spawn(move || {
+            if let Err(error) = serve(&of_thread, &sockets) {
+                tracing::error!(%error, bridge = name, "guests are no longer answered");
+            }
+        });
+        let thread = thread.map_err(Error::io("start a thread for", bridge))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// What guests are told alike.
+    #[must_use]
+    pub fn site(&self) -> &Site {
+        &self.shared.site
+    }
+
+    /// Answers `guest` from now on; one with the same MAC is replaced.
+    pub fn answer(&self, guest: Guest) {
+        self.shared.guests().insert(guest, Instant::now());
+    }
+
+    /// Answers the guest with this MAC no longer.
+    pub fn forget(&self, mac: Mac) {
+        self.shared.guests().remove(mac);
+    }
+
+    /// Ends the thread and waits for that. Done already is done.
+    ///
+    /// # Errors
+    /// It could not be told; it still runs, and closing may be tried again.
+    pub fn close(&mut self) -> Result<(), Error> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        match rustix::io::retry_on_intr(|| rustix::io::write(&self.shared.end, &1_u64.to_ne_bytes())) {
+            // Full: told before.
+            Ok(_) | Err(Errno::AGAIN) => {}
+            Err(errno) => {
+                self.thread = Some(thread);
+                return Err(Error::io("end", "the responder")(errno.into()));
+            }
+        }
+        if thread.join().is_err() {
+            tracing::error!("the responder's thread had panicked");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(%error, "responder left behind");
+        }
+    }
+}
+
+fn serve(shared: &Shared, sockets: &[PacketSocket]) -> io::Result<()> {
+    let mut advertise_at = Instant::now() + ADVERTISE_EVERY;
+    loop {
+        let left = Timespec::try_from(advertise_at.saturating_duration_since(Instant::now()));
+        let left = left.map_err(io::Error::other)?;
+        let mut watched = vec![PollFd::from_borrowed_fd(shared.end.as_fd(), PollFlags::IN)];
+        watched.extend(sockets.iter().map(|socket| PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN)));
+        match poll(&mut watched, Some(&left)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        if watched.first().is_some_and(|end| end.revents().contains(PollFlags::IN)) {
+            return Ok(());
+        }
+        for socket in sockets {
+            turn(shared, socket)?;
+        }
+        if Instant::now() >= advertise_at {
+            advertise_at += ADVERTISE_EVERY;
+            advertise(shared, sockets);
+        }
+    }
+}
+
+fn turn(shared: &Shared, socket: &PacketSocket) -> io::Result<()> {
+    for _ in 0..TURN {
+        let frame = match socket.receive(Duration::ZERO) {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Ok(()),
+            // The bridge is down for now.
+            Err(error) if error.raw_os_error() == Some(Errno::NETDOWN.raw_os_error()) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let Some((from, heard)) = frame::open(&frame) else { continue };
+        let Some(guest) = shared.guests().admit(from, Instant::now()).cloned() else { continue };
+        if let Some(said) = answer(&shared.site, &guest, &heard) {
+            say(socket, &guest, &said);
+        }
+    }
+    Ok(())
+}
+
+fn advertise(shared: &Shared, sockets: &[PacketSocket]) {
+    let Some(socket) = sockets.last() else { return };
+    let guests: Vec<_> = shared.guests().all().cloned().collect();
+    for guest in guests {
+        if let Some(said) = router::advertisement(&shared.site, &guest) {
+            say(socket, &guest, &said);
+        }
+    }
+}
+
+/// A guest that did not hear it asks again.
+fn say(socket: &PacketSocket, guest: &Guest, frame: &[u8]) {
+    let to: Ipv4Addr = guest.ipv4;
+    if let Err(error) = socket.send(frame) {
+        tracing::debug!(%error, %to, "an answer was not sent");
+    }
+}
+
+/// UDP to port 67, behind an IPv4 header without options.
+const DHCP4: &[Instruction] = &[
+    Instruction::load_octet(23),
+    Instruction::skip_unless(17, 3),
+    Instruction::load_two_octets(36),
+    Instruction::skip_unless(67, 1),
+    Instruction::ACCEPT,
+    Instruction::REJECT,
+];
+
+/// UDP to port 547, or a router solicitation, behind a plain IPv6 header.
+const DHCP6_OR_SOLICITATION: &[Instruction] = &[
+    Instruction::load_octet(20),
+    Instruction::skip_unless(17, 3),
+    Instruction::load_two_octets(56),
+    Instruction::skip_unless(547, 5),
+    Instruction::ACCEPT,
+    Instruction::skip_unless(58, 3),
+    Instruction::load_octet(54),
+    Instruction::skip_unless(133, 1),
+    Instruction::ACCEPT,
+    Instruction::REJECT,
+];

@@ -1,0 +1,225 @@
+//! Attacks that are not one frame: floods, races, runts and giants.
+
+use std::{
+    os::fd::AsFd,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage, neighbour::NeighbourMessage};
+use qvd_core::NetPolicy;
+use qvd_sys::{
+    netns,
+    packet::{ETHERTYPE_ALL, PacketSocket},
+};
+use qvd_testkit::privileged;
+
+use super::{
+    NEEDS,
+    frames::{self, Station},
+    vectors,
+    world::{Desktop, INSTANCE, MARK_LEN, Seen, World, config, connected, desktop, holds, on_a_host, subnet},
+};
+use crate::{
+    Mac, Network, PortSpec,
+    netlink::Netlink,
+    rules::Protection::{self, *},
+};
+
+/// Every further vector, as the matrix before it.
+#[test]
+fn no_further_hostile_frame_leaves_the_port() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let mut world = World::new(&[], true);
+            let vectors = vectors::hostile(&world.cast());
+            assert!(vectors.len() > 200, "{}", vectors.len());
+            let reached: Vec<_> = vectors
+                .into_iter()
+                .map(|(name, frame)| (name, world.send(&frame)))
+                .filter(|(_, seen)| *seen != Seen::default())
+                .collect();
+            assert!(reached.is_empty(), "{reached:#?}");
+        });
+    });
+}
+
+/// Frames cut anywhere: none that lacks part of what the rules look at passes.
+#[test]
+fn no_runt_passes() {
+    const ROWS: &[(&[Protection], &[u16])] = &[(&[], &[]), (&[ArpWhole], &[frames::ARP])];
+    privileged(NEEDS, || {
+        for &(without, pass) in ROWS {
+            on_a_host(|| {
+                let mut world = World::new(without, true);
+                let vectors::Cast { own, gateway, .. } = world.cast();
+                let udp = frames::udp(own.ip, gateway.ip, (9, 9));
+                let arp = frames::arp(1, own, gateway.ip);
+                let mut passed: Vec<_> = [(frames::IPV4, udp), (frames::ARP, arp)]
+                    .into_iter()
+                    .map(|(ethertype, packet)| (ethertype, frames::ethernet(gateway.mac, own.mac, ethertype, &packet)))
+                    .flat_map(|(ethertype, whole)| (14..whole.len()).map(move |end| (ethertype, whole[..end].to_vec())))
+                    .filter(|(_, runt)| world.send_exactly(runt, runt) != Seen::default())
+                    .map(|(ethertype, _)| ethertype)
+                    .collect();
+                passed.dedup();
+                assert_eq!(passed, pass, "without {without:?}");
+            });
+        }
+    });
+}
+
+/// A desktop raises its own MTU; what is longer than the bridge's still stays.
+#[test]
+fn no_giant_passes() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let mut world = World::new(&[], true);
+            world.a.inside(|| set_mtu("eth0", 9000));
+            let vectors::Cast { own, gateway, .. } = world.cast();
+            let send = |length: usize| {
+                let packet = [&frames::udp(own.ip, gateway.ip, (5000, 6000))[..], &vec![0; length]].concat();
+                frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet)
+            };
+            assert!(world.send(&send(1000)).host, "one that is short enough");
+            assert_eq!(world.send(&send(8000)), Seen::default());
+        });
+    });
+}
+
+fn set_mtu(link: &str, octets: u32) {
+    use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+    let mut route = Netlink::route().unwrap();
+    let mut message = LinkMessage::default();
+    message.header.index = crate::network::find(&mut route, link).unwrap().unwrap().index;
+    message.attributes.push(LinkAttribute::Mtu(octets));
+    route.batch(vec![crate::links::Request::new(RouteNetlinkMessage::SetLink(message), 0)]).unwrap();
+}
+
+/// Addresses that the bridge has learnt or was told.
+fn forwarding_entries() -> usize {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    Netlink::route().unwrap().dump(RouteNetlinkMessage::GetNeighbour(message)).unwrap().len()
+}
+
+/// Made-up source addresses fill no table, for two reasons each of which is
+/// enough; without both they do.
+#[test]
+fn a_flood_of_addresses_fills_no_table() {
+    const FLOOD: u32 = 3000;
+    const ROWS: &[(&[Protection], bool)] =
+        &[(&[], false), (&[Identity], false), (&[PortFlags], false), (&[Identity, PortFlags], true)];
+    privileged(NEEDS, || {
+        for &(without, fills) in ROWS {
+            on_a_host(|| {
+                let mut world = World::new(without, true);
+                let vectors::Cast { own, gateway, .. } = world.cast();
+                let before = forwarding_entries();
+                for number in 0..FLOOD {
+                    let [_, b, c, d] = number.to_be_bytes();
+                    let packet = [frames::udp(own.ip, gateway.ip, (5000, 6000)), vec![0; MARK_LEN]].concat();
+                    let frame = frames::ethernet(gateway.mac, [2, 9, b, c, d, 9], frames::IPV4, &packet);
+                    // Now and then with a look at what came, or no ear had room for more.
+                    if number % 64 == 0 { drop(world.send_marked(&frame)) } else { world.send_only(&frame) }
+                }
+                world.send(&[0; 14]);
+                let grown = forwarding_entries() - before;
+                assert_eq!(grown >= FLOOD as usize, fills, "without {without:?}: {grown} more");
+                assert!(fills || grown == 0, "without {without:?}: {grown} more");
+            });
+        }
+    });
+}
+
+/// Says that it is over, also when a test fails: the others would go on.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Sends spoofed frames without a pause from the moment that the link exists,
+/// while `meanwhile` runs; then an honest one. Whether a spoofed one arrived.
+fn spoofed_meanwhile(without: &[Protection], meanwhile: impl FnOnce()) -> bool {
+    const SPOOF: &[u8; 12] = b"qvd-spoofed!";
+    let network = Network::open_without(config(), without).unwrap();
+    let netns = netns::create().unwrap();
+    let ears = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
+    let gateway = Station::new(Mac::of(INSTANCE, subnet().gateway()), subnet().gateway());
+    let (stop, sent, heard) = (AtomicBool::new(false), AtomicU32::new(0), AtomicBool::new(false));
+    let inside = netns.try_clone().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            netns::in_netns(netns.as_fd(), || {
+                let victim = std::net::Ipv4Addr::new(10, 66, 0, 99);
+                let packet = frames::udp(victim, gateway.ip, (5000, 6000));
+                let frame = frames::ethernet(gateway.mac, [2, 6, 6, 6, 6, 6], frames::IPV4, &packet);
+                let frame = [&frame[..], SPOOF].concat();
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok(socket) = PacketSocket::open("eth0", ETHERTYPE_ALL) else { continue };
+                    while !stop.load(Ordering::Relaxed) {
+                        // Down at first: an error, and once more.
+                        sent.fetch_add(u32::from(socket.send(&frame).is_ok()), Ordering::Relaxed);
+                    }
+                }
+            })
+            .unwrap();
+        });
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                while let Some(frame) = ears.receive(Duration::from_millis(1)).unwrap() {
+                    heard.fetch_or(holds(&frame, SPOOF), Ordering::Relaxed);
+                }
+            }
+        });
+        let _stop = Stop(&stop);
+        let policy = NetPolicy { port: true, internet: false };
+        let spec = PortSpec { desktop: desktop(7), netns: inside.as_fd(), address: None, policy };
+        let port = network.attach(&spec).unwrap();
+        let made = Desktop { netns: inside.try_clone().unwrap(), port };
+        meanwhile();
+        // The link works: what was not heard was stopped.
+        let request = frames::arp(1, made.station(), gateway.ip);
+        let request = frames::ethernet(frames::BROADCAST, made.station().mac, frames::ARP, &request);
+        // Deaf to the flood, which would leave it no room.
+        let control = PacketSocket::open(&network.bridge_name(), frames::ARP).unwrap();
+        connected(&made.socket(), &request, &control);
+        let enough = sent.load(Ordering::Relaxed) + 500;
+        while sent.load(Ordering::Relaxed) < enough {
+            thread::yield_now();
+        }
+    });
+    while let Some(frame) = ears.receive(Duration::ZERO).unwrap() {
+        heard.fetch_or(holds(&frame, SPOOF), Ordering::Relaxed);
+    }
+    assert!(sent.into_inner() > 0);
+    heard.into_inner()
+}
+
+#[test]
+fn a_spoof_right_after_link_up_is_stopped() {
+    privileged(NEEDS, || {
+        for (without, heard) in [(&[][..], false), (&[Identity, PortFlags][..], true)] {
+            on_a_host(|| assert_eq!(spoofed_meanwhile(without, || {}), heard, "without {without:?}"));
+        }
+    });
+}
+
+#[test]
+fn a_spoof_during_a_rule_update_is_stopped() {
+    const UPDATES: usize = 10;
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let heard = spoofed_meanwhile(&[], || {
+                for _ in 0..UPDATES {
+                    Network::open(config()).unwrap();
+                }
+            });
+            assert!(!heard);
+        });
+    });
+}
