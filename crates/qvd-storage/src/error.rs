@@ -102,6 +102,14 @@ pub enum Error {
         /// Image that was asked for.
         wanted: Digest,
     },
+    /// There is no back end of this name.
+    #[error("there is no back end `{name}`; there are {}", known.join(", "))]
+    NoSuchBackend {
+        /// Name that was asked for.
+        name: String,
+        /// Names that there are.
+        known: Vec<String>,
+    },
     /// A root or a home could not be mounted.
     #[error("cannot mount {what}")]
     Mount {
@@ -117,7 +125,9 @@ impl Error {
     #[must_use]
     pub const fn kind(&self) -> ErrorKind {
         match self {
-            Self::Recipe(_) | Self::NoSuchPackage { .. } | Self::OtherBase { .. } => ErrorKind::Invalid,
+            Self::Recipe(_) | Self::NoSuchPackage { .. } | Self::OtherBase { .. } | Self::NoSuchBackend { .. } => {
+                ErrorKind::Invalid
+            }
             Self::NoSuchImage(_) | Self::NoSuchFlavour(_) => ErrorKind::NotFound,
             Self::StoreBusy(_) | Self::RootBusy(_) => ErrorKind::Busy,
             Self::Unsupported { .. } => ErrorKind::Unsupported,

@@ -23,11 +23,13 @@
 mod apt;
 mod backend;
 mod build;
+mod copytree;
 mod error;
 mod fsio;
 mod glob;
 mod home;
 mod image;
+mod probe;
 mod recipe;
 mod store;
 mod trash;
@@ -35,8 +37,8 @@ mod tree;
 mod treeedit;
 
 pub use backend::{
-    BaseTree, Capabilities, Capability, Layer, Overlayfs, Place, Quota, Root, RootBackend, RootId, RootIdError,
-    RootOptions,
+    Backends, BaseTree, Capabilities, Capability, Deviation, Factory, Layer, Overlayfs, Place, PlainCopy, Quota,
+    Reflink, Root, RootBackend, RootId, RootIdError, RootOptions,
 };
 pub use build::BuildOptions;
 pub use error::{Error, RecipeError};

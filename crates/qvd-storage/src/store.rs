@@ -7,15 +7,15 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use qvd_core::{Digest, FlavourName, Missing, RootPolicy, Support};
+use qvd_core::{Digest, FlavourName, RootPolicy, Support};
 use rustix::{
-    fs::{FlockOperation, flock, ioctl_ficlone},
+    fs::{FlockOperation, flock},
     io::Errno,
 };
 
 use crate::{
     BuildOptions, Capability, Error, Home, HomeId, Image, ImageConfig, Overlayfs, Place, Recipe, Root, RootBackend,
-    RootId, RootOptions, build, fsio, image::Images, trash::Trash,
+    RootId, RootOptions, build, fsio, image::Images, probe, trash::Trash,
 };
 
 /// Images, roots and homes of one host.
@@ -231,7 +231,7 @@ impl Store {
             ("id-mapped layers", backend.get(Capability::IdMapped)),
             ("volatile roots", backend.get(Capability::Volatile)),
             ("image building (mmdebstrap)", build::support()),
-            ("reflink", reflink(&self.root).map_err(Error::io("probe reflink below", &self.root))?),
+            ("reflink", probe::reflink(&self.root).map_err(Error::io("probe reflink below", &self.root))?),
         ])
     }
 
@@ -261,17 +261,5 @@ fn lock(root: &Path) -> Result<File, Error> {
         Ok(()) => Ok(file),
         Err(Errno::WOULDBLOCK) => Err(Error::StoreBusy(root.to_path_buf())),
         Err(error) => Err(Error::io("lock", &path)(error)),
-    }
-}
-
-/// Whether files under `dir` can share extents, found by sharing one.
-fn reflink(dir: &Path) -> io::Result<Support> {
-    let (from, to) = (tempfile::tempfile_in(dir)?, tempfile::tempfile_in(dir)?);
-    match ioctl_ficlone(&to, &from) {
-        Ok(()) => Ok(Support::Yes),
-        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL) => {
-            Ok(Support::No(Missing::Filesystem("reflink".to_owned())))
-        }
-        Err(error) => Err(error.into()),
     }
 }

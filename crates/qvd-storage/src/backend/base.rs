@@ -1,8 +1,14 @@
 //! What roots stand on.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
 
 use qvd_core::Digest;
+
+use super::layer;
+use crate::Error;
 
 /// A read-only tree that roots stand on: one or more layers, uppermost first.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,6 +63,21 @@ impl BaseTree {
     #[must_use]
     pub fn layers(&self) -> &[Layer] {
         &self.layers
+    }
+
+    /// Makes a detached mount of all of it together, for reading: what is to be
+    /// copied or bound by those who do not stack layers themselves.
+    ///
+    /// # Errors
+    /// A layer is not there, or the kernel cannot stack them.
+    pub fn open(&self) -> Result<OwnedFd, Error> {
+        layer::stack(&self.layers)
+            .map_err(|source| Error::Mount { what: format!("base `{}`", self.path().display()), source })
+    }
+
+    /// What names it to a person: its uppermost layer.
+    pub(crate) fn path(&self) -> &Path {
+        self.layers.first().map_or(Path::new(""), Layer::path)
     }
 
     /// Where it is, when it is one plain directory.

@@ -2,9 +2,14 @@
 
 mod base;
 mod capability;
+mod copy;
+mod deviation;
 mod id;
+mod layer;
 mod overlayfs;
 mod place;
+mod record;
+mod registry;
 
 use std::{
     fmt,
@@ -17,9 +22,12 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     base::{BaseTree, Layer},
     capability::{Capabilities, Capability},
+    copy::{PlainCopy, Reflink},
+    deviation::Deviation,
     id::{RootId, RootIdError},
     overlayfs::Overlayfs,
     place::Place,
+    registry::{Backends, Factory},
 };
 use crate::Error;
 
@@ -36,6 +44,10 @@ pub trait RootBackend: fmt::Debug + Send + Sync {
     /// # Errors
     /// It could not be found out: a full disk says nothing about the host.
     fn capabilities(&self) -> Result<Capabilities, Error>;
+
+    /// In what its roots differ from a plain directory, by their nature. The
+    /// conformance suite checks that it is in exactly this.
+    fn deviations(&self) -> &'static [Deviation];
 
     /// Makes a root on `base`, or finds the one that is there: also that of a
     /// desktop which a killed process left running, so nothing in it changes.
@@ -57,6 +69,14 @@ pub trait RootBackend: fmt::Debug + Send + Sync {
     /// # Errors
     /// The directory of roots cannot be read.
     fn roots(&self) -> Result<Vec<(RootId, RootPolicy)>, Error>;
+
+    /// Whether there is a root of that name, and what becomes of it at a stop.
+    ///
+    /// # Errors
+    /// As [`RootBackend::roots`].
+    fn find(&self, id: &RootId) -> Result<Option<RootPolicy>, Error> {
+        Ok(self.roots()?.into_iter().find_map(|(found, policy)| (found == *id).then_some(policy)))
+    }
 }
 
 /// The writable file tree of one desktop.

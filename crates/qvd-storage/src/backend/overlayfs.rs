@@ -7,18 +7,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use qvd_core::{Digest, Missing, RootPolicy, Support};
+use qvd_core::{Missing, RootPolicy, Support};
 use qvd_sys::mount::{self, FsContext, MountError, Restrictions};
 use rustix::{
     fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, fstatvfs, mkdirat, openat},
     io::Errno,
 };
-use serde::{Deserialize, Serialize};
 
 use crate::{
     Error,
-    backend::{BaseTree, Capabilities, Capability, Place, Root, RootBackend, RootId, RootOptions},
-    fsio,
+    backend::{
+        BaseTree, Capabilities, Capability, Deviation, Place, Root, RootBackend, RootId, RootOptions,
+        record::{self, Record},
+    },
+    fsio, probe,
     trash::Trash,
 };
 
@@ -31,15 +33,6 @@ pub struct Overlayfs {
     place: Place,
 }
 
-/// What is kept of a persistent root, beside its directories. A volatile one
-/// has no record: nothing of it outlives its desktop, so nothing is synced.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Record {
-    base: Digest,
-}
-
-const RECORD: &str = "root.json";
 const UPPER: &str = "upper";
 const WORK: &str = "work";
 
@@ -48,12 +41,6 @@ impl Overlayfs {
     #[must_use]
     pub const fn new(place: Place) -> Self {
         Self { place }
-    }
-
-    fn record(&self, dir: &Path, record: &Record) -> Result<(), Error> {
-        let json = serde_json::to_vec(record).map_err(io::Error::from).map_err(Error::io("record root", dir))?;
-        fsio::replace(&dir.join(RECORD), &json).map_err(Error::io("record root", dir))?;
-        fsio::sync_dir(self.place.dir()).map_err(Error::io("record root", dir))
     }
 }
 
@@ -78,15 +65,16 @@ impl RootBackend for Overlayfs {
         };
         let mut found = Capabilities::new();
         found.set(Capability::Roots, layers(None, false)?);
-        let id_mapped = match qvd_sys::userns::create(qvd_core::UidRange::FIRST, qvd_core::UidRange::LEN) {
+        let id_mapped = match probe::userns() {
             Ok(userns) => layers(Some(userns.as_fd()), false)?,
-            Err(error) if error.raw_os_error() == Some(Errno::PERM.raw_os_error()) => {
-                Support::No(Missing::Privilege("make user namespaces".to_owned()))
-            }
-            Err(_) => Support::No(Missing::Kernel("user namespaces".to_owned())),
+            Err(missing) => Support::No(missing),
         };
         found.set(Capability::IdMapped, id_mapped).set(Capability::Volatile, layers(None, true)?);
         Ok(found)
+    }
+
+    fn deviations(&self) -> &'static [Deviation] {
+        &[Deviation::StaleReaders, Deviation::StaleMaps, Deviation::WritableText, Deviation::FrozenAccessTimes]
     }
 
     fn create(&self, base: &BaseTree, id: &RootId, options: &RootOptions) -> Result<Box<dyn Root>, Error> {
@@ -98,13 +86,13 @@ impl RootBackend for Overlayfs {
         let dir = self.place.dir().join(id.as_str());
         let io = |op| Error::io(op, &dir);
         fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-        let had = read_record(&dir).map_err(io("read root"))?;
+        let had = Record::read(&dir)?;
         match (had, policy) {
             (None, RootPolicy::Volatile) => note_base(&dir, whole(base)?).map_err(io("make root"))?,
-            (Some(had), RootPolicy::Persistent) if had.base != base.digest() => {
-                return Err(Error::OtherBase { root: id.clone(), has: had.base, wanted: base.digest() });
+            (Some(had), RootPolicy::Persistent) => {
+                had.expect_base(id, base)?;
+                note_base(&dir, whole(base)?).map_err(io("make root"))?;
             }
-            (Some(_), RootPolicy::Persistent) => note_base(&dir, whole(base)?).map_err(io("make root"))?,
             (_, policy) => {
                 // What another policy left is not what this one promises: a
                 // volatile upper may lack anything after a crash.
@@ -113,7 +101,7 @@ impl RootBackend for Overlayfs {
                 fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
                 note_base(&dir, whole(base)?).map_err(io("make root"))?;
                 if policy == RootPolicy::Persistent {
-                    self.record(&dir, &Record { base: base.digest() })?;
+                    Record::new(base, options).write(&dir)?;
                 }
             }
         }
@@ -128,17 +116,11 @@ impl RootBackend for Overlayfs {
     }
 
     fn roots(&self) -> Result<Vec<(RootId, RootPolicy)>, Error> {
-        let io = Error::io("read roots in", self.place.dir());
-        let names = fs::read_dir(self.place.dir()).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(io)?;
-        let mut found = Vec::new();
-        for entry in names {
-            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<RootId>().ok()) else { continue };
-            // A record that cannot be read is still one: somebody's files are there.
-            let persistent = entry.path().join(RECORD).try_exists().map_err(Error::io("read root", entry.path()))?;
-            found.push((id, if persistent { RootPolicy::Persistent } else { RootPolicy::Volatile }));
-        }
-        found.sort_by(|(one, _), (other, _)| one.cmp(other));
-        Ok(found)
+        record::list(&self.place)
+    }
+
+    fn find(&self, id: &RootId) -> Result<Option<RootPolicy>, Error> {
+        record::find(&self.place, id)
     }
 }
 
@@ -163,14 +145,6 @@ fn note_base(dir: &Path, base: &Path) -> io::Result<()> {
         _ => {}
     }
     std::os::unix::fs::symlink(base, link)
-}
-
-fn read_record(dir: &Path) -> io::Result<Option<Record>> {
-    match fs::read(dir.join(RECORD)) {
-        Ok(json) => Ok(Some(serde_json::from_slice(&json)?)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
 }
 
 #[derive(Debug)]
