@@ -30,15 +30,17 @@ mod glob;
 mod home;
 mod image;
 mod probe;
+mod quota;
 mod recipe;
+mod roots;
 mod store;
 mod trash;
 mod tree;
 mod treeedit;
 
 pub use backend::{
-    Backends, BaseTree, Capabilities, Capability, Deviation, Factory, Layer, Overlayfs, Place, PlainCopy, Quota,
-    Reflink, Root, RootBackend, RootId, RootIdError, RootOptions,
+    Backends, BaseTree, Capabilities, Capability, Deviation, Factory, Layer, OverlayOptions, Overlayfs, Place,
+    PlainCopy, Quota, Reflink, Root, RootBackend, RootId, RootIdError, RootOptions,
 };
 pub use build::BuildOptions;
 pub use error::{Error, RecipeError};

@@ -96,13 +96,16 @@ const fn head_linger_default_s() -> u32 {
 }
 
 /// What a desktop gets unless told otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Defaults {
     /// What it may use.
     pub limits: Limits,
     /// What becomes of its root at stop.
     pub root: RootPolicy,
+    /// What makes its root, instead of the node's default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
     /// What it may reach.
     pub net: NetPolicy,
     /// What it does while nobody looks.

@@ -14,8 +14,8 @@ use rustix::{
 };
 
 use crate::{
-    BuildOptions, Capability, Error, Home, HomeId, Image, ImageConfig, Overlayfs, Place, Recipe, Root, RootBackend,
-    RootId, RootOptions, build, fsio, image::Images, probe, trash::Trash,
+    Backends, BuildOptions, Capability, Error, Home, HomeId, Image, ImageConfig, Recipe, Root, RootBackend, RootId,
+    RootOptions, build, fsio, image::Images, probe, roots::Roots, trash::Trash,
 };
 
 /// Images, roots and homes of one host.
@@ -26,7 +26,7 @@ use crate::{
 pub struct Store {
     root: PathBuf,
     images: Images,
-    backend: Box<dyn RootBackend>,
+    roots: Roots,
     trash: Arc<Trash>,
     building: Mutex<()>,
     // Last, so that nobody else opens the store before the rest is dropped.
@@ -49,25 +49,46 @@ impl Store {
     /// # Errors
     /// [`Error::StoreBusy`] while another process has it open.
     pub fn open(root: &Path) -> Result<Self, Error> {
+        Self::open_with(root, Backends::built_in())
+    }
+
+    /// As [`Store::open`], with these ways to make roots.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with(root: &Path, backends: Backends) -> Result<Self, Error> {
         std::fs::create_dir_all(root).map_err(Error::io("make", root))?;
         fsio::ensure_private_dir(root).map_err(Error::io("use", root))?;
         let root = root.canonicalize().map_err(Error::io("open", root))?;
         let lock = lock(&root)?;
         let trash = Arc::new(Trash::open(&root.join("trash"))?);
         let images = Images::open(&root.join("images"), Arc::clone(&trash))?;
-        let backend = Overlayfs::new(Place::below(&root.join("roots"), Arc::clone(&trash))?);
-        let store = Self { images, backend: Box::new(backend), trash, building: Mutex::new(()), _lock: lock, root };
-        for name in ["roots", "homes"] {
-            store.sweep_temporary(&store.root.join(name))?;
-        }
-        Ok(store)
+        trash.take_temporary(&root.join("homes"))?;
+        let roots = Roots::open(&root.join("roots"), backends, Arc::clone(&trash))?;
+        Ok(Self { images, roots, trash, building: Mutex::new(()), _lock: lock, root })
     }
 
-    /// Uses another way to make roots from now on.
-    #[must_use]
-    pub fn with_backend(mut self, backend: Box<dyn RootBackend>) -> Self {
-        self.backend = backend;
-        self
+    /// Makes roots by the back end `name` from now on, where neither the caller
+    /// nor the image asks for another.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBackend`].
+    pub fn with_default_backend(mut self, name: &str) -> Result<Self, Error> {
+        self.roots.set_default(name)?;
+        Ok(self)
+    }
+
+    /// The back end `name`, opened at its first use.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBackend`], or it cannot be opened.
+    pub fn backend(&self, name: &str) -> Result<Arc<dyn RootBackend>, Error> {
+        self.roots.backend(name)
+    }
+
+    /// The names of all back ends that there are, whether they work here or not.
+    pub fn backends(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.roots.names()
     }
 
     /// Where it is.
@@ -152,12 +173,29 @@ impl Store {
         self.image(digest)?.verify()
     }
 
-    /// Makes a root on an image, or finds it: see [`RootBackend::create`].
+    /// Makes a root on an image, or finds it: see [`RootBackend::create`]. A
+    /// root that is there stays with the back end that made it; a new one is
+    /// made by the one that the image's recipe names, or else the store's default.
     ///
     /// # Errors
     /// As [`RootBackend::create`].
     pub fn root(&self, image: &Image, id: &RootId, options: impl Into<RootOptions>) -> Result<Box<dyn Root>, Error> {
-        self.backend.create(&image.base(), id, &options.into())
+        let backend = image.config().defaults.backend.as_deref();
+        self.roots.create(backend, &image.base(), id, &options.into())
+    }
+
+    /// As [`Store::root`], by the back end `backend` if the root is a new one.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBackend`], or as [`RootBackend::create`].
+    pub fn root_by(
+        &self,
+        backend: &str,
+        image: &Image,
+        id: &RootId,
+        options: impl Into<RootOptions>,
+    ) -> Result<Box<dyn Root>, Error> {
+        self.roots.create(Some(backend), &image.base(), id, &options.into())
     }
 
     /// Removes a root for good: see [`RootBackend::remove`].
@@ -165,7 +203,7 @@ impl Store {
     /// # Errors
     /// As [`RootBackend::remove`].
     pub fn remove_root(&self, id: &RootId) -> Result<(), Error> {
-        self.backend.remove(id)
+        self.roots.remove(id)
     }
 
     /// Every root on this host, by name, and what becomes of it at a stop.
@@ -173,7 +211,7 @@ impl Store {
     /// # Errors
     /// As [`RootBackend::roots`].
     pub fn roots(&self) -> Result<Vec<(RootId, RootPolicy)>, Error> {
-        self.backend.roots()
+        self.roots.all()
     }
 
     /// Deletes, before it returns, what was removed so far. Otherwise that goes
@@ -225,31 +263,16 @@ impl Store {
     /// # Errors
     /// It could not be found out, for instance because the disk is full.
     pub fn probe(&self) -> Result<Vec<(&'static str, Support)>, Error> {
-        let backend = self.backend.capabilities()?;
+        let backend = self.roots.backend(self.roots.default_name())?;
+        let name = backend.name();
+        let backend = backend.capabilities()?;
         Ok(vec![
-            (self.backend.name(), backend.get(Capability::Roots)),
+            (name, backend.get(Capability::Roots)),
             ("id-mapped layers", backend.get(Capability::IdMapped)),
             ("volatile roots", backend.get(Capability::Volatile)),
             ("image building (mmdebstrap)", build::support()),
             ("reflink", probe::reflink(&self.root).map_err(Error::io("probe reflink below", &self.root))?),
         ])
-    }
-
-    /// Throws away what was being made when a process was killed.
-    fn sweep_temporary(&self, dir: &Path) -> Result<(), Error> {
-        let entries = match std::fs::read_dir(dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Error::io("read", dir)(error)),
-        };
-        for entry in entries {
-            let name = entry.map_err(Error::io("read", dir))?.file_name();
-            // No root and no home has a name that begins with a dot.
-            if name.as_encoded_bytes().starts_with(b".") {
-                self.trash.discard(&dir.join(name))?;
-            }
-        }
-        Ok(())
     }
 }
 

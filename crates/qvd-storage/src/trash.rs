@@ -71,6 +71,23 @@ impl Trash {
         self.discard_at(CWD, path).map_err(Error::io("remove", path))
     }
 
+    /// Takes what was being made in `dir` when a process was killed: whatever
+    /// has a name that begins with a dot, as no root and no home has.
+    pub(crate) fn take_temporary(&self, dir: &Path) -> Result<(), Error> {
+        let entries = match std::fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Error::io("read", dir)(error)),
+        };
+        for entry in entries {
+            let name = entry.map_err(Error::io("read", dir))?.file_name();
+            if name.as_encoded_bytes().starts_with(b".") {
+                self.discard(&dir.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
     /// As [`Trash::discard`], for a name in an open directory.
     pub(crate) fn discard_at(&self, dir: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
         match self.shared.take_in(dir.as_fd(), name) {

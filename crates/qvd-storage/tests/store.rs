@@ -100,7 +100,7 @@ fn a_root_shows_the_image_in_the_desktops_ids_and_leaves_it_alone() {
         assert!(!path(&mount_two, "etc/new").exists());
         // The other desktop's root has no right here, and on disk nothing is shifted.
         assert!(!sh(&mount_one, two.base(), "echo no >etc/f"));
-        assert_eq!(fs::metadata(dir.path().join("roots/1/upper/etc/new")).unwrap().uid(), 0);
+        assert_eq!(fs::metadata(dir.path().join("roots/overlayfs/1/upper/etc/new")).unwrap().uid(), 0);
         image.verify().unwrap();
     });
 }
@@ -115,7 +115,7 @@ fn a_volatile_root_begins_anew_also_after_a_crash() {
         fs::write(path(&mount, "left"), "x").unwrap();
         // A crash: the mount goes with its process, the marker stays.
         drop((mount, root, store));
-        assert!(dir.path().join("roots/1/work/work/incompat/volatile/dirty").exists());
+        assert!(dir.path().join("roots/overlayfs/1/work/work/incompat/volatile/dirty").exists());
         let store = Store::open(dir.path()).unwrap();
         let mut root = store.root(&image, &id("1"), RootPolicy::Volatile).unwrap();
         let mount = root.mount(None).unwrap();
@@ -124,7 +124,7 @@ fn a_volatile_root_begins_anew_also_after_a_crash() {
         drop(mount);
         root.close().unwrap();
         root.close().unwrap();
-        assert!(!dir.path().join("roots/1").exists());
+        assert!(!dir.path().join("roots/overlayfs/1").exists());
         // What was volatile is never taken for persistent.
         let volatile = store.root(&image, &id("1"), RootPolicy::Volatile).unwrap();
         fs::write(path(&volatile.mount(None).unwrap(), "left"), "x").unwrap();

@@ -8,4 +8,5 @@ pub mod mount;
 pub mod netns;
 pub mod packet;
 pub mod process;
+pub mod quota;
 pub mod userns;

@@ -51,6 +51,16 @@ pub(crate) fn open(layer: &Layer, idmap: Option<BorrowedFd<'_>>) -> Result<Opene
     Ok(Opened { mount, data: matches!(layer, Layer::Data(_)) })
 }
 
+/// The image files among these layers, mounted: held, they stay shared with
+/// whoever opens one of them meanwhile.
+pub(crate) fn images(layers: &[Layer]) -> Result<Vec<Arc<OwnedFd>>, MountError> {
+    let images = layers.iter().filter_map(|layer| match layer {
+        Layer::Erofs(path) => Some(erofs(path)),
+        _ => None,
+    });
+    images.collect()
+}
+
 /// The file systems that are in use, by device and number of their file: who
 /// opens one that another has open gets the same, and with it the page cache.
 type Known = Mutex<HashMap<(u64, u64), Weak<OwnedFd>>>;

@@ -25,7 +25,7 @@ pub use self::{
     copy::{PlainCopy, Reflink},
     deviation::Deviation,
     id::{RootId, RootIdError},
-    overlayfs::Overlayfs,
+    overlayfs::{OverlayOptions, Overlayfs},
     place::Place,
     registry::{Backends, Factory},
 };

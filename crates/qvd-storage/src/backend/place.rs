@@ -16,13 +16,15 @@ pub struct Place {
 
 impl Place {
     /// The directory `dir`, made when it is absent, with a trash beside it:
-    /// for a back end that is used without a [`Store`](crate::Store).
+    /// for a back end that is used without a [`Store`](crate::Store). What was
+    /// being made there when a process was killed is thrown away.
     ///
     /// # Errors
     /// The directories cannot be made or read.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         std::fs::create_dir_all(dir).map_err(Error::io("make", dir))?;
         let trash = Arc::new(Trash::open(&dir.join("trash"))?);
+        trash.take_temporary(&dir.join("roots"))?;
         Self::below(&dir.join("roots"), trash)
     }
 

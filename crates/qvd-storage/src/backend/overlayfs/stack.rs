@@ -1,0 +1,212 @@
+//! One overlay: its layers opened, its options set, its mount made.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use qvd_sys::mount::{self, FsContext, MountError, Restrictions};
+use rustix::{
+    fs::{Mode, OFlags, StatVfsMountFlags, fstatvfs, mkdirat, openat},
+    io::Errno,
+};
+
+use super::OverlayOptions;
+use crate::backend::{
+    Layer,
+    layer::{self, Opened},
+};
+
+/// The directories of a root, in its own.
+pub(super) const UPPER: &str = "upper";
+pub(super) const WORK: &str = "work";
+
+/// Stacks `own/upper` on the base's layers and returns the detached mount.
+pub(super) fn mount_overlay(
+    base: &[Layer],
+    own: BorrowedFd<'_>,
+    idmap: Option<BorrowedFd<'_>>,
+    options: OverlayOptions,
+    volatile: bool,
+) -> Result<OwnedFd, MountError> {
+    let layers = Layers::new(base, own, idmap)?;
+    let stack = || match layers.stack(options, volatile) {
+        // The layers' file handles changed, as when a store was copied to
+        // another disk. Content is verified by digest, not by handle; only
+        // hard links made before lose their common identity.
+        Err(error) if Errno::from_io_error(error.io()) == Some(Errno::STALE) => {
+            tracing::warn!(%error, "layers were copied since; mounting without index");
+            layers.stack(OverlayOptions { index: false, ..options }, volatile)
+        }
+        done => done,
+    };
+    // What the map makes of root, whose the upper is on disk.
+    let root = rustix::fs::fstat(&layers.upper).map_err(|e| MountError::new("read the upper layer", e.into()))?;
+    match idmap {
+        None => stack(),
+        Some(_) => mount::with_fs_ids(root.st_uid, root.st_gid, stack)
+            .map_err(|e| MountError::new("become root of the id map", e))
+            .flatten(),
+    }
+}
+
+pub(super) struct Layers {
+    lowers: Vec<Opened>,
+    own: OwnedFd,
+    upper: OwnedFd,
+    work: OwnedFd,
+}
+
+impl Layers {
+    pub(super) fn new(base: &[Layer], own: BorrowedFd<'_>, idmap: Option<BorrowedFd<'_>>) -> Result<Self, MountError> {
+        let lowers = base.iter().map(|layer| layer::open(layer, idmap)).collect::<Result<_, _>>()?;
+        let open = || {
+            // One mount for upper and work: overlayfs asks for that.
+            let own = mount::clone_dir(own)?;
+            mount::restrict(own.as_fd(), Restrictions { nodev: true, ..Restrictions::default() }, idmap)?;
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let upper = openat(&own, UPPER, flags, Mode::empty())?;
+            let work = openat(&own, WORK, flags, Mode::empty())?;
+            io::Result::Ok((own, upper, work))
+        };
+        let (own, upper, work) = open().map_err(|e| MountError::new("clone the upper layer of an overlay", e))?;
+        Ok(Self { lowers, own, upper, work })
+    }
+
+    fn stack(&self, options: OverlayOptions, volatile: bool) -> Result<OwnedFd, MountError> {
+        let by_fd = |metacopy| {
+            let layers = |context: &FsContext| {
+                for layer in &self.lowers {
+                    context.set_fd(if layer.data { "datadir+" } else { "lowerdir+" }, layer.mount.as_fd())?;
+                }
+                context.set_fd("upperdir", self.upper.as_fd())?;
+                context.set_fd("workdir", self.work.as_fd())
+            };
+            configure(options, metacopy, volatile, layers)
+        };
+        let mut tried = by_fd(false);
+        if tried.as_ref().is_err_and(layer::is_invalid) && self.has_content() && options.redirect_dir {
+            // Linux before 6.16 follows a redirect to content with it alone.
+            tried = by_fd(true);
+        }
+        match tried {
+            // Linux before 6.13 takes no descriptor for a layer, and before
+            // 6.15 no layer that is in no namespace.
+            Err(error) if layer::is_invalid(&error) => self.stack_by_path(options, volatile),
+            done => done,
+        }
+    }
+
+    fn has_content(&self) -> bool {
+        self.lowers.iter().any(|layer| layer.data)
+    }
+
+    /// For older kernels: layers attached in a mount namespace that nobody
+    /// else sees, and named by their paths there, which are short.
+    pub(super) fn stack_by_path(&self, options: OverlayOptions, volatile: bool) -> Result<OwnedFd, MountError> {
+        // Any directory can be covered: the namespace is ours alone.
+        let stage = Path::new("/sys");
+        let attached = || -> io::Result<String> {
+            let tmpfs = FsContext::open("tmpfs").and_then(|context| context.mount(Restrictions::default()));
+            let tmpfs = tmpfs.map_err(|error| io::Error::from(error.io().kind()))?;
+            mount::attach(tmpfs.as_fd(), mount::open_dir_path(stage)?.as_fd())?;
+            let mut lowerdir = String::new();
+            for (number, layer) in self.lowers.iter().enumerate() {
+                let name = number.to_string();
+                let separator = if lowerdir.is_empty() {
+                    ""
+                } else if layer.data {
+                    "::"
+                } else {
+                    ":"
+                };
+                lowerdir.push_str(&format!("{separator}/sys/{name}"));
+                attach_below(&tmpfs, &name, layer.mount.as_fd())?;
+            }
+            attach_below(&tmpfs, "own", self.own.as_fd())?;
+            Ok(lowerdir)
+        };
+        let by_path = || {
+            let lowerdir = attached().map_err(|e| MountError::new("attach the layers of an overlay", e))?;
+            configure(options, self.has_content(), volatile, |context| {
+                // `lowerdir+` came with Linux 6.8.
+                context.set("lowerdir", &lowerdir)?;
+                context.set("upperdir", &format!("/sys/own/{UPPER}"))?;
+                context.set("workdir", &format!("/sys/own/{WORK}"))
+            })
+        };
+        mount::in_private_namespace(by_path).map_err(|e| MountError::new("make a private mount namespace", e)).flatten()
+    }
+}
+
+fn attach_below(stage: &OwnedFd, name: &str, layer: BorrowedFd<'_>) -> io::Result<()> {
+    mkdirat(stage, name, Mode::RWXU)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    mount::attach(layer, openat(stage, name, flags, Mode::empty())?.as_fd())
+}
+
+fn configure(
+    options: OverlayOptions,
+    metacopy: bool,
+    volatile: bool,
+    set_layers: impl Fn(&FsContext) -> Result<(), MountError>,
+) -> Result<OwnedFd, MountError> {
+    let context = FsContext::open("overlay")?;
+    set_layers(&context)?;
+    context.set("index", if options.index { "on" } else { "off" })?;
+    if options.userxattr {
+        context.set_flag("userxattr")?;
+    } else {
+        // A copy-up of metadata alone would let the upper depend on the lower
+        // file's content for ever, by an attribute that is not verified.
+        context.set("metacopy", if metacopy { "on" } else { "off" })?;
+        context.set("redirect_dir", if options.redirect_dir { "on" } else { "nofollow" })?;
+    }
+    context.set("xino", "auto")?;
+    if volatile {
+        // No sync of the whole file system at unmount (up to 200 ms when
+        // others have dirty pages), and nothing to keep it for.
+        context.set_flag("volatile")?;
+    }
+    let mount = context.mount(Restrictions { nodev: true, ..Restrictions::default() })?;
+    // When the work directory cannot be used, the kernel mounts for reading
+    // only and says that in its log alone.
+    let flags = fstatvfs(&mount).map_err(|e| MountError::new("look at an overlay", e.into()))?.f_flag;
+    if flags.contains(StatVfsMountFlags::RDONLY) {
+        return Err(MountError::new("mount an overlay for writing", Errno::ROFS.into()));
+    }
+    Ok(mount)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use qvd_testkit::{Need, privileged};
+
+    use super::*;
+    use std::{fs, os::fd::AsRawFd};
+
+    #[test]
+    fn layers_work_by_path_where_descriptors_do_not() {
+        privileged(&[Need::Root, Need::Filesystem("overlay")], || {
+            let dir = tempfile::tempdir().unwrap();
+            for name in ["lower", UPPER, WORK] {
+                fs::create_dir(dir.path().join(name)).unwrap();
+            }
+            fs::write(dir.path().join("lower/f"), "from the image").unwrap();
+            let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+            let lower = [Layer::Dir(dir.path().join("lower"))];
+            let own = mount::open_dir_path(dir.path()).unwrap();
+            let layers = Layers::new(&lower, own.as_fd(), None).unwrap();
+            let mount = layers.stack_by_path(OverlayOptions::PRIVILEGED, false).unwrap();
+            drop(layers);
+            let at = format!("/proc/self/fd/{}", mount.as_raw_fd());
+            assert_eq!(fs::read_to_string(format!("{at}/f")).unwrap(), "from the image");
+            fs::write(format!("{at}/g"), "new").unwrap();
+            assert_eq!(fs::read_to_string(dir.path().join("upper/g")).unwrap(), "new");
+            assert!(!dir.path().join("lower/g").exists());
+            assert_eq!(fs::read_to_string("/proc/self/mountinfo").unwrap(), mounts);
+        });
+    }
+}
