@@ -3,7 +3,9 @@
 //! Everything here is a thin, safe wrapper: descriptors are owned, flags are
 //! typed, and each `unsafe` block says why it is sound.
 
+pub mod btrfs;
 pub mod init;
+pub mod loopdev;
 pub mod mount;
 pub mod netns;
 pub mod packet;
