@@ -154,7 +154,8 @@ impl Frame {
 }
 
 impl Content {
-    fn fill(self, from: &File, to: &File, size: u64) -> io::Result<()> {
+    /// Gives the empty file `to` the first `size` bytes of `from`, with their holes.
+    pub(crate) fn fill(self, from: &File, to: &File, size: u64) -> io::Result<()> {
         if size == 0 {
             return Ok(());
         }

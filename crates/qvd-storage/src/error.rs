@@ -92,6 +92,12 @@ pub enum Error {
     /// A root is mounted already.
     #[error("root {0} is in use")]
     RootBusy(RootId),
+    /// There is no kept root of this name.
+    #[error("there is no kept root {0}")]
+    NoSuchRoot(RootId),
+    /// There is a root of this name already.
+    #[error("there is a root {0} already")]
+    RootExists(RootId),
     /// A persistent root was made on another image.
     #[error("root {root} was made on image {has}, not on {wanted}")]
     OtherBase {
@@ -110,6 +116,16 @@ pub enum Error {
         /// Names that there are.
         known: Vec<String>,
     },
+    /// A program of the host failed.
+    #[error("cannot {op}: {program} {reason}")]
+    Program {
+        /// What was tried.
+        op: &'static str,
+        /// Name of the program.
+        program: &'static str,
+        /// What it said, in one line.
+        reason: String,
+    },
     /// A root or a home could not be mounted.
     #[error("cannot mount {what}")]
     Mount {
@@ -125,15 +141,18 @@ impl Error {
     #[must_use]
     pub const fn kind(&self) -> ErrorKind {
         match self {
-            Self::Recipe(_) | Self::NoSuchPackage { .. } | Self::OtherBase { .. } | Self::NoSuchBackend { .. } => {
-                ErrorKind::Invalid
-            }
-            Self::NoSuchImage(_) | Self::NoSuchFlavour(_) => ErrorKind::NotFound,
+            Self::Recipe(_)
+            | Self::NoSuchPackage { .. }
+            | Self::OtherBase { .. }
+            | Self::NoSuchBackend { .. }
+            | Self::RootExists(_) => ErrorKind::Invalid,
+            Self::NoSuchImage(_) | Self::NoSuchFlavour(_) | Self::NoSuchRoot(_) => ErrorKind::NotFound,
             Self::StoreBusy(_) | Self::RootBusy(_) => ErrorKind::Busy,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Io { .. }
             | Self::Build { .. }
             | Self::NoSpace { .. }
+            | Self::Program { .. }
             | Self::Damaged { .. }
             | Self::DamagedFlavour { .. }
             | Self::Mount { .. } => ErrorKind::Failed,

@@ -30,6 +30,7 @@ mod glob;
 mod home;
 mod image;
 mod probe;
+mod program;
 mod quota;
 mod recipe;
 mod roots;
@@ -39,8 +40,8 @@ mod tree;
 mod treeedit;
 
 pub use backend::{
-    Backends, BaseTree, Capabilities, Capability, Deviation, Factory, Layer, OverlayOptions, Overlayfs, Place,
-    PlainCopy, Quota, Reflink, Root, RootBackend, RootId, RootIdError, RootOptions,
+    Backends, BaseTree, Btrfs, Capabilities, Capability, Deviation, Factory, Layer, Looped, OverlayOptions, Overlayfs,
+    Place, PlainCopy, Quota, Reflink, Root, RootBackend, RootId, RootIdError, RootOptions, Snapshots,
 };
 pub use build::BuildOptions;
 pub use error::{Error, RecipeError};

@@ -1,15 +1,19 @@
 //! The contract between those who make writable roots and those who use them.
 
 mod base;
+mod btrfs;
 mod capability;
 mod copy;
 mod deviation;
+mod exclusive;
 mod id;
 mod layer;
+mod looped;
 mod overlayfs;
 mod place;
 mod record;
 mod registry;
+mod snapshots;
 
 use std::{
     fmt,
@@ -21,13 +25,16 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     base::{BaseTree, Layer},
+    btrfs::Btrfs,
     capability::{Capabilities, Capability},
     copy::{PlainCopy, Reflink},
     deviation::Deviation,
     id::{RootId, RootIdError},
+    looped::Looped,
     overlayfs::{OverlayOptions, Overlayfs},
     place::Place,
     registry::{Backends, Factory},
+    snapshots::Snapshots,
 };
 use crate::Error;
 
@@ -76,6 +83,11 @@ pub trait RootBackend: fmt::Debug + Send + Sync {
     /// As [`RootBackend::roots`].
     fn find(&self, id: &RootId) -> Result<Option<RootPolicy>, Error> {
         Ok(self.roots()?.into_iter().find_map(|(found, policy)| (found == *id).then_some(policy)))
+    }
+
+    /// How to copy roots in constant time, for back ends that can.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
     }
 }
 

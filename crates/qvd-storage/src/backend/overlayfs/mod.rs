@@ -15,9 +15,11 @@ use std::{
 use qvd_core::{Missing, RootPolicy, Support};
 
 pub use self::options::OverlayOptions;
-use self::{
-    options::{Scratch, support},
-    root::{Overlay, check_unused, note_base},
+use self::{options::Scratch, root::Overlay};
+pub(crate) use self::{
+    options::support,
+    root::{check_unused, note_base},
+    stack::{UPPER, WORK, mount_overlay},
 };
 use crate::{
     Error, Quota,
@@ -161,7 +163,7 @@ impl RootBackend for Overlayfs {
             }
         }
         self.limit(&dir, had.as_ref(), options.quota)?;
-        note_base(&dir, base).map_err(io("make root"))?;
+        note_base(&dir, base.path()).map_err(io("make root"))?;
         let record = Record::new(base, options);
         if policy == RootPolicy::Persistent && had.as_ref() != Some(&record) {
             record.write(&dir)?;

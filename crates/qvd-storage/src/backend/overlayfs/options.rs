@@ -31,7 +31,7 @@ pub struct OverlayOptions {
 
 impl OverlayOptions {
     /// For those who may write `trusted` attributes.
-    pub(super) const PRIVILEGED: Self = Self { userxattr: false, index: true, redirect_dir: true };
+    pub(crate) const PRIVILEGED: Self = Self { userxattr: false, index: true, redirect_dir: true };
     /// For those who may not; the kernel refuses redirects with it.
     pub(super) const UNPRIVILEGED: Self = Self { userxattr: true, index: true, redirect_dir: false };
 
@@ -105,7 +105,7 @@ impl Scratch {
 }
 
 /// What an error says about the host; an error that says nothing stays one.
-pub(super) fn support(error: &MountError, dir: &Path) -> Result<Support, Error> {
+pub(crate) fn support(error: &MountError, dir: &Path) -> Result<Support, Error> {
     let missing = match Errno::from_io_error(error.io()) {
         Some(Errno::PERM | Errno::ACCESS) => Missing::Privilege("mount file systems".to_owned()),
         Some(Errno::NODEV) => Missing::Kernel("overlayfs".to_owned()),

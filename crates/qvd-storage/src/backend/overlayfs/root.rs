@@ -10,7 +10,7 @@ use std::{
 use qvd_core::{RootPolicy, Support};
 use qvd_sys::mount::{self, MountError};
 use rustix::{
-    fs::{AtFlags, Mode, mkdirat},
+    fs::{AtFlags, Mode, mkdirat, unlinkat},
     io::Errno,
 };
 
@@ -29,16 +29,17 @@ use crate::{
 /// all without a sync.
 const BASE: &str = "base";
 
-pub(super) fn note_base(dir: &Path, base: &BaseTree) -> io::Result<()> {
+/// Notes the uppermost layer of the base of the root in `dir`.
+pub(crate) fn note_base(dir: &Path, base: &Path) -> io::Result<()> {
     let link = dir.join(BASE);
-    if fs::read_link(&link).is_ok_and(|noted| noted == base.path()) {
+    if fs::read_link(&link).is_ok_and(|noted| noted == base) {
         return Ok(());
     }
     match fs::remove_file(&link) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    std::os::unix::fs::symlink(base.path(), link)
+    std::os::unix::fs::symlink(base, link)
 }
 
 /// The uppermost layer of a root's base, if it is there still.
@@ -132,7 +133,7 @@ impl Root for Overlay {
 
 /// Asks the kernel whether a root is mounted anywhere, in whatever process
 /// and mount namespace, by trying to mount it: `index=on` makes that exclusive.
-pub(super) fn check_unused(id: &RootId, dir: &Path, options: OverlayOptions, trash: &Trash) -> Result<(), Error> {
+pub(crate) fn check_unused(id: &RootId, dir: &Path, options: OverlayOptions, trash: &Trash) -> Result<(), Error> {
     let own = match mount::open_dir_path(dir) {
         Ok(own) => own,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -160,5 +161,21 @@ pub(super) fn check_unused(id: &RootId, dir: &Path, options: OverlayOptions, tra
 /// Takes away what a volatile mount leaves, which forbids to mount its remains.
 /// Source: Linux `Documentation/filesystems/overlayfs.rst`, "Volatile mount".
 fn clear_volatile_marker(own: impl AsFd, trash: &Trash) -> io::Result<()> {
-    trash.discard_at(own, "work/work/incompat")
+    match trash.discard_at(&own, "work/work/incompat") {
+        // The root is a file system of its own, or a subvolume.
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::XDEV) => {
+            for (name, flags) in [
+                ("work/work/incompat/volatile/dirty", AtFlags::empty()),
+                ("work/work/incompat/volatile", AtFlags::REMOVEDIR),
+                ("work/work/incompat", AtFlags::REMOVEDIR),
+            ] {
+                match unlinkat(&own, name, flags) {
+                    Ok(()) | Err(Errno::NOENT) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(())
+        }
+        done => done,
+    }
 }

@@ -19,11 +19,11 @@ use crate::backend::{
 };
 
 /// The directories of a root, in its own.
-pub(super) const UPPER: &str = "upper";
-pub(super) const WORK: &str = "work";
+pub(crate) const UPPER: &str = "upper";
+pub(crate) const WORK: &str = "work";
 
 /// Stacks `own/upper` on the base's layers and returns the detached mount.
-pub(super) fn mount_overlay(
+pub(crate) fn mount_overlay(
     base: &[Layer],
     own: BorrowedFd<'_>,
     idmap: Option<BorrowedFd<'_>>,

@@ -1,0 +1,159 @@
+//! Files with an ext4 each: made, copied, mounted.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use qvd_core::{Bytes, Missing};
+use qvd_sys::{
+    loopdev::{self, LoopDevice},
+    mount::{FsContext, MountError, Restrictions},
+};
+use rustix::io::Errno;
+
+use crate::{
+    Error,
+    backend::{Place, exclusive},
+    copytree::Content,
+    fsio,
+    program::Program,
+};
+
+const MKFS: Program = Program { name: "mkfs.ext4", package: "e2fsprogs" };
+
+/// Making a sparse file system writes a few megabytes; a disk that is very
+/// busy needs longer for that.
+const MADE_WITHIN: Duration = Duration::from_secs(120);
+
+/// Where templates are, in the place; no root has a name in capital letters.
+const TEMPLATES: &str = "TEMPLATES";
+
+/// What distinguishes one empty file system from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Size of the file system, its own needs included.
+    pub(super) bytes: Bytes,
+    /// How many files it can hold; as many as fit on average if not said.
+    pub(super) inodes: Option<u64>,
+    /// Whether it is whole after a crash of the host.
+    pub(super) journal: bool,
+}
+
+impl Shape {
+    /// Below this, ext4 has no room for what it needs itself and files besides.
+    pub(super) const SMALLEST: Self = Self { bytes: Bytes::mib(4), inodes: None, journal: false };
+
+    fn name(self) -> String {
+        let inodes = self.inodes.map_or("any".to_owned(), |count| count.to_string());
+        format!("{}-{inodes}-{}", self.bytes.get(), if self.journal { "journal" } else { "plain" })
+    }
+}
+
+/// Empty file systems with the directories of an overlay, each made once.
+#[derive(Debug)]
+pub(super) struct Templates {
+    place: Place,
+}
+
+impl Templates {
+    pub(super) const fn new(place: Place) -> Self {
+        Self { place }
+    }
+
+    /// Makes the file `to` a file system of this shape.
+    pub(super) fn copy(&self, shape: Shape, to: &Path) -> Result<File, Error> {
+        let template = self.get(shape)?;
+        let copy = || {
+            let from = File::open(&template)?;
+            let to = File::options().read(true).write(true).create_new(true).open(to)?;
+            let size = from.metadata()?.len();
+            to.set_len(size)?;
+            Content::Cheapest.fill(&from, &to, size)?;
+            Ok(to)
+        };
+        copy().map_err(|error: io::Error| Error::io("make disk", to)(error))
+    }
+
+    fn get(&self, shape: Shape) -> Result<PathBuf, Error> {
+        let dir = self.place.dir().join(TEMPLATES);
+        let template = dir.join(shape.name());
+        if template.try_exists().map_err(Error::io("read", &template))? {
+            return Ok(template);
+        }
+        fsio::ensure_private_dir(&dir).map_err(Error::io("use", &dir))?;
+        let scratch = tempfile::Builder::new().prefix("new-").tempdir_in(&dir).map_err(Error::io("make in", &dir))?;
+        let new = scratch.path().join("disk");
+        let io = |error: io::Error| Error::io("make disk", &template)(error);
+        make(shape, &new)?;
+        {
+            let own = mount(&new)?;
+            exclusive::prepare(own.as_fd(), &template)?;
+            let top = fsio::open_dir_below(&own, ".").map_err(io)?;
+            rustix::fs::syncfs(top).map_err(io::Error::from).map_err(io)?;
+        }
+        File::open(&new).and_then(|file| file.sync_all()).map_err(io)?;
+        // Two that make the same at once make it alike.
+        fs::rename(&new, &template).and_then(|()| fsio::sync_dir(&dir)).map_err(io)?;
+        Ok(template)
+    }
+}
+
+fn make(shape: Shape, path: &Path) -> Result<(), Error> {
+    let file = File::options().write(true).create_new(true).open(path).map_err(Error::io("make disk", path))?;
+    file.set_len(shape.bytes.get()).map_err(Error::io("make disk", path))?;
+    let mut args: Vec<String> = ["-q", "-F", "-m", "0"].map(str::to_owned).to_vec();
+    // Nothing is kept back for growing, and nothing is written that a hole
+    // in the file says as well.
+    let features = if shape.journal { "^resize_inode" } else { "^resize_inode,^has_journal" };
+    args.extend(["-O", features, "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"].map(str::to_owned));
+    if let Some(inodes) = shape.inodes {
+        // Ten are the file system's own, and the overlay's directories count.
+        args.extend(["-N".to_owned(), inodes.saturating_add(16).to_string()]);
+    }
+    args.push(path.to_string_lossy().into_owned());
+    MKFS.run("make a file system for roots", args, Stdio::null(), MADE_WITHIN).map(drop)
+}
+
+/// Mounts a disk; its loop device goes with the mount.
+pub(super) fn mount(disk: &Path) -> Result<OwnedFd, Error> {
+    let file = File::options().read(true).write(true).open(disk).map_err(Error::io("open disk", disk))?;
+    let device = LoopDevice::attach(file.as_fd(), false).map_err(|error| {
+        let missing = match Errno::from_io_error(&error) {
+            Some(Errno::NOENT | Errno::NODEV | Errno::NXIO) => Missing::Device("/dev/loop-control".to_owned()),
+            Some(Errno::NOSPC | Errno::NOMEM | Errno::BUSY) => {
+                Missing::Device("a free loop device (see `max_loop` of the module `loop`)".to_owned())
+            }
+            Some(Errno::PERM | Errno::ACCESS) => Missing::Privilege("use loop devices".to_owned()),
+            _ => return Error::io("attach a loop device to", disk)(error),
+        };
+        Error::Unsupported { op: "mount disks", missing }
+    })?;
+    let mounted = || {
+        let context = FsContext::open("ext4")?;
+        context.set("source", &device.path().to_string_lossy())?;
+        context.mount(Restrictions { nodev: true, ..Restrictions::default() })
+    };
+    mounted().map_err(|source: MountError| match Errno::from_io_error(source.io()) {
+        Some(Errno::NODEV) => {
+            Error::Unsupported { op: "mount disks", missing: Missing::Kernel("the file system ext4".to_owned()) }
+        }
+        Some(Errno::PERM) => {
+            Error::Unsupported { op: "mount disks", missing: Missing::Privilege("mount file systems".to_owned()) }
+        }
+        _ => Error::Mount { what: format!("disk `{}`", disk.display()), source },
+    })
+}
+
+/// Whether a disk is mounted anywhere; one that is not there is not.
+pub(super) fn in_use(disk: &Path) -> Result<bool, Error> {
+    match File::open(disk) {
+        Ok(file) => loopdev::in_use(&file).map_err(Error::io("ask for the use of disk", disk)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("open disk", disk)(error)),
+    }
+}
