@@ -40,8 +40,8 @@ mod tree;
 mod treeedit;
 
 pub use backend::{
-    Backends, BaseTree, Btrfs, Capabilities, Capability, Deviation, Factory, Layer, Looped, OverlayOptions, Overlayfs,
-    Place, PlainCopy, Quota, Reflink, Root, RootBackend, RootId, RootIdError, RootOptions, Snapshots,
+    Backends, BaseTree, Bind, Btrfs, Capabilities, Capability, Deviation, Factory, Layer, Looped, OverlayOptions,
+    Overlayfs, Place, PlainCopy, Quota, Reflink, Root, RootBackend, RootId, RootIdError, RootOptions, Snapshots,
 };
 pub use build::BuildOptions;
 pub use error::{Error, RecipeError};

@@ -55,6 +55,15 @@ pub fn clone_dir(dir: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(open_tree(dir, "", flags)?)
 }
 
+/// Makes a detached copy of the mount `top` and of everything mounted below it.
+///
+/// # Errors
+/// As [`clone_dir`].
+pub fn clone_tree(top: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    Ok(open_tree(top, "", flags | OpenTreeFlags::AT_RECURSIVE)?)
+}
+
 /// Restricts a detached mount, makes it private and, with `idmap`, shows its files with their
 /// owners shifted by that user namespace's maps.
 ///

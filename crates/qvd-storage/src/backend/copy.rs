@@ -1,4 +1,5 @@
-//! Roots that are whole copies of their base: plain, or sharing extents.
+//! Roots that are copies of their base: whole ones, plain or sharing extents,
+//! or of those parts alone that are written to.
 
 use std::{
     fs, io,
@@ -11,6 +12,7 @@ use qvd_sys::mount::{self, MountError, Restrictions};
 
 use super::{
     BaseTree, Capabilities, Capability, Deviation, Place, Root, RootBackend, RootId, RootOptions,
+    bound::Parts,
     record::{self, Record},
 };
 use crate::{
@@ -30,11 +32,29 @@ pub struct PlainCopy(Copies);
 #[derive(Debug)]
 pub struct Reflink(Copies);
 
+/// Roots in which the directories that are written to are copies, and all
+/// else is bound from the base, for reading: what one unpacks and binds by hand.
+///
+/// Which these are, the image says in `/usr/share/qvd/bind.toml`
+/// (`writable = ["/etc", "/var"]`); otherwise `/etc`, `/home`, `/opt`, `/root`,
+/// `/srv` and `/var`. It works on every kernel that can bind mounts, and shares all
+/// memory of the rest; but an image has to be made for it.
+#[derive(Debug)]
+pub struct Bind(Copies);
+
+impl Bind {
+    /// Roots in this place.
+    #[must_use]
+    pub const fn new(place: Place) -> Self {
+        Self(Copies { place, extent: Extent::Parts })
+    }
+}
+
 impl PlainCopy {
     /// Roots in this place.
     #[must_use]
     pub const fn new(place: Place) -> Self {
-        Self(Copies { place, content: Content::Copied })
+        Self(Copies { place, extent: Extent::Whole(Content::Copied) })
     }
 }
 
@@ -42,12 +62,12 @@ impl Reflink {
     /// Roots in this place. Bases have to be on its file system.
     #[must_use]
     pub const fn new(place: Place) -> Self {
-        Self(Copies { place, content: Content::Shared })
+        Self(Copies { place, extent: Extent::Whole(Content::Shared) })
     }
 }
 
 macro_rules! delegate {
-    ($type:ident, $name:literal) => {
+    ($type:ident, $name:literal, $deviations:expr) => {
         impl RootBackend for $type {
             fn name(&self) -> &'static str {
                 $name
@@ -56,7 +76,7 @@ macro_rules! delegate {
                 self.0.capabilities()
             }
             fn deviations(&self) -> &'static [Deviation] {
-                &[Deviation::UnnoticedUse]
+                $deviations
             }
             fn create(&self, base: &BaseTree, id: &RootId, options: &RootOptions) -> Result<Box<dyn Root>, Error> {
                 self.0.create(base, id, options)
@@ -73,13 +93,21 @@ macro_rules! delegate {
         }
     };
 }
-delegate!(PlainCopy, "copy");
-delegate!(Reflink, "reflink");
+delegate!(PlainCopy, "copy", &[Deviation::UnnoticedUse]);
+delegate!(Reflink, "reflink", &[Deviation::UnnoticedUse]);
+delegate!(Bind, "bind", &[Deviation::ReadOnlyParts, Deviation::UnnoticedUse]);
 
 #[derive(Debug, Clone)]
 struct Copies {
     place: Place,
-    content: Content,
+    extent: Extent,
+}
+
+/// How much of a base is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    Whole(Content),
+    Parts,
 }
 
 /// The files of a root, in its directory.
@@ -90,12 +118,18 @@ const USED: &str = "used";
 impl Copies {
     fn capabilities(&self) -> Result<Capabilities, Error> {
         let dir = self.place.dir();
-        let roots = match self.content {
-            Content::Shared => probe::reflink(dir).map_err(Error::io("probe reflink below", dir))?,
+        let roots = match self.extent {
+            Extent::Whole(Content::Shared) => probe::reflink(dir).map_err(Error::io("probe reflink below", dir))?,
             _ => Support::Yes,
         };
-        let whole = || Support::No(Missing::Design("every file of the base is copied".to_owned()));
-        let own = || Support::No(Missing::Design("each root has files of its own".to_owned()));
+        let (copied, shared) = match self.extent {
+            Extent::Whole(_) => (
+                "every file of the base is copied",
+                Support::No(Missing::Design("each root has files of its own".to_owned())),
+            ),
+            Extent::Parts => ("every file that may be written is copied", Support::Yes),
+        };
+        let whole = || Support::No(Missing::Design(copied.to_owned()));
         let quota = || {
             Support::No(Missing::Filesystem("quotas that count a copy of the base; use `loop` for limits".to_owned()))
         };
@@ -113,8 +147,8 @@ impl Copies {
             .set(Capability::Snapshots, whole())
             .set(Capability::QuotaBytes, quota())
             .set(Capability::QuotaInodes, quota())
-            .set(Capability::SharedCache, own())
-            .set(Capability::SharedMmaps, own())
+            .set(Capability::SharedCache, shared.clone())
+            .set(Capability::SharedMmaps, shared)
             .set(Capability::ConstantCreate, whole())
             .set(Capability::ConstantDelete, Support::Yes)
             .set(
@@ -161,7 +195,12 @@ impl Copies {
             fs::create_dir(&tree).map_err(io("make root"))?;
             let from = base.open()?;
             let to = fsio::open_dir(&tree).map_err(io("make root"))?;
-            copy_tree(base.path(), from.as_fd(), to.as_fd(), self.content).map_err(|error| self.explain(error))?;
+            match self.extent {
+                Extent::Whole(content) => {
+                    copy_tree(base.path(), from.as_fd(), to.as_fd(), content).map_err(|error| self.explain(error))?
+                }
+                Extent::Parts => Parts::of(base, from.as_fd())?.copy(base, from.as_fd(), &tree)?,
+            }
             if policy == RootPolicy::Persistent {
                 Record::new(base, options).write(&scratch)?;
                 rustix::fs::syncfs(&to).map_err(Error::io("make root", dir))?;
@@ -188,7 +227,7 @@ impl Copies {
             ),
             _ => false,
         };
-        if self.content == Content::Shared && unsupported {
+        if self.extent == Extent::Whole(Content::Shared) && unsupported {
             let missing = Missing::Filesystem("reflink from the base to the root".to_owned());
             return Error::Unsupported { op: "make roots", missing };
         }
@@ -221,11 +260,17 @@ impl Root for Copied {
             fs::write(&used, "").map_err(Error::io("mark root", &self.dir))?;
         }
         let tree = self.dir.join(TREE);
-        let dir = mount::open_dir_path(&tree).map_err(Error::io("open root", &tree))?;
-        bind(dir.as_fd(), idmap).map_err(|error| Error::Mount {
-            what: format!("root {}", self.id),
-            source: MountError::new("bind and id-map its directory", error),
-        })
+        let mounted = match self.copies.extent {
+            Extent::Whole(_) => {
+                let dir = mount::open_dir_path(&tree).map_err(Error::io("open root", &tree))?;
+                bind(dir.as_fd(), idmap).map_err(|error| MountError::new("bind and id-map its directory", error))
+            }
+            Extent::Parts => {
+                let base = self.base.open()?;
+                Parts::of(&self.base, base.as_fd())?.mount(base, &tree, idmap)
+            }
+        };
+        mounted.map_err(|source| Error::Mount { what: format!("root {}", self.id), source })
     }
 
     fn close(&mut self) -> Result<(), Error> {

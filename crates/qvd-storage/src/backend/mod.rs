@@ -1,6 +1,7 @@
 //! The contract between those who make writable roots and those who use them.
 
 mod base;
+mod bound;
 mod btrfs;
 mod capability;
 mod copy;
@@ -27,7 +28,7 @@ pub use self::{
     base::{BaseTree, Layer},
     btrfs::Btrfs,
     capability::{Capabilities, Capability},
-    copy::{PlainCopy, Reflink},
+    copy::{Bind, PlainCopy, Reflink},
     deviation::Deviation,
     id::{RootId, RootIdError},
     looped::Looped,
