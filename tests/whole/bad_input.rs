@@ -408,7 +408,7 @@ fn a_full_disk_is_named_and_works_again_with_room() {
                 check(|| setup.command(), &case(&["image", "build", &recipe], 1, &["no space is left", full]));
                 let left: Vec<_> = fs::read_dir(root.join("images")).unwrap().map(|e| e.unwrap().file_name()).collect();
                 assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("tmp-")), "{left:?}");
-                assert_eq!(fs::read_dir(root.join("roots")).unwrap().count(), 0);
+                assert_eq!(fs::read_dir(root.join("roots/overlayfs")).unwrap().count(), 0);
                 fs::remove_file(disk.path().join("ballast")).unwrap();
                 expect_ok(&server.run(["desktop", "start", &id]).unwrap());
                 remove_user(&server, "ana");
@@ -438,7 +438,7 @@ fn a_stopped_desktop_keeps_its_persistent_root_over_a_restart_and_loses_it_when_
             server.json(&["desktop", "create", &user, "icewm", "--name", "kept", "--persistent"]).unwrap();
         let id = desktop.id.to_string();
         let below = |kind: &str, name: &str| host.setup.root.join(kind).join(name);
-        let (root, home) = (below("roots", &id), below("homes", &format!("desktop-{id}")));
+        let (root, home) = (below("roots/overlayfs", &id), below("homes", &format!("desktop-{id}")));
         expect_ok(&server.run(["desktop", "start", &id]).unwrap());
         inside(&server, &id, "echo kept > /var/tmp/kept; echo mine > ~/mine");
         expect_ok(&server.run(["desktop", "stop", &id]).unwrap());

@@ -2,8 +2,11 @@
 
 use std::process::ExitCode;
 
+use comfy_table::{ContentArrangement, Table, presets};
 use qvd_core::Support;
-use qvd_node::Probe;
+use qvd_node::{Probe, Survey};
+use qvd_storage::Capability;
+use serde::Serialize;
 
 use crate::{
     failure::Exit,
@@ -11,17 +14,36 @@ use crate::{
     paths::Paths,
 };
 
+/// Everything that was found.
+#[derive(Serialize)]
+struct Found {
+    checks: Vec<Probe>,
+    /// Ways to make roots; none when nothing could be tried.
+    roots: Option<Survey>,
+}
+
 /// Prints what was found. The status says whether containers can run here:
 /// without the rest desktops are only slower or poorer.
 pub(crate) fn run(paths: &Paths, output: &Output) -> anyhow::Result<ExitCode> {
-    let probes = qvd_node::probe(&paths.root);
-    let fit = probes.iter().all(|probe| !probe.required || probe.support.is_yes());
-    output.result(&probes, |probes| probes.iter().map(text).collect::<Vec<_>>().join("\n"))?;
+    let checks = qvd_node::probe(&paths.root);
+    let fit = checks.iter().all(|check| !check.required || check.support.is_yes());
+    let roots = match qvd_node::survey(&paths.root) {
+        Ok(survey) => Some(survey),
+        Err(error) => {
+            tracing::warn!(error = &error as &dyn std::error::Error, "back ends for roots were not tried");
+            None
+        }
+    };
+    output.result(&Found { checks, roots }, |found| {
+        let mut text: Vec<String> = found.checks.iter().map(check).collect();
+        text.extend(found.roots.iter().map(survey));
+        text.join("\n")
+    })?;
     Ok(if fit { ExitCode::SUCCESS } else { Exit::Unsupported.into() })
 }
 
 /// A line, and what to do about a no below it.
-fn text(probe: &Probe) -> String {
+fn check(probe: &Probe) -> String {
     let Probe { name, support, .. } = probe;
     match support {
         Support::Yes => format!("yes  {name}"),
@@ -35,4 +57,49 @@ fn text(probe: &Probe) -> String {
         // A later version of the vocabulary may know more answers.
         other => format!("?    {name}: {other:?}"),
     }
+}
+
+/// The table of back ends, the reason for each no, and the recommendation.
+fn survey(survey: &Survey) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(std::iter::once("").chain(survey.back_ends.iter().map(|b| b.name)));
+    for capability in Capability::ALL {
+        let answers =
+            survey.back_ends.iter().map(|b| if b.capabilities.get(capability).is_yes() { "yes" } else { "-" });
+        table.add_row(std::iter::once(capability.name()).chain(answers));
+    }
+    let mut text = vec![String::new(), "Ways to make roots:".to_owned()];
+    text.extend(table.lines().map(|line| line.trim_end().to_owned()));
+    for back_end in &survey.back_ends {
+        for (reason, capabilities) in reasons(back_end) {
+            let list =
+                if capabilities.len() == Capability::ALL.len() { "all".to_owned() } else { capabilities.join(", ") };
+            text.push(format!("  no {list} with {}: {}", back_end.name, one_line(&reason)));
+        }
+    }
+    text.extend(survey.historic.iter().map(|old| format!("  no {}: {}; use {}", old.name, old.was, old.instead)));
+    match &survey.recommended {
+        Some(recommended) => {
+            text.push(format!("Recommended for this directory: {}", recommended.back_end));
+            text.extend(recommended.because.iter().map(|why| format!("  because {why}")));
+            text.extend(recommended.but.iter().map(|what| format!("  but {what}")));
+        }
+        None => text.push("No root can be made in this directory.".to_owned()),
+    }
+    text.join("\n")
+}
+
+/// What a back end cannot do, by reason, in the order in which they appear.
+fn reasons(back_end: &qvd_storage::Surveyed) -> Vec<(String, Vec<&'static str>)> {
+    let mut found: Vec<(String, Vec<&'static str>)> = Vec::new();
+    for (capability, support) in back_end.capabilities.iter() {
+        let Support::No(missing) = support else { continue };
+        let reason = missing.to_string();
+        match found.iter_mut().find(|(known, _)| *known == reason) {
+            Some((_, capabilities)) => capabilities.push(capability.name()),
+            None => found.push((reason, vec![capability.name()])),
+        }
+    }
+    found
 }

@@ -17,5 +17,6 @@ pub use host::{
     HostErrorKind, ImageSummary, Timings,
 };
 pub use node::{Node, NodeConfig};
-pub use probe::{Probe, probe};
+pub use probe::{Probe, probe, survey};
 pub use qvd_guest::{ExecRequest, Exit, Stats};
+pub use qvd_storage::Survey;

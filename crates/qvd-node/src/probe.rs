@@ -3,7 +3,7 @@
 use std::{io, path::Path};
 
 use qvd_core::{Missing, Support};
-use qvd_storage::Store;
+use qvd_storage::{Backends, Store, Survey};
 use serde::Serialize;
 
 /// One answer about this host.
@@ -122,9 +122,23 @@ fn advise(name: &str, support: Support) -> Probe {
     }
 }
 
+/// Asks every way to make roots what it can do on the file system that `root`
+/// is, or would be, on, and recommends one. Nothing is left of the trials.
+///
+/// # Errors
+/// It could not be tried, for instance because the disk is full.
+pub fn survey(root: &Path) -> Result<Survey, qvd_storage::Error> {
+    Backends::built_in().survey(existing(root))
+}
+
+/// The nearest directory that there is.
+fn existing(root: &Path) -> &Path {
+    root.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"))
+}
+
 /// Tries in a store of its own beside the real one, which a daemon may hold.
 fn storage(root: &Path) -> Vec<(&'static str, Support)> {
-    let there = root.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
+    let there = existing(root);
     let room = |error: &dyn std::fmt::Display| {
         Missing::Filesystem(format!("room for a trial below `{}`: {error}", there.display()))
     };
