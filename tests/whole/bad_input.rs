@@ -78,7 +78,7 @@ fn elsewhere(host: &Host, root: &Path, test: impl FnOnce(&Setup)) {
     let instance = Instance::of_root(root.as_os_str().as_encoded_bytes());
     let scope = Scope::marked([instance.bridge_name(), instance.cgroup_name()])
         .files_under(format!("/run/qvd-{instance}"))
-        .files_under(root.join("roots"));
+        .files_under(root.join("roots/overlayfs"));
     let before = Census::take(&scope);
     test(&Setup {
         root: root.to_owned(),

@@ -50,7 +50,8 @@ pub(crate) fn on_a_host(test: impl FnOnce(&Host) + Send) {
             log: Some(std::env::temp_dir().join(format!("qvd-{instance}.log"))),
         };
         let marks = [instance.bridge_name(), instance.cgroup_name()];
-        let scope = Scope::marked(marks).files_under(format!("/run/qvd-{instance}")).files_under(root.join("roots"));
+        let scope =
+            Scope::marked(marks).files_under(format!("/run/qvd-{instance}")).files_under(root.join("roots/overlayfs"));
         let netns = qvd_sys::netns::create().unwrap();
         qvd_sys::netns::in_netns(netns.as_fd(), || {
             qvd_net::loopback_up(netns.as_fd()).unwrap();
