@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
-.PHONY: demo test check bench web init build image browser
+.PHONY: demo test check bench web init build image browser bed
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 T := $(CARGO_TARGET_DIR)
@@ -28,7 +28,7 @@ demo: build init $(STAMP)/demo-tools
 build: $(STAMP)/build-tools $(STAMP)/web
 	cargo build --locked --release -p qvd-bin -p qvd-demo
 
-test: init image browser $(STAMP)/test-tools
+test: init image browser bed $(STAMP)/test-tools
 	QVD_TEST_PRIVILEGED=1 QVD=$(T)/debug/qvd QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
 		cargo nextest run --locked --workspace --profile ci
 	cargo test --locked --workspace --doc
@@ -41,6 +41,12 @@ test: init image browser $(STAMP)/test-tools
 image: $(STAMP)/image-tools $(STAMP)/web
 	cargo build --locked -p qvd-bin
 	$(T)/debug/qvd --root $(STORE) image build recipes/icewm.toml
+
+# A small virtual machine for tests of what this host's kernel lacks.
+bed: $(T)/bed/vmlinuz
+
+$(T)/bed/vmlinuz: scripts/bed scripts/bed-init | $(STAMP)/bed-tools
+	scripts/bed $(T)/bed
 
 browser: $(STAMP)/browser-tools tests/browser/node_modules/.package-lock.json
 

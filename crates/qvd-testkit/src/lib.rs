@@ -6,9 +6,11 @@
 // This crate is the tests' own: it reports by panicking, as asserts do.
 #![allow(clippy::panic, clippy::print_stderr)]
 
+mod bed;
 mod census;
 mod need;
 mod read;
 
+pub use bed::{Bed, Ran, in_bed};
 pub use census::{Census, Difference, Kind, Object, Scope};
 pub use need::{Lack, Need, privileged};

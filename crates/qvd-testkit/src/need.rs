@@ -30,6 +30,8 @@ pub enum Need {
     /// `/dev/kvm`, opened for reading and writing. Some hosts offer the device
     /// and hang in it: a test that runs a guest keeps its own deadline.
     Kvm,
+    /// The test bed, see [`in_bed`](crate::in_bed), and the emulator for it.
+    Bed,
     /// A program in `PATH`.
     Program(&'static str),
     /// An environment variable that names what the test works on.
@@ -73,6 +75,10 @@ impl Need {
             Self::Nftables => succeeds("nft", &["list", "tables"]),
             Self::LoopDevices => open_read_write("/dev/loop-control"),
             Self::Kvm => open_read_write("/dev/kvm"),
+            Self::Bed => match crate::bed::directory() {
+                Some(_) => program("qemu-system-x86_64"),
+                None => Err("it is not built; `make bed` does that".to_owned()),
+            },
             Self::Program(name) => program(name),
             Self::Env(name) => match env::var_os(name) {
                 Some(value) if !value.is_empty() => Ok(()),
