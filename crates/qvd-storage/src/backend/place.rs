@@ -49,6 +49,15 @@ impl Place {
         self.trash.discard(path)
     }
 
+    /// Deletes what was discarded so far, in this thread, and returns when it is
+    /// gone: for those who want the space back before they go on.
+    ///
+    /// # Errors
+    /// Something cannot be deleted.
+    pub fn finish_discarding(&self) -> Result<(), Error> {
+        self.trash.empty()
+    }
+
     pub(crate) fn trash(&self) -> &Trash {
         &self.trash
     }

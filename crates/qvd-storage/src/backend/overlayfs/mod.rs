@@ -162,7 +162,15 @@ impl RootBackend for Overlayfs {
                 had = None;
             }
         }
-        self.limit(&dir, had.as_ref(), options.quota)?;
+        self.limit(&dir, had.as_ref(), options.quota).inspect_err(|_| {
+            // Only one that was just made is empty.
+            if had.is_none()
+                && let Err(error) = fs::remove_dir(&dir)
+                && error.kind() != io::ErrorKind::DirectoryNotEmpty
+            {
+                tracing::warn!(root = %id, %error, "root without its limit left behind");
+            }
+        })?;
         note_base(&dir, base.path()).map_err(io("make root"))?;
         let record = Record::new(base, options);
         if policy == RootPolicy::Persistent && had.as_ref() != Some(&record) {

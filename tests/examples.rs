@@ -1,0 +1,99 @@
+//! The examples, run as their first lines say.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use qvd_testkit::{Census, Need, Scope, privileged};
+use serde_json::Value;
+
+/// Examples are built beside the tests' own directory.
+fn example(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    own.parent().and_then(Path::parent).unwrap().join("examples").join(name)
+}
+
+fn base(dir: &Path) -> PathBuf {
+    let base = dir.join("base");
+    fs::create_dir_all(base.join("etc")).unwrap();
+    fs::write(base.join("etc/f"), "from the base").unwrap();
+    base
+}
+
+fn rootfs(backend: &str, dir: &Path) -> Command {
+    let mut command = Command::new(example("rootfs"));
+    command.args(["--backend", backend, "--base"]).arg(base(dir)).arg("--store").arg(dir.join("store"));
+    command
+}
+
+/// Runs it with open input, shows its first `count` roots to `look`, and ends its input.
+fn with_roots(command: &mut Command, count: usize, look: impl FnOnce(Vec<Value>)) {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().take(count);
+    let roots: Vec<Value> = lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+    assert_eq!(roots.len(), count);
+    look(roots);
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+}
+
+fn path(root: &Value) -> PathBuf {
+    root["path"].as_str().unwrap().into()
+}
+
+#[test]
+fn rootfs_makes_roots_that_are_seen_from_outside_and_removes_them() {
+    privileged(&[Need::Root, Need::LoopDevices], || {
+        for backend in ["overlayfs", "copy", "bind", "loop"] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::create_dir(dir.path().join("store")).unwrap();
+            let before = Census::take(&Scope::marked([dir.path().file_name().unwrap().to_str().unwrap()]));
+            with_roots(rootfs(backend, dir.path()).args(["--count", "2"]), 2, |roots| {
+                let (one, other) = (path(&roots[0]), path(&roots[1]));
+                assert_eq!(fs::read_to_string(one.join("etc/f")).unwrap(), "from the base");
+                fs::write(one.join("etc/f"), "mine").unwrap();
+                assert_eq!(fs::read_to_string(other.join("etc/f")).unwrap(), "from the base", "{backend}");
+                assert!(roots[0]["create_us"].as_u64().is_some());
+                assert!(roots[0]["capabilities"].is_object());
+            });
+            assert_eq!(fs::read_to_string(dir.path().join("base/etc/f")).unwrap(), "from the base", "{backend}");
+            let left: Vec<_> = fs::read_dir(dir.path().join("store/roots")).unwrap().flatten().collect();
+            assert!(left.iter().all(|entry| entry.file_name() == "TEMPLATES"), "{backend} left {left:?}");
+            assert_eq!(fs::read_dir(dir.path().join("store/trash")).unwrap().count(), 0, "{backend}");
+            before.assert_unchanged();
+        }
+    });
+}
+
+#[test]
+fn rootfs_keeps_what_it_is_told_to() {
+    privileged(&[Need::Root], || {
+        let dir = tempfile::tempdir().unwrap();
+        let mut kept = rootfs("overlayfs", dir.path());
+        kept.arg("--keep");
+        with_roots(&mut kept, 1, |roots| fs::write(path(&roots[0]).join("etc/f"), "kept").unwrap());
+        with_roots(&mut kept, 1, |roots| {
+            assert_eq!(fs::read_to_string(path(&roots[0]).join("etc/f")).unwrap(), "kept");
+        });
+    });
+}
+
+#[test]
+fn rootfs_says_what_is_wrong() {
+    privileged(&[Need::Root], || {
+        let dir = tempfile::tempdir().unwrap();
+        for (backend, args, says) in [
+            ("absent", &[][..], "absent"),
+            ("copy", &["--size", "1000000"], "use `loop` for limits"),
+            ("overlayfs", &["--base", "/absent"], "/absent"),
+        ] {
+            let output = rootfs(backend, dir.path()).args(args).stdin(Stdio::null()).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success() && said.contains(says), "{said}");
+        }
+    });
+}
