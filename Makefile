@@ -64,7 +64,7 @@ ROUNDS ?= 40
 bench: $(STAMP)/build-tools $(STAMP)/bench-tools
 	cargo bench --locked -p qvd-node --bench compare -- \
 		--floor $(abspath $(FLOOR)) --rounds $(ROUNDS) $(if $(JSON),--json)
-	cargo bench --locked -p qvd-virt -p qvd-net --bench '*'
+	cargo bench --locked -p qvd-virt -p qvd-net -p qvd-storage --bench '*'
 
 # Small counts more than fast, and no image can be trusted to have a library
 # that it needs: the init is one static file.

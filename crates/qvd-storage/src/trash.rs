@@ -18,7 +18,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{Error, fsio};
+use crate::{Error, backend::delete_subvolume_at, fsio};
 
 /// A directory of things to be deleted, and the thread that deletes them.
 /// What a crash leaves in it is deleted after the next open.
@@ -33,6 +33,8 @@ pub(crate) struct Trash {
 #[derive(Debug)]
 struct Shared {
     dir: OwnedFd,
+    /// Whether what is in it may be subvolumes of btrfs.
+    subvolumes: bool,
     stop: AtomicBool,
     next: AtomicU64,
 }
@@ -41,7 +43,8 @@ impl Trash {
     pub(crate) fn open(path: &Path) -> Result<Self, Error> {
         fsio::ensure_private_dir(path).map_err(Error::io("use", path))?;
         let dir = fsio::open_dir(path).map_err(Error::io("open", path))?;
-        let shared = Arc::new(Shared { dir, stop: AtomicBool::new(false), next: AtomicU64::new(0) });
+        let subvolumes = qvd_sys::btrfs::is_btrfs(dir.as_fd()).map_err(Error::io("open", path))?;
+        let shared = Arc::new(Shared { dir, subvolumes, stop: AtomicBool::new(false), next: AtomicU64::new(0) });
         let (wake, woken) = mpsc::channel();
         let worker = {
             let shared = Arc::clone(&shared);
@@ -144,8 +147,16 @@ impl Shared {
         }
     }
 
-    /// Deletes one entry of the trash, or what is directly in it.
+    /// Deletes one entry of the trash, or what is directly in it. Another thread
+    /// may be at the same: what is gone meanwhile was deleted.
     fn delete(&self, name: &CString) -> io::Result<()> {
+        match self.delete_some(name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
+    }
+
+    fn delete_some(&self, name: &CString) -> io::Result<()> {
         match unlinkat(&self.dir, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(Errno::ISDIR | Errno::PERM) => {}
@@ -155,6 +166,9 @@ impl Shared {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(Errno::NOTEMPTY | Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
+        }
+        if self.subvolumes && delete_subvolume_at(self.dir.as_fd(), name).is_ok() {
+            return Ok(());
         }
         let dir = fsio::open_dir_below(&self.dir, name)?;
         for (entry, kind) in list(&dir)? {

@@ -8,6 +8,7 @@
 
 mod bed;
 mod census;
+pub mod chart;
 mod need;
 mod read;
 

@@ -12,6 +12,7 @@ use qvd_core::{Bytes, Missing, RootPolicy, Support};
 use qvd_sys::btrfs;
 
 use self::volumes::Volumes;
+pub(crate) use self::volumes::delete_at;
 use super::{
     BaseTree, Capabilities, Capability, Deviation, Place, Quota, Root, RootBackend, RootId, RootOptions, Snapshots,
     exclusive,

@@ -24,6 +24,7 @@ use std::{
 use qvd_core::{Bytes, RootPolicy};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::btrfs::delete_at as delete_subvolume_at;
 pub use self::{
     base::{BaseTree, Layer},
     btrfs::Btrfs,

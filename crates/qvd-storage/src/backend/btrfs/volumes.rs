@@ -1,7 +1,7 @@
 //! The subvolumes of a place, and what is done with them.
 
 use std::{
-    ffi::{CString, OsStr},
+    ffi::{CStr, CString, OsStr},
     io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -104,24 +104,19 @@ impl Volumes {
         btrfs::snapshot(of, parent.as_fd(), &name, read_only).map_err(|error| self.explain("make snapshots", error))
     }
 
-    /// Deletes a subvolume and those in it; `Ok` when there is none.
+    /// Takes a subvolume out of the way, `Ok` when there is none. What the kernel
+    /// does at a deletion takes longer the more of it is cached, so that happens
+    /// in the background.
     pub(super) fn delete(&self, path: &Path) -> Result<(), Error> {
         let (parent, name) = place_of(path)?;
-        let tried = match btrfs::delete_subvolume(parent.as_fd(), &name) {
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                let dir = fsio::open_dir(path).map_err(Error::io("remove", path))?;
-                let inner = || delete_inner(dir.as_fd(), btrfs::subvolume_id(dir.as_fd())?);
-                inner().and_then(|()| btrfs::delete_subvolume(parent.as_fd(), &name))
+        let removed = match self.place.trash().discard_at(&parent, name.as_c_str()) {
+            // The trash is on another subvolume, or this one is read-only.
+            Err(error) if matches!(error.kind(), io::ErrorKind::CrossesDevices | io::ErrorKind::ReadOnlyFilesystem) => {
+                delete_at(parent.as_fd(), &name)
             }
-            tried => tried,
+            done => done,
         };
-        match tried {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            // A plain directory: somebody else made it here.
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) => self.place.discard(path),
-            Err(error) => Err(self.explain("remove subvolumes", error)),
-            Ok(()) => Ok(()),
-        }
+        removed.map_err(|error| self.explain("remove subvolumes", error))
     }
 
     /// Makes a root beside its place and renames it there: it is whole or absent.
@@ -188,6 +183,25 @@ fn place_of(path: &Path) -> Result<(OwnedFd, CString), Error> {
         .map_err(io::Error::from)
         .map_err(Error::io("open", path))?;
     Ok((fsio::open_dir(parent).map_err(Error::io("open", parent))?, name))
+}
+
+/// Deletes a subvolume and those in it; `Ok` when there is none.
+///
+/// # Errors
+/// `ENOTTY` or `EINVAL` for what is no subvolume.
+pub(crate) fn delete_at(parent: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    let tried = match btrfs::delete_subvolume(parent, name) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+            let dir = fsio::open_dir_below(parent, name)?;
+            delete_inner(dir.as_fd(), btrfs::subvolume_id(dir.as_fd())?)?;
+            btrfs::delete_subvolume(parent, name)
+        }
+        tried => tried,
+    };
+    match tried {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
 }
 
 /// Deletes the subvolumes in a subvolume, the innermost first. An overlay
