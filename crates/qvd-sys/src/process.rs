@@ -22,7 +22,7 @@ mod spawn;
 #[cfg(test)]
 mod tests;
 
-pub use memfd::seal;
+pub use memfd::{memory_file, seal};
 pub use memory::page_out;
 pub use pidfd::{Exit, Process, boot_id, cpu_time, start_time};
 pub use plan::{BpfInstruction, ExecArgs, Namespaces, Op, Plan, PlanFd};

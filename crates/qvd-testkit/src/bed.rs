@@ -186,6 +186,13 @@ pub(crate) fn directory() -> Option<PathBuf> {
     named.into_iter().chain(built.ancestors().map(|dir| dir.join("bed"))).find(|dir| dir.join("vmlinuz").is_file())
 }
 
+/// Where the bed's kernel (`vmlinuz`) and its modules (`lib/modules`) are, for
+/// tests that boot a machine of their own.
+#[must_use]
+pub fn bed_directory() -> Option<PathBuf> {
+    directory()
+}
+
 /// This program, and the test that the calling thread runs.
 fn this_test() -> (String, String) {
     let program = env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();

@@ -12,6 +12,6 @@ pub mod chart;
 mod need;
 mod read;
 
-pub use bed::{Bed, Ran, in_bed};
+pub use bed::{Bed, Ran, bed_directory, in_bed};
 pub use census::{Census, Difference, Kind, Object, Scope};
 pub use need::{Lack, Need, privileged};

@@ -46,6 +46,22 @@ pub enum Error {
         /// The step that failed.
         source: SpawnError,
     },
+    /// QEMU ended before the machine was there, or would not have it.
+    #[error("QEMU cannot run desktop {id}: {said}")]
+    Hypervisor {
+        /// Which one.
+        id: DesktopId,
+        /// What QEMU said.
+        said: String,
+    },
+    /// A machine cannot be driven.
+    #[error("cannot drive the machine of desktop {id}")]
+    Qmp {
+        /// Which one.
+        id: DesktopId,
+        /// What failed.
+        source: crate::vm::QmpError,
+    },
     /// Something took too long.
     #[error("cannot {op} within {limit:?}")]
     Timeout {

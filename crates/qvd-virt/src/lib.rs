@@ -1,4 +1,5 @@
-//! Virtualizers: containers on Linux namespaces.
+//! Virtualizers: containers on Linux namespaces, and virtual machines by
+//! QEMU; for those see [`vm`].
 //!
 //! [`Runtime`] makes containers in two phases. [`Runtime::prepare`] gives a
 //! process in namespaces of its own that has set up everything but its
@@ -22,6 +23,7 @@ mod probe;
 mod runtime;
 mod seccomp;
 mod spec;
+pub mod vm;
 
 pub use cgroup::Freezer;
 pub use container::{Container, ContainerRecord, Prepared};

@@ -28,6 +28,15 @@ pub fn seal(name: &std::ffi::CStr, bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
+/// An empty memory file for data, which can be sealed later; `name` is what
+/// `/proc` shows.
+///
+/// # Errors
+/// There are no descriptors left.
+pub fn memory_file(name: &std::ffi::CStr) -> io::Result<OwnedFd> {
+    create(name, libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+}
+
 fn create(name: &std::ffi::CStr, flags: libc::c_uint) -> io::Result<OwnedFd> {
     // SAFETY: `name` is a C string; the call only creates a descriptor.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };

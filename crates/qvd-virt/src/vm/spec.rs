@@ -1,0 +1,251 @@
+//! What a virtual machine is asked to be.
+
+use std::{os::fd::OwnedFd, path::PathBuf};
+
+use qvd_core::{Bytes, DesktopId, Limits, UidRange};
+use serde::{Deserialize, Serialize};
+
+use super::kernel::GuestKernel;
+use crate::{Error, error::io_error};
+
+/// What executes the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Accel {
+    /// The host's processor, by the kernel.
+    Kvm,
+    /// QEMU translates them. A tenth of the speed or less, and a buffer for
+    /// what was translated in each machine.
+    Tcg,
+}
+
+/// How a guest gets going.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Boot {
+    /// A kernel that we hand over, with our init in its initramfs.
+    Kernel {
+        /// The kernel image.
+        kernel: OwnedFd,
+        /// Its initramfs.
+        initramfs: OwnedFd,
+        /// Its parameters.
+        parameters: String,
+    },
+    /// What the first disk has, by a BIOS.
+    Bios,
+    /// What the first disk has, by UEFI.
+    Uefi {
+        /// The firmware's code, read only.
+        code: OwnedFd,
+        /// The firmware's variables, this machine's own.
+        variables: OwnedFd,
+    },
+}
+
+/// How the guest sees the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum BaseDevice {
+    /// As memory: programs run from the host's page cache, which all guests
+    /// of one base share; the guest caches nothing of it.
+    Pmem,
+    /// As a disk, whose content every guest caches for itself.
+    Block,
+}
+
+/// What all guests of an image read from.
+#[derive(Debug)]
+pub struct BaseSpec {
+    /// An image of a file system. Everybody may read it, and it has been
+    /// opened for reading only.
+    pub file: OwnedFd,
+    /// Its length; a multiple of 2 MiB for [`BaseDevice::Pmem`].
+    pub size: Bytes,
+    /// How the guest sees it.
+    pub device: BaseDevice,
+}
+
+/// What a disk's file holds.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum DiskFormat {
+    /// The disk's bytes.
+    Raw,
+    /// A qcow2 image. What its header says of a backing file is ignored: the
+    /// one given here is used, or none.
+    Qcow2 {
+        /// The file that it is an overlay on, with its own format.
+        backing: Option<Box<BackingSpec>>,
+    },
+}
+
+/// What a disk is an overlay on.
+#[derive(Debug)]
+pub struct BackingSpec {
+    /// Opened for reading only.
+    pub file: OwnedFd,
+    /// Whether it is a qcow2 image itself, without a backing file.
+    pub qcow2: bool,
+}
+
+/// A disk of the machine's own.
+#[derive(Debug)]
+pub struct DiskSpec {
+    /// What the guest finds it by, at most 20 of a-z, 0-9 and `-`.
+    pub serial: String,
+    /// Opened for reading and writing.
+    pub file: OwnedFd,
+    /// What it holds.
+    pub format: DiskFormat,
+}
+
+/// A network interface.
+#[derive(Debug)]
+pub struct NicSpec {
+    /// An attached tap device.
+    pub tap: OwnedFd,
+    /// Its address for Ethernet.
+    pub mac: [u8; 6],
+}
+
+/// Where a guest's memory is.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Memory {
+    /// Nowhere else: the balloon can give it back, and equal pages of several
+    /// guests can become one.
+    Anonymous,
+    /// In a memory file that becomes a template's. What the guest writes is
+    /// written there.
+    Saved(OwnedFd),
+    /// As a template's was, until this guest writes to it.
+    Cloned(OwnedFd),
+}
+
+impl Memory {
+    /// Whether the machine has the devices of a template: no balloon, which a
+    /// memory file cannot serve.
+    #[must_use]
+    pub const fn is_file(&self) -> bool {
+        !matches!(self, Self::Anonymous)
+    }
+}
+
+/// All that is needed to start a virtual machine.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct VmSpec {
+    /// Its number; names its cgroup.
+    pub id: DesktopId,
+    /// Host ids that QEMU's process runs with.
+    pub ids: UidRange,
+    /// What it may use. Memory is the guest's; what QEMU needs itself is
+    /// added for the cgroup. Processor time is rounded up to whole processors
+    /// of the guest.
+    pub limits: Limits,
+    /// What executes it.
+    pub accel: Accel,
+    /// How it gets going.
+    pub boot: Boot,
+    /// Where its memory is.
+    pub memory: Memory,
+    /// What it reads from.
+    pub base: Option<BaseSpec>,
+    /// Its own disks.
+    pub disks: Vec<DiskSpec>,
+    /// Its network interfaces.
+    pub nics: Vec<NicSpec>,
+    /// Whether it has a screen of its own, for systems that are not ours.
+    pub screen: bool,
+    /// Directory for its control sockets; nobody but root can enter it.
+    pub dir: PathBuf,
+    /// Whether it waits for a template's state instead of booting.
+    pub incoming: bool,
+}
+
+/// Directory of a path's file system that is long enough for our sockets:
+/// `sun_path` has 108 bytes, unix(7), and the longest name is `/qmp.sock`.
+const MAX_DIR: usize = 90;
+
+impl VmSpec {
+    /// Parameters of our own guests' kernel. Without `swiotlb=noforce` it
+    /// takes 64 MiB for devices that cannot reach all memory, which ours can.
+    pub const PARAMETERS: &str = "quiet panic=-1 swiotlb=noforce random.trust_cpu=on console=ttyS0 -- boot";
+
+    /// A machine that boots `kernel` with default limits, no base, no disk
+    /// and no network.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn of_kernel(id: DesktopId, ids: UidRange, kernel: &GuestKernel, dir: PathBuf) -> Result<Self, Error> {
+        let keep = io_error("keep the guest's kernel");
+        let both = kernel.kernel().try_clone_to_owned();
+        let (image, initramfs) =
+            both.and_then(|image| Ok((image, kernel.initramfs().try_clone_to_owned()?))).map_err(keep)?;
+        let boot = Boot::Kernel { kernel: image, initramfs, parameters: Self::PARAMETERS.to_owned() };
+        Ok(Self::new(id, ids, boot, dir))
+    }
+
+    /// A machine that boots as `boot` says.
+    #[must_use]
+    pub fn new(id: DesktopId, ids: UidRange, boot: Boot, dir: PathBuf) -> Self {
+        Self {
+            id,
+            ids,
+            limits: Limits::default(),
+            accel: Accel::Tcg,
+            boot,
+            memory: Memory::Anonymous,
+            base: None,
+            disks: Vec::new(),
+            nics: Vec::new(),
+            screen: false,
+            dir,
+            incoming: false,
+        }
+    }
+
+    /// Processors of the guest.
+    pub(crate) fn processors(&self) -> u32 {
+        self.limits.cpu.0.div_ceil(1000).clamp(1, 64)
+    }
+
+    /// Everything that can be found wrong without touching the kernel.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let refuse = |what: String, reason| Err(Error::Invalid { what, reason });
+        let memory = self.limits.memory.get();
+        if memory < Self::LEAST_MEMORY.get() || !memory.is_multiple_of(2 << 20) {
+            let reason = "a guest needs 64 MiB or more, in steps of 2 MiB";
+            return refuse(format!("{} of memory", self.limits.memory), reason);
+        }
+        if let Some(base) = &self.base
+            && base.device == BaseDevice::Pmem
+            && !base.size.get().is_multiple_of(2 << 20)
+        {
+            return refuse(format!("a base of {} bytes", base.size.get()), "as memory it is a multiple of 2 MiB");
+        }
+        for disk in &self.disks {
+            let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+            if disk.serial.is_empty() || disk.serial.len() > 20 || !disk.serial.bytes().all(plain) {
+                return refuse(format!("disk {:?}", disk.serial), "use 1 to 20 of a-z 0-9 -");
+            }
+        }
+        if self.dir.as_os_str().len() > MAX_DIR || !self.dir.is_absolute() {
+            return refuse(format!("directory {:?}", self.dir), "sockets need an absolute path of 90 bytes at most");
+        }
+        let ours = matches!(self.boot, Boot::Kernel { .. });
+        if !ours && self.disks.is_empty() {
+            return refuse("a machine without a disk".to_owned(), "there is nothing to boot");
+        }
+        if self.incoming != matches!(self.memory, Memory::Cloned(_)) {
+            return refuse("a state without its memory".to_owned(), "a clone needs both of its template");
+        }
+        Ok(())
+    }
+
+    /// The least that a kernel with our init comes up with.
+    pub const LEAST_MEMORY: Bytes = Bytes::mib(64);
+}

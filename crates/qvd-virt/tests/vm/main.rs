@@ -1,0 +1,5 @@
+//! Virtual machines, with privileges and a kernel of the test bed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
+
+mod bed;
+mod lifecycle;
