@@ -5,10 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use qvd_core::{Digest, ErrorKind, FlavourName, Missing};
+use qvd_core::{Digest, ErrorKind, FlavourName, Missing, Tag};
 use qvd_sys::mount::MountError;
 
-use crate::RootId;
+use crate::{RootId, TreeError};
 
 /// What this crate reports. `Display` is one line and never repeats the
 /// cause: that is what `source()` is for.
@@ -126,6 +126,54 @@ pub enum Error {
         /// What it said, in one line.
         reason: String,
     },
+    /// Something in a repository is missing, or not what its name says.
+    #[error("{what} is damaged: {reason}")]
+    DamagedPart {
+        /// What it is, with its name.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A flavour has no such tag.
+    #[error("flavour {flavour} has no tag `{tag}`; it has {}", known.join(", "))]
+    NoSuchTag {
+        /// Flavour in question.
+        flavour: FlavourName,
+        /// Tag that was asked for.
+        tag: Tag,
+        /// Tags that there are.
+        known: Vec<String>,
+    },
+    /// A flavour has no commit whose id begins so.
+    #[error("flavour {flavour} has no commit {digits}")]
+    NoSuchCommit {
+        /// Flavour in question.
+        flavour: FlavourName,
+        /// How the id begins.
+        digits: String,
+    },
+    /// Somebody else moved a tag between our look at it and our move.
+    #[error("tag `{tag}` of flavour {flavour} was moved meanwhile")]
+    TagMoved {
+        /// Flavour in question.
+        flavour: FlavourName,
+        /// Tag in question.
+        tag: Tag,
+    },
+    /// A tree cannot be as it was given.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// What was to be imported is refused.
+    #[error("cannot import `{}`: {reason}", from.display())]
+    Import {
+        /// File or directory in question.
+        from: PathBuf,
+        /// What is wrong with it, and where in it.
+        reason: String,
+    },
+    /// What was asked for makes no sense, or policy forbids it.
+    #[error("{0}")]
+    Refused(String),
     /// A root or a home could not be mounted.
     #[error("cannot mount {what}")]
     Mount {
@@ -145,9 +193,16 @@ impl Error {
             | Self::NoSuchPackage { .. }
             | Self::OtherBase { .. }
             | Self::NoSuchBackend { .. }
+            | Self::Tree(_)
+            | Self::Import { .. }
+            | Self::Refused(_)
             | Self::RootExists(_) => ErrorKind::Invalid,
-            Self::NoSuchImage(_) | Self::NoSuchFlavour(_) | Self::NoSuchRoot(_) => ErrorKind::NotFound,
-            Self::StoreBusy(_) | Self::RootBusy(_) => ErrorKind::Busy,
+            Self::NoSuchImage(_)
+            | Self::NoSuchFlavour(_)
+            | Self::NoSuchRoot(_)
+            | Self::NoSuchTag { .. }
+            | Self::NoSuchCommit { .. } => ErrorKind::NotFound,
+            Self::StoreBusy(_) | Self::RootBusy(_) | Self::TagMoved { .. } => ErrorKind::Busy,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Io { .. }
             | Self::Build { .. }
@@ -155,6 +210,7 @@ impl Error {
             | Self::Program { .. }
             | Self::Damaged { .. }
             | Self::DamagedFlavour { .. }
+            | Self::DamagedPart { .. }
             | Self::Mount { .. } => ErrorKind::Failed,
         }
     }

@@ -49,6 +49,22 @@ pub struct ImageConfig {
     pub defaults: Defaults,
 }
 
+impl ImageConfig {
+    /// What an image runs with about which nothing is known but its flavour: no
+    /// session, and a user of the first id that distributions give to people.
+    #[must_use]
+    pub fn plain(flavour: FlavourName) -> Self {
+        Self {
+            flavour,
+            description: String::new(),
+            user: UserConfig { name: "user".to_owned(), uid: 1000, gid: 1000 },
+            session: None,
+            services: Vec::new(),
+            defaults: Defaults::default(),
+        }
+    }
+}
+
 /// The account that sessions run as.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -101,7 +101,7 @@ fn copy(from: &mut File, to: &mut Sha256) -> io::Result<u64> {
 }
 
 /// Extended attributes of a path, not of what it may link to.
-fn xattrs(path: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+pub(crate) fn xattrs(path: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     // Source: Linux `include/uapi/linux/limits.h`, XATTR_LIST_MAX and
     // XATTR_SIZE_MAX are both 65536.
     const MAX: usize = 65536;

@@ -1,0 +1,297 @@
+//! A repository as an embedder uses it: commits, tags, mounts, checks.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
+    },
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use qvd_core::Tag;
+use qvd_storage::{
+    Error, ImageConfig, Repository,
+    repository::{Change, CommitId, Expect, Keep, NewCommit, Reference},
+};
+use qvd_testkit::{Need, privileged};
+
+fn config(flavour: &str) -> ImageConfig {
+    ImageConfig::plain(flavour.parse().unwrap())
+}
+
+fn new(message: &str) -> NewCommit {
+    NewCommit {
+        config: config("tiny"),
+        author: "ana".to_owned(),
+        message: message.to_owned(),
+        time: SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000),
+        recipe: None,
+        publish: false,
+    }
+}
+
+fn commit(repository: &Repository, dir: &Path, message: &str) -> CommitId {
+    let staging = repository.stage().unwrap();
+    let tree = staging.scan(dir, &|_| false).unwrap();
+    repository.commit_tree(&staging, &tree, new(message)).unwrap()
+}
+
+fn source(at: &Path) {
+    for dir in ["etc", "usr/bin", "var/lib/dpkg"] {
+        fs::create_dir_all(at.join(dir)).unwrap();
+    }
+    fs::set_permissions(at, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(at.join("etc/motd"), "hello\n").unwrap();
+    fs::write(at.join("usr/bin/tool"), vec![7; 3_000_000]).unwrap();
+    fs::set_permissions(at.join("usr/bin/tool"), fs::Permissions::from_mode(0o4755)).unwrap();
+    fs::hard_link(at.join("usr/bin/tool"), at.join("usr/bin/again")).unwrap();
+    symlink("../bin/tool", at.join("usr/link")).unwrap();
+    fs::write(at.join("empty"), "").unwrap();
+    status(at, &[("bash", "5.1"), ("tool", "1.0")]);
+}
+
+fn status(at: &Path, packages: &[(&str, &str)]) {
+    let paragraph = |(name, version): &(&str, &str)| {
+        format!("Package: {name}\nStatus: install ok installed\nArchitecture: amd64\nVersion: {version}\n\n")
+    };
+    let text: String = packages.iter().map(paragraph).collect();
+    fs::write(at.join("var/lib/dpkg/status"), text).unwrap();
+}
+
+fn bed() -> (tempfile::TempDir, PathBuf, Repository) {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().join("source");
+    fs::create_dir(&at).unwrap();
+    source(&at);
+    let repository = Repository::open(&dir.path().join("repository")).unwrap();
+    (dir, at, repository)
+}
+
+fn below(mount: &OwnedFd, name: &str) -> PathBuf {
+    format!("/proc/self/fd/{}/{name}", mount.as_raw_fd()).into()
+}
+
+fn reference(text: &str) -> Reference {
+    text.parse().unwrap()
+}
+
+#[test]
+fn commits_follow_each_other_and_share_what_did_not_change() {
+    let (_dir, at, repository) = bed();
+    let one = commit(&repository, &at, "first");
+    let objects = || walkdir(&repository.dir().join("objects"));
+    let before = objects();
+    fs::write(at.join("etc/motd"), "good morning\n").unwrap();
+    fs::set_permissions(at.join("empty"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::remove_file(at.join("usr/link")).unwrap();
+    fs::write(at.join("etc/new"), "x").unwrap();
+    status(&at, &[("bash", "5.2"), ("more", "3")]);
+    let two = commit(&repository, &at, "second");
+    // The message, the list of packages twice (theirs and ours), the new file.
+    assert_eq!(objects() - before, 4);
+    let log = repository.log(two).unwrap();
+    assert_eq!(log.iter().map(|c| (c.id, c.message.as_str())).collect::<Vec<_>>(), [(two, "second"), (one, "first")]);
+    assert_eq!(log[0].parents, [one]);
+    assert_eq!((&log[0].tags, &log[1].tags), (&vec![Tag::head()], &vec![Tag::default_tag()]));
+    assert_eq!(repository.resolve(&reference("tiny")).unwrap(), two);
+    assert_eq!(repository.resolve(&reference("tiny:default")).unwrap(), one);
+    assert_eq!(repository.resolve(&reference(&format!("tiny@{}", &one.hex()[..12]))).unwrap(), one);
+    assert!(matches!(repository.resolve(&reference("tiny:no")), Err(Error::NoSuchTag { .. })));
+    assert!(matches!(repository.resolve(&reference("no")), Err(Error::NoSuchFlavour(_))));
+    let diff = repository.diff(&repository.commit(one).unwrap(), &repository.commit(two).unwrap()).unwrap();
+    let files: Vec<_> = diff.files.iter().map(|f| (f.path.to_str().unwrap(), f.changes.as_slice())).collect();
+    assert_eq!(
+        files,
+        [
+            ("/empty", [Change::Mode].as_slice()),
+            ("/etc/motd", &[Change::Changed]),
+            ("/etc/new", &[Change::Added]),
+            ("/usr/link", &[Change::Removed]),
+            ("/var/lib/dpkg/status", &[Change::Changed]),
+        ]
+    );
+    let packages: Vec<_> =
+        diff.packages.iter().map(|p| (p.name.as_str(), p.from.as_deref(), p.to.as_deref())).collect();
+    assert_eq!(
+        packages,
+        [("bash:amd64", Some("5.1"), Some("5.2")), ("more:amd64", None, Some("3")), ("tool:amd64", Some("1.0"), None)]
+    );
+    let back = repository.revert(one, "ana", "as it was").unwrap();
+    assert!(repository.is_ancestor(one, back).unwrap() && !repository.is_ancestor(back, two).unwrap());
+    assert_eq!(repository.commit(back).unwrap().content, repository.commit(one).unwrap().content);
+    assert!(repository.fsck(None).unwrap().problems.is_empty());
+}
+
+fn walkdir(dir: &Path) -> usize {
+    fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).map(|p| if p.is_dir() { walkdir(&p) } else { 1 }).sum()
+}
+
+#[test]
+fn a_commit_is_mounted_as_it_was() {
+    privileged(&[Need::Root, Need::Filesystem("overlay"), Need::Filesystem("erofs")], || {
+        let (_dir, at, repository) = bed();
+        fs::create_dir(at.join("many")).unwrap();
+        for number in 0..1500 {
+            fs::write(at.join(format!("many/a-rather-long-name-of-a-file-{number}")), number.to_string()).unwrap();
+        }
+        // Names that stand before `.` in a directory.
+        fs::write(at.join("many/!first"), "!").unwrap();
+        fs::write(at.join("many/-second"), "-").unwrap();
+        symlink("x".repeat(4090), at.join("far")).unwrap();
+        let long = vec![b'v'; 1700];
+        for name in ["user.one", "user.two"] {
+            rustix::fs::setxattr(at.join("etc/motd"), name, &long, rustix::fs::XattrFlags::empty()).unwrap();
+        }
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            at.join("null"),
+            rustix::fs::FileType::CharacterDevice,
+            rustix::fs::Mode::from_raw_mode(0o666),
+            rustix::fs::makedev(1, 300),
+        )
+        .unwrap();
+        std::os::unix::fs::chown(at.join("empty"), Some(70000), Some(4)).unwrap();
+        let id = commit(&repository, &at, "first");
+        let mount = repository.base(id).unwrap().open().unwrap();
+        let root = below(&mount, "");
+        // Whatever the scan of the mount finds is what was committed.
+        let staging = repository.stage().unwrap();
+        let tree = staging.scan(&root.join("."), &|_| false).unwrap();
+        let committed = repository.tree_of(&repository.commit(id).unwrap()).unwrap();
+        assert_eq!(tree.encode().0, committed.encode().0);
+        assert_eq!(fs::read(below(&mount, "usr/bin/again")).unwrap(), vec![7; 3_000_000]);
+        let meta = fs::metadata(below(&mount, "usr/bin/tool")).unwrap();
+        assert_eq!((meta.nlink(), meta.mode() & 0o7777, meta.len()), (2, 0o4755, 3_000_000));
+        assert_eq!(fs::read_link(below(&mount, "far")).unwrap().as_os_str().len(), 4090);
+        assert!(fs::symlink_metadata(below(&mount, "null")).unwrap().file_type().is_char_device());
+        assert_eq!(fs::read_dir(below(&mount, "many")).unwrap().count(), 1502);
+        fs::write(below(&mount, "etc/motd"), "no").unwrap_err();
+    });
+}
+
+#[test]
+fn every_flipped_bit_and_every_missing_file_is_found_and_repaired() {
+    let (dir, at, repository) = bed();
+    let one = commit(&repository, &at, "first");
+    fs::write(at.join("etc/motd"), "changed\n").unwrap();
+    commit(&repository, &at, "second");
+    let copy = dir.path().join("copy");
+    assert!(std::process::Command::new("cp").arg("-a").args([repository.dir(), &copy]).status().unwrap().success());
+    let healthy = Repository::open(&copy).unwrap();
+    let mut files = Vec::new();
+    for part in ["objects", "trees", "commits"] {
+        collect(&repository.dir().join(part), &mut files);
+    }
+    assert!(files.len() > 10);
+    for (number, file) in files.iter().enumerate() {
+        let whole = fs::read(file).unwrap();
+        for flip in [true, false] {
+            fs::remove_file(file).unwrap();
+            if flip {
+                let mut bytes = whole.clone();
+                let at = (number * 7919) % (bytes.len() * 8);
+                bytes[at / 8] ^= 1 << (at % 8);
+                fs::write(file, bytes).unwrap();
+            }
+            let found = repository.fsck(None).unwrap();
+            assert!(!found.is_sound(), "{} {flip}", file.display());
+            let repaired = repository.fsck(Some(&healthy)).unwrap();
+            assert!(repaired.is_sound(), "{}: {:?}", file.display(), repaired.problems);
+            assert_eq!(fs::read(file).unwrap(), whole);
+        }
+    }
+    // A tag that leads nowhere.
+    fs::remove_file(repository.dir().join("commits").join(one.hex())).unwrap();
+    let found = repository.fsck(None).unwrap();
+    assert!(found.problems.iter().any(|p| p.what == "tag default of tiny"), "{found:?}");
+}
+
+fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { collect(&path, files) } else { files.push(path) }
+    }
+}
+
+#[test]
+fn what_nothing_needs_is_collected_and_nothing_else() {
+    let (_dir, at, repository) = bed();
+    let one = commit(&repository, &at, "first");
+    fs::write(at.join("usr/bin/tool"), vec![8; 2_000_000]).unwrap();
+    let two = commit(&repository, &at, "second");
+    let (flavour, by) = ("tiny".parse().unwrap(), ("ana", "back"));
+    let now = Keep { reflog: Duration::ZERO, ..Keep::default() };
+    // All of it is history of `head`.
+    assert_eq!(repository.gc(&now, false).unwrap().commits, 0);
+    repository.move_tag(&flavour, &Tag::head(), Expect::At(Some(two)), Some(one), by).unwrap();
+    // The reflog keeps it for a while, and so does whoever uses it.
+    assert_eq!(repository.gc(&Keep::default(), false).unwrap().commits, 0);
+    let used = Keep { commits: vec![two], ..now.clone() };
+    assert_eq!(repository.gc(&used, false).unwrap().commits, 0);
+    let later = Keep { reflog: Duration::ZERO, ..Keep::default() };
+    age_reflog(&repository);
+    let dry = repository.gc(&later, true).unwrap();
+    assert_eq!((dry.commits, dry.trees, dry.objects, dry.kept_commits), (1, 1, 1, 1));
+    assert!(dry.bytes > 2_000_000 && repository.has_commit(two));
+    assert_eq!(repository.gc(&later, false).unwrap(), dry);
+    assert!(!repository.has_commit(two));
+    assert!(repository.fsck(None).unwrap().problems.is_empty());
+    repository.tree_of(&repository.commit(one).unwrap()).unwrap();
+}
+
+/// Lets every move seem to be of the year 2001.
+fn age_reflog(repository: &Repository) {
+    let mut files = Vec::new();
+    collect(&repository.dir().join("flavours"), &mut files);
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        let aged: Vec<String> = text
+            .split("\"time_unix_s\":")
+            .enumerate()
+            .map(|(n, part)| {
+                if n == 0 { part.to_owned() } else { part.trim_start_matches(|c: char| c.is_ascii_digit()).to_owned() }
+            })
+            .collect();
+        fs::write(&file, aged.join("\"time_unix_s\":1000000000")).unwrap();
+    }
+}
+
+#[test]
+fn of_several_who_move_a_tag_one_succeeds() {
+    let (_dir, at, repository) = bed();
+    let one = commit(&repository, &at, "first");
+    let ids: Vec<CommitId> = (0..4).map(|n| commit(&repository, &at, &format!("commit {n}"))).collect();
+    let (flavour, tag): (_, Tag) = ("tiny".parse().unwrap(), "stable".parse().unwrap());
+    repository.move_tag(&flavour, &tag, Expect::At(None), Some(one), ("ana", "new")).unwrap();
+    let won: Vec<bool> = std::thread::scope(|scope| {
+        let race = |id| {
+            let (repository, flavour, tag) = (&repository, &flavour, &tag);
+            scope.spawn(move || {
+                let moved = repository.move_tag(flavour, tag, Expect::At(Some(one)), Some(id), ("ana", "race"));
+                matches!(&moved, Err(Error::TagMoved { .. }) | Ok(_)).then(|| moved.is_ok()).unwrap()
+            })
+        };
+        let threads: Vec<_> = ids.iter().map(|id| race(*id)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(won.iter().filter(|won| **won).count(), 1);
+    let log = repository.reflog(&flavour, &tag).unwrap();
+    assert_eq!((log.len(), log[0].to, log[1].from), (2, Some(one), Some(one)));
+    assert_eq!((log[1].who.as_str(), log[1].why.as_str()), ("ana", "race"));
+    assert_eq!(repository.tagged(&flavour, &tag).unwrap(), log[1].to);
+    // A crash after the tag was written and before the reflog was.
+    let path = repository.dir().join("flavours/tiny/reflog/stable");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, &text[..text.len() - 10]).unwrap();
+    assert_eq!(repository.reflog(&flavour, &tag).unwrap(), log);
+    repository.move_tag(&flavour, &tag, Expect::Anything, None, ("ana", "done")).unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 3);
+    assert_eq!(repository.tagged(&flavour, &tag).unwrap(), None);
+    // A commit of another flavour is none of this one's.
+    let other = "other".parse().unwrap();
+    let error = repository.move_tag(&other, &tag, Expect::Anything, Some(one), ("ana", "")).unwrap_err();
+    assert!(matches!(error, Error::Refused(_)), "{error}");
+}
