@@ -4,6 +4,7 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -95,5 +96,31 @@ fn rootfs_says_what_is_wrong() {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(!output.status.success() && said.contains(says), "{said}");
         }
+    });
+}
+
+#[test]
+fn confine_makes_ports_that_are_told_by_their_lines_and_removes_them() {
+    privileged(&[Need::Root, Need::Namespaces, Need::Nftables], || {
+        let before = Census::take(&Scope::marked(["qvdc0ff"]));
+        with_roots(Command::new(example("confine")).args(["--count", "2", "--json"]), 2, |ports| {
+            for port in &ports {
+                let field = |name: &str| port[name].as_str().unwrap().to_owned();
+                let inside = fs::File::open(field("netns")).unwrap();
+                let name = field("ifname");
+                let there = qvd_sys::netns::in_netns(inside.as_fd(), || {
+                    // Of this thread's namespace, unlike what is mounted as /sys.
+                    let listed = fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+                    listed.contains(&name)
+                });
+                assert!(there.unwrap(), "{port}");
+                for name in ["mac", "ipv4", "ipv6", "gateway4", "gateway6", "host_netns", "bridge"] {
+                    assert!(port[name].is_string(), "{name} of {port}");
+                }
+                assert!(port["add_us"].is_u64());
+            }
+            assert_ne!(ports[0]["ipv6"], ports[1]["ipv6"]);
+        });
+        before.assert_unchanged();
     });
 }

@@ -4,12 +4,10 @@
 //! desktop's [`Port`] is a pair of links, one end on the bridge and the other
 //! born inside the desktop's own namespace, and the port's entries in the sets
 //! that the rules look into. Everything a desktop sends is dropped unless it
-//! carries the port's own MAC and IPv4 address; of that, the host takes ARP and
-//! echo requests to its gateway address and, if policy says so, routes the rest
-//! to other networks by NAT. Neighbours and the host's services are out of
-//! reach.
-//!
-//! A desktop has no IPv6 address, so all its IPv6 is dropped.
+//! carries the port's own MAC and addresses of both families; of that, the host
+//! takes what resolves its gateway addresses and echo requests to them, and, if
+//! policy says so, routes the rest to other networks by NAT. Neighbours and the
+//! host's services are out of reach.
 //!
 //! Everything has a deterministic name: [`Network::open`] takes over what an
 //! earlier process left, [`Network::adopt`] a desktop's port, and
@@ -38,6 +36,7 @@
 
 mod elements;
 mod error;
+mod identity;
 mod links;
 mod mac;
 mod netlink;
@@ -48,6 +47,7 @@ mod port;
 mod probe;
 pub mod responder;
 mod rules;
+mod subnet6;
 mod sysctl;
 
 #[cfg(test)]
@@ -61,3 +61,4 @@ pub use pool::{Subnet, SubnetError};
 pub use port::{Port, PortSpec, loopback_up};
 pub use probe::probe;
 pub use qvd_core::ErrorKind;
+pub use subnet6::Subnet6;

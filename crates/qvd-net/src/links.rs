@@ -8,7 +8,7 @@ use std::{
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    address::{AddressAttribute, AddressMessage},
+    address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
     link::{
         AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData, InfoKind,
         InfoPortData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
@@ -176,47 +176,63 @@ pub(crate) fn forward_to(port: u32, mac: Mac) -> Request {
     Request::new(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
-fn neighbour(bridge: u32, address: Ipv4Addr) -> NeighbourMessage {
+const fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+fn neighbour(bridge: u32, address: IpAddr) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family(address);
     message.header.ifindex = bridge;
     message.header.state = NeighbourState::Permanent;
-    message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet(address)));
+    message.attributes.push(NeighbourAttribute::Destination(match address {
+        IpAddr::V4(address) => NeighbourAddress::Inet(address),
+        IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+    }));
     message
 }
 
 /// Tells the host whose `address` is, so that it never has to ask.
-pub(crate) fn know_neighbour(bridge: u32, address: Ipv4Addr, mac: Mac) -> Request {
-    let mut message = neighbour(bridge, address);
+pub(crate) fn know_neighbour(bridge: u32, address: impl Into<IpAddr>, mac: Mac) -> Request {
+    let mut message = neighbour(bridge, address.into());
     message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.octets().to_vec()));
     Request::new(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
-pub(crate) fn forget_neighbour(bridge: u32, address: Ipv4Addr) -> Request {
+pub(crate) fn forget_neighbour(bridge: u32, address: IpAddr) -> Request {
     Request::new(RouteNetlinkMessage::DelNeighbour(neighbour(bridge, address)), 0)
 }
 
-fn address(index: u32, address: Ipv4Addr, prefix_len: u8) -> AddressMessage {
+fn address(index: u32, address: IpAddr, prefix_len: u8) -> AddressMessage {
     let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family(address);
     message.header.prefix_len = prefix_len;
     message.header.index = index;
-    message.attributes = vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
+    if address.is_ipv6() {
+        // Nobody else can have it: the rules see to that, and looking for
+        // duplicates would take a second.
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
+    message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
     message
 }
 
 /// Gives a link an address, unless it has it.
-pub(crate) fn add_address(index: u32, to: Ipv4Addr, prefix_len: u8) -> Request {
-    Request::new(RouteNetlinkMessage::NewAddress(address(index, to, prefix_len)), NLM_F_CREATE | NLM_F_REPLACE)
+pub(crate) fn add_address(index: u32, to: impl Into<IpAddr>, prefix_len: u8) -> Request {
+    let message = address(index, to.into(), prefix_len);
+    Request::new(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
-pub(crate) fn remove_address(index: u32, from: Ipv4Addr, prefix_len: u8) -> Request {
+pub(crate) fn remove_address(index: u32, from: IpAddr, prefix_len: u8) -> Request {
     Request::new(RouteNetlinkMessage::DelAddress(address(index, from, prefix_len)), 0)
 }
 
-fn route(index: u32) -> RouteMessage {
+fn route(index: u32, family: AddressFamily) -> RouteMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
+    message.header.address_family = family;
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Static;
     message.header.kind = RouteType::Unicast;
@@ -224,19 +240,28 @@ fn route(index: u32) -> RouteMessage {
     message
 }
 
+const fn route_address(address: IpAddr) -> RouteAddress {
+    match address {
+        IpAddr::V4(address) => RouteAddress::Inet(address),
+        IpAddr::V6(address) => RouteAddress::Inet6(address),
+    }
+}
+
 /// `to` is behind the link itself.
-pub(crate) fn route_to(index: u32, to: Ipv4Addr) -> Request {
-    let mut message = route(index);
+pub(crate) fn route_to(index: u32, to: impl Into<IpAddr>) -> Request {
+    let to = to.into();
+    let mut message = route(index, family(to));
     message.header.scope = RouteScope::Link;
-    message.header.destination_prefix_length = 32;
-    message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(to)));
+    message.header.destination_prefix_length = if to.is_ipv4() { 32 } else { 128 };
+    message.attributes.push(RouteAttribute::Destination(route_address(to)));
     Request::new(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
 /// Everything else is behind `gateway`.
-pub(crate) fn default_route(index: u32, gateway: Ipv4Addr) -> Request {
-    let mut message = route(index);
-    message.attributes.push(RouteAttribute::Gateway(RouteAddress::Inet(gateway)));
+pub(crate) fn default_route(index: u32, gateway: impl Into<IpAddr>) -> Request {
+    let gateway = gateway.into();
+    let mut message = route(index, family(gateway));
+    message.attributes.push(RouteAttribute::Gateway(route_address(gateway)));
     Request::new(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
@@ -280,13 +305,15 @@ pub(crate) fn facts(answer: &RouteNetlinkMessage) -> Option<LinkFacts> {
 }
 
 /// Index, address and prefix that an answer describes, if it does.
-pub(crate) fn address_facts(answer: &RouteNetlinkMessage) -> Option<(u32, Ipv4Addr, u8)> {
+pub(crate) fn address_facts(answer: &RouteNetlinkMessage) -> Option<(u32, IpAddr, u8)> {
     let RouteNetlinkMessage::NewAddress(message) = answer else { return None };
-    let local = |attribute: &AddressAttribute| match attribute {
-        AddressAttribute::Local(IpAddr::V4(local)) => Some(*local),
+    let named = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        // IPv6 has no other end: its own address is under this name.
+        AddressAttribute::Address(address) if address.is_ipv6() => Some(*address),
         _ => None,
     };
-    Some((message.header.index, message.attributes.iter().find_map(local)?, message.header.prefix_len))
+    Some((message.header.index, message.attributes.iter().find_map(named)?, message.header.prefix_len))
 }
 
 /// Link, destination and prefix of a route to other hosts, if an answer
@@ -312,10 +339,9 @@ pub(crate) fn every_link() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(LinkMessage::default())
 }
 
+/// Every address of both families.
 pub(crate) fn every_address() -> RouteNetlinkMessage {
-    let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
-    RouteNetlinkMessage::GetAddress(message)
+    RouteNetlinkMessage::GetAddress(AddressMessage::default())
 }
 
 pub(crate) fn every_route() -> RouteNetlinkMessage {

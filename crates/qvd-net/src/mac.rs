@@ -1,4 +1,7 @@
-use std::{fmt, net::Ipv4Addr};
+use std::{
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use qvd_core::Instance;
 use serde::Serialize;
@@ -19,6 +22,13 @@ impl Mac {
         let [high, low] = u16::from_str_radix(&instance.to_string(), 16).unwrap_or_default().to_be_bytes();
         let [_, b, c, d] = address.octets();
         Self([Self::FIRST, high, low, b, c, d])
+    }
+
+    /// The address that its link has in IPv6 by itself (RFC 4291, appendix A).
+    #[must_use]
+    pub const fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        Ipv6Addr::from_octets([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
     }
 
     /// Its six bytes, as on the wire.

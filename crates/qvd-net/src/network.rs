@@ -1,6 +1,6 @@
 use std::{
     collections::BTreeSet,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -11,8 +11,9 @@ use qvd_sys::netns;
 use rustix::io::Errno;
 
 use crate::{
-    Error, Mac, Port, PortSpec, Subnet, TeardownErrors,
+    Error, Mac, Port, PortSpec, Subnet, Subnet6, TeardownErrors,
     elements::{self, Element, Family},
+    identity::{Identity, v4_of_element},
     links::{self, LinkFacts},
     netlink::Netlink,
     nft,
@@ -28,16 +29,19 @@ pub struct NetConfig {
     pub instance: Instance,
     /// Addresses of the desktops.
     pub subnet: Subnet,
+    /// Addresses of IPv6 beside them; none, and the desktops have no IPv6.
+    pub subnet6: Option<Subnet6>,
     /// Whether desktops may be let out to other networks. The host then
-    /// forwards IPv4 packets.
+    /// forwards packets.
     pub internet: bool,
 }
 
 impl NetConfig {
-    /// The installation's own subnet, and no way out.
+    /// The installation's own subnets, and no way out.
     #[must_use]
     pub fn new(instance: Instance) -> Self {
-        Self { instance, subnet: Subnet::default_for(instance), internet: false }
+        let (subnet, subnet6) = (Subnet::default_for(instance), Some(Subnet6::default_for(instance)));
+        Self { instance, subnet, subnet6, internet: false }
     }
 }
 
@@ -110,6 +114,12 @@ impl Network {
         {
             return Err(Error::Invalid(format!("link `{name}` exists and is not a bridge")));
         }
+        let config = if config.subnet6.is_some() && !sysctl::is_there(FORWARDING6) {
+            tracing::warn!(network = name, "this kernel has no IPv6, so neither have the desktops");
+            NetConfig { subnet6: None, ..config }
+        } else {
+            config
+        };
         refuse_clash(&mut route, config.subnet, old.as_ref())?;
         let table = rules::table_name(config.instance);
         let opened = Self::establish(config, without, &mut route, &mut netfilter);
@@ -134,39 +144,58 @@ impl Network {
         route: &mut Netlink,
         netfilter: &mut Netlink,
     ) -> Result<u32, Error> {
-        let NetConfig { instance, subnet, internet } = config;
+        let NetConfig { instance, subnet, subnet6, internet } = config;
         let name = instance.bridge_name();
         let table = rules::table_name(instance);
         let refused = |op| Error::netlink(op, name.clone());
 
         // Rules first: from its first moment the bridge is confined. The note
         // that forwarding was off is written before it is switched on.
-        let noted = elements::all(netfilter, &table, Family::Inet, rules::FORWARDING_WAS_OFF)
-            .map_err(Error::netlink("list the rules of", table.clone()))?
-            .is_some();
-        let forwarding_was_off = noted || (internet && sysctl::read("ipv4/ip_forward")? == "0");
-        nft::load(&table, &Rules { instance, subnet, internet, forwarding_was_off, without }.render())?;
+        let mut was_off = |note, now: &str| {
+            let noted = elements::all(netfilter, &table, Family::Inet, note)
+                .map_err(Error::netlink("list the rules of", table.clone()))?
+                .is_some();
+            Ok::<_, Error>(noted || (internet && sysctl::read(now)? == "0"))
+        };
+        let forwarding_was_off = was_off(rules::FORWARDING_WAS_OFF, "ipv4/ip_forward")?;
+        let forwarding6_was_off = subnet6.is_some() && was_off(rules::FORWARDING6_WAS_OFF, FORWARDING6)?;
+        let rules = Rules { instance, subnet, subnet6, internet, forwarding_was_off, forwarding6_was_off, without };
+        nft::load(&table, &rules.render())?;
 
         let reserved = if without.contains(&Protection::ReservedGroups) { 0 } else { links::RESERVED_GROUPS_TO_RULES };
         let made = links::ensure_bridge(&name, Mac::of(instance, subnet.gateway()), group(instance), reserved);
         route.batch(vec![made]).map_err(refused("make the bridge"))?;
         let bridge = find(route, &name)?.ok_or_else(|| gone(&name))?.index;
         no_ipv6_address(route, bridge).map_err(refused("switch off IPv6 on"))?;
-        sysctl::write_if_there(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
         // Answers to ARP for the gateway only, not for the host's other addresses.
         sysctl::write(&format!("ipv4/conf/{name}/arp_ignore"), "1")?;
+        let mut wanted: Vec<(IpAddr, u8)> = vec![(subnet.gateway().into(), subnet.prefix_len())];
+        if let Some(subnet6) = subnet6 {
+            sysctl::write(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
+            sysctl::write(&format!("ipv6/conf/{name}/disable_ipv6"), "0")?;
+            wanted.push((Mac::of(instance, subnet.gateway()).link_local().into(), Subnet6::PREFIX_LEN));
+            wanted.push((subnet6.gateway(subnet).into(), Subnet6::PREFIX_LEN));
+        } else {
+            sysctl::write_if_there(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
+        }
 
         let addresses = route.dump(links::every_address()).map_err(refused("list the addresses of"))?;
-        let stale = addresses.iter().filter_map(links::address_facts).filter(|&(index, address, prefix_len)| {
-            index == bridge && (address, prefix_len) != (subnet.gateway(), subnet.prefix_len())
-        });
+        let stale = addresses
+            .iter()
+            .filter_map(links::address_facts)
+            .filter(|&(index, address, prefix_len)| index == bridge && !wanted.contains(&(address, prefix_len)));
+        let given = wanted.iter().map(|&(address, prefix_len)| links::add_address(bridge, address, prefix_len));
         let requests = stale
             .map(|(index, address, prefix_len)| links::remove_address(index, address, prefix_len))
-            .chain([links::add_address(bridge, subnet.gateway(), subnet.prefix_len()), links::raise(bridge)])
+            .chain(given)
+            .chain([links::raise(bridge)])
             .collect();
         route.batch(requests).map_err(refused("give its address to"))?;
         if internet {
             sysctl::write("ipv4/ip_forward", "1")?;
+        }
+        if forwarding6_was_off {
+            forward_ipv6()?;
         }
         Ok(bridge)
     }
@@ -220,14 +249,18 @@ impl Network {
         let owned: BTreeSet<_> = lock(&self.inner.pool).desktops().collect();
         let kept: BTreeSet<String> = keep.union(&owned).map(|&desktop| instance.link_name(desktop)).collect();
         let mut errors = Vec::new();
-        let elements = sweep_elements(&mut self.inner.netfilter(), &self.inner.table, &kept);
+        let elements = sweep_elements(&mut self.inner.netfilter(), &self.inner.config, &self.inner.table, &kept);
         let addresses = elements.unwrap_or_else(|error| {
             errors.push(error);
             Vec::new()
         });
         let mut route = self.inner.route();
         for address in addresses {
-            errors.extend(forget_neighbour(&mut route, self.inner.bridge, address).err());
+            // Its number does not matter for the addresses that follow from this one.
+            let identity = Identity::of_address(&self.inner.config, address);
+            for address in identity.addresses() {
+                errors.extend(forget_neighbour(&mut route, self.inner.bridge, address).err());
+            }
         }
         let swept = sweep_links(&mut route, instance, &kept).unwrap_or_else(|error| {
             errors.push(error);
@@ -281,7 +314,7 @@ pub(crate) fn no_ipv6_address(route: &mut Netlink, index: u32) -> Result<(), cra
     }
 }
 
-pub(crate) fn forget_neighbour(route: &mut Netlink, bridge: u32, address: Ipv4Addr) -> Result<(), Error> {
+pub(crate) fn forget_neighbour(route: &mut Netlink, bridge: u32, address: IpAddr) -> Result<(), Error> {
     match route.batch(vec![links::forget_neighbour(bridge, address)]) {
         Err(error) if error.is(Errno::NOENT) || error.is(Errno::NODEV) => Ok(()),
         other => other.map(drop).map_err(Error::netlink("forget the neighbour", address.to_string())),
@@ -297,6 +330,10 @@ fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: Option<&LinkFacts>) ->
     let address = addresses
         .iter()
         .filter_map(links::address_facts)
+        .filter_map(|(index, address, prefix_len)| match address {
+            IpAddr::V4(address) => Some((index, address, prefix_len)),
+            IpAddr::V6(_) => None,
+        })
         .find(|&(index, address, _)| Some(index) != own && subnet.contains(address))
         .map(|(index, address, prefix_len)| (format!("address {address}/{prefix_len}"), Some(index)));
     let clash = address.or_else(|| {
@@ -317,9 +354,7 @@ fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: Option<&LinkFacts>) ->
 /// Every element of our sets.
 fn every_element(netfilter: &mut Netlink, table: &str) -> Result<Vec<Element>, Error> {
     let mut every = Vec::new();
-    for (family, set) in
-        [(Family::Bridge, rules::IDENTITY), (Family::Bridge, rules::ARP_IDENTITY), (Family::Inet, rules::INTERNET)]
-    {
+    for (family, set) in rules::PORT_SETS.into_iter().chain(rules::ADDRESS_SETS) {
         let keys = elements::all(netfilter, table, family, set);
         let keys = keys.map_err(Error::netlink("list the rules of", table))?.unwrap_or_default();
         every.extend(keys.into_iter().map(|key| Element { family, set, key }));
@@ -328,17 +363,23 @@ fn every_element(netfilter: &mut Netlink, table: &str) -> Result<Vec<Element>, E
 }
 
 /// Removes the elements of ports that are not kept. Returns their addresses.
-fn sweep_elements(netfilter: &mut Netlink, table: &str, kept: &BTreeSet<String>) -> Result<Vec<Ipv4Addr>, Error> {
+fn sweep_elements(
+    netfilter: &mut Netlink,
+    config: &NetConfig,
+    table: &str,
+    kept: &BTreeSet<String>,
+) -> Result<Vec<Ipv4Addr>, Error> {
     let every = every_element(netfilter, table)?;
-    let of_port = |element: &&Element| element.set != rules::INTERNET;
+    let of_port = |element: &Element| rules::PORT_SETS.contains(&(element.family, element.set));
     let is_kept = |element: &Element| rules::port_of_key(&element.key).is_some_and(|port| kept.contains(port));
-    let address = |element: &Element| rules::address_of_key(&element.key);
+    let address = |element: &Element| v4_of_element(config, element).filter(|address| !address.is_unspecified());
+    let identities = |element: &&Element| element.set == rules::IDENTITY;
     let kept_addresses: BTreeSet<_> =
-        every.iter().filter(of_port).filter(|element| is_kept(element)).filter_map(address).collect();
+        every.iter().filter(identities).filter(|element| is_kept(element)).filter_map(address).collect();
     let stale: Vec<_> = every
         .into_iter()
         .filter(|element| {
-            if of_port(&element) {
+            if of_port(element) {
                 !is_kept(element)
             } else {
                 address(element).is_none_or(|address| !kept_addresses.contains(&address))
@@ -349,7 +390,7 @@ fn sweep_elements(netfilter: &mut Netlink, table: &str, kept: &BTreeSet<String>)
     for stale in stale.chunks(256) {
         elements::remove(netfilter, table, stale).map_err(Error::netlink("remove elements of", table))?;
     }
-    Ok(stale.iter().filter(|element| element.set == rules::IDENTITY).filter_map(address).collect())
+    Ok(stale.iter().filter(identities).filter_map(address).collect())
 }
 
 fn sweep_links(route: &mut Netlink, instance: Instance, kept: &BTreeSet<String>) -> Result<usize, Error> {
@@ -403,9 +444,12 @@ fn remove(config: NetConfig, route: &mut Netlink, netfilter: &mut Netlink) -> Re
 
 fn restore_forwarding(instance: Instance, route: &mut Netlink, netfilter: &mut Netlink) -> Result<(), Error> {
     let table = rules::table_name(instance);
-    let noted = elements::all(netfilter, &table, Family::Inet, rules::FORWARDING_WAS_OFF)
-        .map_err(Error::netlink("list the rules of", &table))?;
-    if noted.is_none() {
+    let mut noted = |note| {
+        let noted = elements::all(netfilter, &table, Family::Inet, note);
+        noted.map(|noted| noted.is_some()).map_err(Error::netlink("list the rules of", &table))
+    };
+    let (of_4, of_6) = (noted(rules::FORWARDING_WAS_OFF)?, noted(rules::FORWARDING6_WAS_OFF)?);
+    if !of_4 && !of_6 {
         return Ok(());
     }
     let links = route.dump(links::every_link()).map_err(Error::netlink("list", "links"))?;
@@ -417,7 +461,25 @@ fn restore_forwarding(instance: Instance, route: &mut Netlink, netfilter: &mut N
         tracing::info!(network = other.name, "forwarding stays on for another network");
         return Ok(());
     }
-    sysctl::write("ipv4/ip_forward", "0")
+    if of_4 {
+        sysctl::write("ipv4/ip_forward", "0")?;
+    }
+    if of_6 { sysctl::write(FORWARDING6, "0") } else { Ok(()) }
+}
+
+/// Whether the host forwards packets of IPv6.
+const FORWARDING6: &str = "ipv6/conf/all/forwarding";
+
+/// Lets the host forward IPv6. A host that forwards no longer heeds router
+/// advertisements by default, so links that did are told to go on.
+fn forward_ipv6() -> Result<(), Error> {
+    for link in sysctl::list("ipv6/conf")? {
+        let setting = format!("ipv6/conf/{link}/accept_ra");
+        if link != "all" && sysctl::read(&setting).is_ok_and(|value| value == "1") {
+            sysctl::write_if_there(&setting, "2")?;
+        }
+    }
+    sysctl::write(FORWARDING6, "1")
 }
 
 const fn group_is_ours(group: u32) -> bool {

@@ -21,6 +21,12 @@ pub struct SubnetError {
     reason: &'static str,
 }
 
+impl SubnetError {
+    pub(crate) const fn new(text: String, reason: &'static str) -> Self {
+        Self { text, reason }
+    }
+}
+
 impl Subnet {
     /// Longest subnet: a MAC address tells 24 bits of the address apart.
     const PREFIX_MIN: u8 = 8;

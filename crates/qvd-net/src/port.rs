@@ -1,4 +1,8 @@
-use std::{net::Ipv4Addr, os::fd::BorrowedFd, sync::Arc};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    os::fd::BorrowedFd,
+    sync::Arc,
+};
 
 use netlink_packet_route::link::InfoBridgePort;
 use qvd_core::{DesktopId, NetPolicy};
@@ -7,7 +11,8 @@ use rustix::io::Errno;
 
 use crate::{
     Error, Mac, NetlinkError, TeardownErrors,
-    elements::{self, Element, Family},
+    elements::{self, Element},
+    identity::{Identity, v4_of_element},
     links,
     netlink::Netlink,
     network::{Inner, find, forget_neighbour, group, lock, no_ipv6_address},
@@ -37,11 +42,9 @@ pub struct PortSpec<'a> {
 pub struct Port {
     network: Arc<Inner>,
     desktop: DesktopId,
-    link: String,
+    identity: Identity,
     /// Index of the host's end, once there is one.
     index: Option<u32>,
-    address: Ipv4Addr,
-    mac: Mac,
     internet: bool,
     open: bool,
 }
@@ -53,7 +56,7 @@ impl Port {
             Ok(()) => Ok(port),
             Err(error) => {
                 if let Err(left) = port.close() {
-                    tracing::warn!(error = %left, link = port.link, "part of a port that could not be made is left");
+                    tracing::warn!(error = %left, link = port.identity.link, "part of a port that could not be made is left");
                 }
                 Err(error)
             }
@@ -73,7 +76,7 @@ impl Port {
                 // Not ours to remove, yet not to be left open either.
                 if let Some(index) = port.index {
                     let lowered = gone_is_done(network.route().batch(vec![links::lower(index)]).map(drop));
-                    lowered.map_err(Error::netlink("lower", &*port.link))?;
+                    lowered.map_err(Error::netlink("lower", &*port.identity.link))?;
                 }
                 port.leave();
                 Err(error)
@@ -98,10 +101,8 @@ impl Port {
         Ok(Self {
             network: Arc::clone(network),
             desktop,
-            link: network.config.instance.link_name(desktop),
+            identity: Identity::new(&network.config, desktop, address),
             index: None,
-            address,
-            mac: Mac::of(network.config.instance, address),
             internet: policy.internet,
             open: true,
         })
@@ -110,19 +111,25 @@ impl Port {
     /// Address inside.
     #[must_use]
     pub const fn address(&self) -> Ipv4Addr {
-        self.address
+        self.identity.ipv4
+    }
+
+    /// Its address of IPv6 inside, on a network that has such.
+    #[must_use]
+    pub const fn ipv6(&self) -> Option<Ipv6Addr> {
+        self.identity.ipv6
     }
 
     /// MAC inside.
     #[must_use]
     pub const fn mac(&self) -> Mac {
-        self.mac
+        self.identity.mac
     }
 
     /// Name of the host's end.
     #[must_use]
     pub fn link(&self) -> &str {
-        &self.link
+        &self.identity.link
     }
 
     /// Whose it is.
@@ -141,7 +148,7 @@ impl Port {
     }
 
     fn readopt(&mut self) -> Result<(), Error> {
-        let found = find(&mut self.network.route(), &self.link)?;
+        let found = find(&mut self.network.route(), &self.identity.link)?;
         let index = found.ok_or(Error::NoPort(self.desktop))?.index;
         self.index = Some(index);
         self.confine(index)?;
@@ -151,28 +158,35 @@ impl Port {
     fn create(&self, netns: BorrowedFd<'_>) -> Result<(u32, u32), Error> {
         let network = &self.network;
         let mut route = network.route();
-        let request =
-            || links::create_pair(&self.link, network.bridge, group(network.config.instance), self.mac, netns);
+        let request = || {
+            links::create_pair(
+                &self.identity.link,
+                network.bridge,
+                group(network.config.instance),
+                self.identity.mac,
+                netns,
+            )
+        };
         let made = match route.batch(vec![request()]) {
             // A run before this one left it: the name is nobody else's.
             Err(error) if error.is(Errno::EXIST) => {
-                if let Some(stale) = find(&mut route, &self.link)? {
+                if let Some(stale) = find(&mut route, &self.identity.link)? {
                     let deleted = route.batch(vec![links::delete(stale.index)]).map(drop);
-                    gone_is_done(deleted).map_err(Error::netlink("delete the stale link", &self.link))?;
+                    gone_is_done(deleted).map_err(Error::netlink("delete the stale link", &self.identity.link))?;
                 }
                 route.batch(vec![request()])
             }
             other => other,
         };
-        made.map_err(Error::netlink("make the link", &self.link))?;
-        let found = find(&mut route, &self.link)?;
+        made.map_err(Error::netlink("make the link", &self.identity.link))?;
+        let found = find(&mut route, &self.identity.link)?;
         found.and_then(|link| Some((link.index, link.peer?))).ok_or_else(|| self.not_confined("the link is gone"))
     }
 
     /// Flags and rules, both read back.
     fn confine(&self, index: u32) -> Result<(), Error> {
         let network = &self.network;
-        let refused = |op| Error::netlink(op, &*self.link);
+        let refused = |op| Error::netlink(op, &*self.identity.link);
         let elements = self.elements();
         self.take_back(&elements)?;
         {
@@ -180,11 +194,9 @@ impl Port {
             no_ipv6_address(&mut route, index).map_err(refused("switch off IPv6 on"))?;
             let mut flags = self.demanded_flags();
             flags.extend((!flags.is_empty()).then_some(links::LOCKED));
-            let requests = vec![
-                links::set_port_flags(index, flags),
-                links::forward_to(index, self.mac),
-                links::know_neighbour(network.bridge, self.address, self.mac),
-            ];
+            let mut requests = vec![links::set_port_flags(index, flags), links::forward_to(index, self.identity.mac)];
+            let known = |address| links::know_neighbour(network.bridge, address, self.identity.mac);
+            requests.extend(self.identity.addresses().map(known));
             route.batch(requests).map_err(refused("set the flags of"))?;
         }
         elements::add(&mut network.netfilter(), &network.table, &elements).map_err(refused("add the rules of"))?;
@@ -198,7 +210,7 @@ impl Port {
     fn read_back(&self, index: u32) -> Result<(), Error> {
         let network = &self.network;
         let answers = network.route().batch(vec![links::show(index)]);
-        let answers = answers.map_err(Error::netlink("read back the flags of", &*self.link))?;
+        let answers = answers.map_err(Error::netlink("read back the flags of", &*self.identity.link))?;
         let shown = answers.iter().find_map(links::facts).ok_or_else(|| self.not_confined("the link is gone"))?;
         if shown.bridge != Some(network.bridge) {
             return Err(self.not_confined("it is not on the bridge"));
@@ -208,7 +220,7 @@ impl Port {
         }
         let elements = self.elements();
         let missing = elements::missing(&mut network.netfilter(), &network.table, &elements);
-        match missing.map_err(Error::netlink("read back the rules of", &*self.link))? {
+        match missing.map_err(Error::netlink("read back the rules of", &*self.identity.link))? {
             None => Ok(()),
             Some(element) => Err(self.not_confined(&format!("set {} lacks its element", element.set))),
         }
@@ -230,60 +242,67 @@ impl Port {
     fn take_back(&self, wanted: &[Element]) -> Result<(), Error> {
         let network = &self.network;
         let mut inherited = lock(&network.inherited);
+        let own = self.identity.elements(true);
         let concerns = |element: &Element| {
-            let of_link = element.set != rules::INTERNET && rules::port_of_key(&element.key) == Some(&*self.link);
-            of_link || rules::address_of_key(&element.key) == Some(self.address)
+            if rules::ADDRESS_SETS.contains(&(element.family, element.set)) {
+                return v4_of_element(&network.config, element) == Some(self.identity.ipv4);
+            }
+            // Of this link, or of another that had this MAC and address.
+            let behind_port = |element: &Element| element.key.get(16..).map(<[u8]>::to_vec);
+            rules::port_of_key(&element.key) == Some(&*self.identity.link)
+                || own.iter().any(|own| own.set == element.set && behind_port(own) == behind_port(element))
         };
         let surplus: Vec<_> =
             inherited.iter().filter(|element| concerns(element) && !wanted.contains(element)).cloned().collect();
         if !surplus.is_empty() {
             elements::remove(&mut network.netfilter(), &network.table, &surplus)
-                .map_err(Error::netlink("take back the rules of", &*self.link))?;
+                .map_err(Error::netlink("take back the rules of", &*self.identity.link))?;
         }
         inherited.retain(|element| !concerns(element));
         Ok(())
     }
 
     fn elements(&self) -> Vec<Element> {
-        let identity = rules::identity_key(&self.link, self.mac, self.address);
-        let mut elements = vec![Element { family: Family::Bridge, set: rules::IDENTITY, key: identity }];
-        elements.extend(rules::arp_keys(&self.link, self.mac, self.address).map(|key| Element {
-            family: Family::Bridge,
-            set: rules::ARP_IDENTITY,
-            key,
-        }));
-        if self.internet {
-            let key = self.address.octets().to_vec();
-            elements.push(Element { family: Family::Inet, set: rules::INTERNET, key });
-        }
-        elements
+        self.identity.elements(self.internet)
     }
 
     fn configure_inside(&self, netns: BorrowedFd<'_>, eth0: u32) -> Result<(), Error> {
-        let mut inside = netlink_in(netns, &self.link)?;
-        let refused = || Error::netlink("configure the inside of", &*self.link);
+        let mut inside = netlink_in(netns, &self.identity.link)?;
+        let refused = || Error::netlink("configure the inside of", &*self.identity.link);
         no_ipv6_address(&mut inside, eth0).map_err(refused())?;
-        let gateway = self.network.config.subnet.gateway();
+        let config = &self.network.config;
+        let gateway = config.subnet.gateway();
         let mut requests = vec![
             links::raise(links::LOOPBACK),
             // A host of its own: neighbours are not even on its link.
-            links::add_address(eth0, self.address, 32),
+            links::add_address(eth0, self.identity.ipv4, 32),
             links::raise(eth0),
             links::route_to(eth0, gateway),
         ];
         if self.internet {
             requests.push(links::default_route(eth0, gateway));
         }
+        if let (Some(ipv6), Some(subnet6)) = (self.identity.ipv6, config.subnet6) {
+            let gateway6 = subnet6.gateway(config.subnet);
+            requests.extend([
+                links::add_address(eth0, self.identity.mac.link_local(), 64),
+                links::add_address(eth0, ipv6, 128),
+                links::route_to(eth0, gateway6),
+            ]);
+            if self.internet {
+                requests.push(links::default_route(eth0, gateway6));
+            }
+        }
         inside.batch(requests).map(drop).map_err(refused())
     }
 
     fn raise(&self, index: u32) -> Result<(), Error> {
         let raised = self.network.route().batch(vec![links::raise(index)]);
-        raised.map(drop).map_err(Error::netlink("raise", &*self.link))
+        raised.map(drop).map_err(Error::netlink("raise", &*self.identity.link))
     }
 
     fn not_confined(&self, differs: &str) -> Error {
-        Error::NotConfined { object: self.link.clone(), differs: differs.to_owned() }
+        Error::NotConfined { object: self.identity.link.clone(), differs: differs.to_owned() }
     }
 
     /// Disconnects the desktop and removes its link, which waits some
@@ -313,16 +332,18 @@ impl Port {
         let network = &self.network;
         let mut errors = Vec::new();
         let removed = elements::remove(&mut network.netfilter(), &network.table, &self.elements());
-        errors.extend(removed.map_err(Error::netlink("remove the rules of", &*self.link)).err());
+        errors.extend(removed.map_err(Error::netlink("remove the rules of", &*self.identity.link)).err());
         let mut route = network.route();
-        errors.extend(forget_neighbour(&mut route, network.bridge, self.address).err());
+        for address in self.identity.addresses() {
+            errors.extend(forget_neighbour(&mut route, network.bridge, address).err());
+        }
         if let Some(index) = self.index.filter(|_| delete_link || !errors.is_empty()) {
             let deleted = gone_is_done(route.batch(vec![links::delete(index)]).map(drop));
-            errors.extend(deleted.map_err(Error::netlink("delete the link", &*self.link)).err());
+            errors.extend(deleted.map_err(Error::netlink("delete the link", &*self.identity.link)).err());
         }
         drop(route);
         TeardownErrors::into_result(errors)?;
-        lock(&network.pool).give_back(self.desktop, self.address);
+        lock(&network.pool).give_back(self.desktop, self.identity.ipv4);
         self.open = false;
         Ok(())
     }
@@ -331,7 +352,7 @@ impl Port {
     /// its network, and a later [`Network::adopt`](crate::Network::adopt)
     /// takes it over.
     pub fn leave(mut self) {
-        lock(&self.network.pool).give_back(self.desktop, self.address);
+        lock(&self.network.pool).give_back(self.desktop, self.identity.ipv4);
         self.open = false;
     }
 }
@@ -339,7 +360,7 @@ impl Port {
 impl Drop for Port {
     fn drop(&mut self) {
         if let Err(error) = self.close() {
-            tracing::warn!(%error, link = self.link, "port left behind");
+            tracing::warn!(%error, link = self.identity.link, "port left behind");
         }
     }
 }

@@ -26,3 +26,16 @@ pub(crate) fn write_if_there(name: &str, value: &str) -> Result<(), Error> {
         other => other,
     }
 }
+
+/// Whether there is such a setting here.
+pub(crate) fn is_there(name: &str) -> bool {
+    fs::exists(path(name)).unwrap_or(false)
+}
+
+/// What is in a directory of settings.
+pub(crate) fn list(name: &str) -> Result<Vec<String>, Error> {
+    let path = path(name);
+    let entries = fs::read_dir(&path).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+    let names = entries.map_err(Error::io("list", path))?;
+    Ok(names.iter().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+}

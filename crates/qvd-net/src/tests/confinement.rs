@@ -1,7 +1,7 @@
 use qvd_testkit::privileged;
 
 use super::{
-    NEEDS, frames,
+    NEEDS, frames, vectors,
     world::{Seen, World, on_a_host, pass_bridged_packets_to_inet},
 };
 use crate::rules::Protection::{self, *};
@@ -27,28 +27,22 @@ fn no_hostile_frame_leaves_the_port() {
     });
 }
 
-/// What an honest desktop sends reaches the host: ARP for the gateway, for
-/// itself, and the probe before it uses an address; ICMP and UDP.
+/// What an honest desktop sends reaches the host, whatever bridged packets pass:
+/// resolving and probing addresses, asking for them, talking.
 #[test]
 fn honest_frames_pass() {
     privileged(NEEDS, || {
-        on_a_host(|| {
-            let mut world = World::new(&[], false);
-            let (own, gateway) = (world.a.station(), world.gateway());
-            let nobody = frames::Station { ip: std::net::Ipv4Addr::UNSPECIFIED, ..own };
-            let arp = |sender, target| frames::arp(1, sender, target);
-            let ip = |packet: Vec<u8>| frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
-            let to_all = |packet: Vec<u8>| frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &packet);
-            for (name, frame) in [
-                ("arp request", to_all(arp(own, gateway.ip))),
-                ("arp announcement", to_all(arp(own, own.ip))),
-                ("arp probe", to_all(arp(nobody, own.ip))),
-                ("echo request", ip(frames::icmp(own.ip, gateway.ip, 8, 0))),
-                ("udp", ip(frames::udp(own.ip, gateway.ip, (5000, 6000)))),
-            ] {
-                assert!(world.send(&frame).host, "{name}");
-            }
-        });
+        for internet in [false, true] {
+            on_a_host(|| {
+                let mut world = World::new(&[], internet);
+                let stopped: Vec<_> = vectors::honest(&world.cast())
+                    .into_iter()
+                    .filter(|(_, frame)| !world.send(frame).host)
+                    .map(|(name, _)| name)
+                    .collect();
+                assert!(stopped.is_empty(), "{stopped:?}");
+            });
+        }
     });
 }
 
@@ -84,10 +78,27 @@ fn each_protection_is_needed() {
         (ArpIdentity, &[], "gratuitous arp for neighbour", Side::Host),
         (ArpIdentity, &[], "arp sender mac mismatch", Side::Host),
         (Ethertype, &[], "rarp", Side::Host),
-        (Ethertype, &[Multicast], "router advertisement", Side::Host),
-        (Ethertype, &[Multicast], "neighbour advertisement", Side::Host),
-        (Ethertype, &[Multicast], "dhcpv6 server", Side::Host),
-        (Ethertype, &[Multicast], "mld query", Side::Host),
+        (DhcpPorts, &[], "dhcp question between servers", Side::Host),
+        (DhcpQuestion, &[], "dhcp answer from a client's port", Side::Host),
+        (DhcpSelf, &[], "dhcp starvation: a client made up", Side::Host),
+        (Identity6, &[], "ipv6 source of the neighbour", Side::Host),
+        (NdTarget, &[], "advertisement for the neighbour", Side::Host),
+        (NdTarget, &[], "denial of the neighbour's address", Side::Host),
+        (NdLink, &[], "solicitation with a stolen mac", Side::Host),
+        (NdLink, &[], "advertisement with a stolen mac", Side::Host),
+        (NdLink, &[], "router solicitation with a stolen mac", Side::Host),
+        (NdWhole, &[], "advertisement with a decoy option first", Side::Host),
+        (NdWhole, &[], "solicitation with two options", Side::Host),
+        (NdNear, &[], "advertisement from afar", Side::Host),
+        (NdNoRouter, &[], "advertisement of a router", Side::Host),
+        (Icmp6Kinds, &[], "redirect to the host", Side::Host),
+        (Icmp6Kinds, &[], "router renumbering", Side::Host),
+        (NextHeaders, &[], "udp behind routing", Side::Host),
+        (NextHeaders, &[], "first ipv6 fragment", Side::Host),
+        (Destinations6, &[], "ipv6 group in a unicast frame", Side::Host),
+        (Dhcp6Server, &[], "dhcpv6 server, unicast", Side::Host),
+        (MldReport, &[], "mld query to the routers", Side::Host),
+        (ToGateway, &[Neighbours, PortFlags], "ipv6 unicast to the neighbour", Side::Neighbour),
         (Ethertype, &[], "priority-tagged arp", Side::Host),
         (Ethertype, &[], "802.1q ip spoof", Side::Host),
         (Ethertype, &[], "q-in-q", Side::Host),
@@ -150,6 +161,10 @@ fn frame(world: &World, name: &str) -> Vec<u8> {
         "lldp" => frames::ethernet([1, 0x80, 0xc2, 0, 0, 0xe], own.mac, 0x88cc, &[2, 7, 4, 1, 2, 3, 4, 5, 6, 0, 0]),
         "a service of the host" => ip(frames::udp(own.ip, gateway.ip, (5000, 4000))),
         "the way over the gateway" => ip(frames::udp(own.ip, other.ip, (5000, 6000))),
-        name => world.hostile().into_iter().find(|(n, _)| *n == name).map(|(_, frame)| frame).unwrap(),
+        name => {
+            let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
+            let mut all = matrix.chain(vectors::hostile(&world.cast()));
+            all.find(|(n, _)| *n == name).map(|(_, frame)| frame).unwrap()
+        }
     }
 }

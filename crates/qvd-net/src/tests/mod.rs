@@ -9,6 +9,7 @@ mod internet;
 mod lifecycle;
 mod property;
 mod reference;
+mod reference6;
 mod responder;
 mod vectors;
 mod world;

@@ -112,8 +112,9 @@ fn seed(cast: vectors::Cast) -> impl Strategy<Value = Vec<u8>> {
         ethernet(frames::BROADCAST, own.mac, frames::ARP, &packet)
     });
     let hostile = prop::sample::select(vectors::hostile(&cast)).prop_map(|(_, frame)| frame);
+    let honest = prop::sample::select(vectors::honest(&cast)).prop_map(|(_, frame)| frame);
     let noise = vec(any::<u8>(), 14..200);
-    prop_oneof![4 => ip, 3 => arp, 2 => hostile, 1 => noise]
+    prop_oneof![4 => ip, 3 => arp, 5 => honest, 3 => hostile, 1 => noise]
 }
 
 #[test]
@@ -123,12 +124,7 @@ fn the_rules_decide_as_the_reference_does() {
         on_a_host(|| {
             let world = World::new(&[], true);
             let cast = world.cast();
-            let party = Party {
-                mac: cast.own.mac,
-                ipv4: cast.own.ip,
-                gateway_mac: cast.gateway.mac,
-                broadcast: subnet().broadcast(),
-            };
+            let party = Party::new(&cast, subnet().broadcast());
             let (world, passed) = (RefCell::new(world), RefCell::new(0_u32));
             let frames =
                 (seed(cast), vec(change(cast), 0..3)).prop_map(|(frame, changes)| changes.iter().fold(frame, changed));

@@ -219,6 +219,10 @@ fn internet4(cast: &Cast) -> Vec<Named> {
         ("dhcp starvation: a mac made up".into(), {
             ethernet(frames::BROADCAST, [2, 1, 2, 3, 4, 5], IPV4, &dhcp(none, (68, 67)))
         }),
+        ("dhcp starvation: a client made up".into(), { to_all(IPV4, &dhcp_question([2, 1, 2, 3, 4, 5], 1, (68, 67))) }),
+        ("dhcp answer from a client's port".into(), to_all(IPV4, &dhcp_question(own.mac, 2, (68, 67)))),
+        ("dhcp question between servers".into(), to_all(IPV4, &dhcp_question(own.mac, 1, (67, 67)))),
+        ("dhcp question to one".into(), send(dhcp_question(own.mac, 1, (68, 67)))),
         ("netbios broadcast".into(), to_all(IPV4, &dhcp(own.ip, (137, 137)))),
     ]
 }
@@ -330,6 +334,13 @@ fn neighbour_spoofs(cast: &Cast) -> Vec<Named> {
         ("router advertisement from the gateway's address".into(), {
             nd(gateway.link_local, ALL_NODES, 255, &[134, 0, 0, 0, 64, 0, 1, 0])
         }),
+        ("advertisement of a router".into(), {
+            let mut message = advert(own.global, own.mac);
+            message[4] |= 0x80;
+            nd(own.global, gateway.global, 255, &message)
+        }),
+        ("advertisement to the routers".into(), nd(own.global, ALL_ROUTERS, 255, &advert(own.global, own.mac))),
+        ("solicitation to all nodes".into(), { nd(own.global, ALL_NODES, 255, &solicit(gateway.global, own.mac)) }),
         ("router solicitation with a stolen mac".into(), {
             nd(
                 own.link_local,
@@ -401,4 +412,69 @@ pub(crate) fn mld(cast: &Cast, to: Ipv6Addr, kind: u8, from: Ipv6Addr) -> Vec<u8
     let alert = [ICMPV6, 0, 5, 2, 0, 0, 1, 0];
     let payload = [&alert[..], &report[..2], &sum, &report[4..]].concat();
     ethernet(group_mac(to), cast.own6.mac, IPV6, &ipv6(from, to, HOP_BY_HOP, 1, &payload))
+}
+
+/// A message of DHCP from nobody to everybody, its operation and client as given.
+fn dhcp_question(client: [u8; 6], operation: u8, (from, to): (u16, u16)) -> Vec<u8> {
+    let fixed = [&[operation, 1, 6, 0][..], &[7; 4], &[0; 20], &client, &[0; 202], &[99, 130, 83, 99, 53, 1, 1, 255]];
+    let message = fixed.concat();
+    let length = u16::try_from(8 + message.len() + MARK_LEN).unwrap();
+    let header = [from, to, length, 0].map(u16::to_be_bytes).concat();
+    let ip = Ip { protocol: UDP, ..Ip::default() };
+    ipv4(Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST, ip, &[header, message].concat())
+}
+
+/// What an honest desktop has to be able to say, in both families.
+pub(crate) fn honest(cast: &Cast) -> Vec<Named> {
+    let Cast { own, gateway, own6, gateway6, .. } = *cast;
+    let nobody = Station { ip: Ipv4Addr::UNSPECIFIED, ..own };
+    let arp_to_all = |sender, target| ethernet(frames::BROADCAST, own.mac, frames::ARP, &arp(1, sender, target));
+    let ip = |packet: Vec<u8>| ethernet(gateway.mac, own.mac, IPV4, &packet);
+    let tcp = [&[0x13, 0x88, 0, 80][..], &[0; 8], &[0x50, 2, 0xff, 0xff, 0, 0, 0, 0]].concat();
+    let with = |protocol| Ip { protocol, ..Ip::default() };
+    let far = Ipv4Addr::new(198, 51, 100, 2);
+    let far6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2);
+    let ip6 = |from, to: Ipv6Addr, next, hop_limit, payload: &[u8], sum_at| {
+        let mac = if to.is_multicast() { group_mac(to) } else { gateway.mac };
+        ethernet(mac, own.mac, IPV6, &summed(from, to, next, hop_limit, payload, sum_at))
+    };
+    let icmp6 = |from, to, hop_limit, message: &[u8]| ip6(from, to, ICMPV6, hop_limit, message, 2);
+    let solicit = |target, options: &[u8]| neighbour_discovery(135, target, options);
+    let mut advert = neighbour_discovery(136, own6.global, &link_option(2, own.mac));
+    advert[4] = 0x60;
+    let (global, link_local, none) = (own6.global, own6.link_local, Ipv6Addr::UNSPECIFIED);
+    let nonce = [14, 1, 1, 2, 3, 4, 5, 6];
+    let (ask, tell) = (link_option(1, own.mac), link_option(2, own.mac));
+    let router = [133, 0, 0, 0, 0, 0, 0, 0];
+    vec![
+        ("arp request".into(), arp_to_all(own, gateway.ip)),
+        ("arp announcement".into(), arp_to_all(own, own.ip)),
+        ("arp probe".into(), arp_to_all(nobody, own.ip)),
+        ("arp reply".into(), ethernet(gateway.mac, own.mac, frames::ARP, &arp(2, own, gateway.ip))),
+        ("dhcp question".into(), { ethernet(frames::BROADCAST, own.mac, IPV4, &dhcp_question(own.mac, 1, (68, 67))) }),
+        ("dhcp renewal".into(), ip(udp(own.ip, gateway.ip, (68, 67)))),
+        ("echo request".into(), ip(frames::icmp(own.ip, gateway.ip, 8, 0))),
+        ("packet too big".into(), ip(frames::icmp(own.ip, far, 3, 4))),
+        ("udp".into(), ip(udp(own.ip, gateway.ip, (5000, 6000)))),
+        ("tcp".into(), ip(ipv4(own.ip, far, with(TCP), &tcp))),
+        ("probe for the own address".into(), icmp6(none, solicited_node(global), 255, &solicit(global, &[]))),
+        ("probe with a nonce".into(), icmp6(none, solicited_node(link_local), 255, &solicit(link_local, &nonce))),
+        ("solicitation".into(), {
+            icmp6(global, solicited_node(gateway6.global), 255, &solicit(gateway6.global, &ask))
+        }),
+        ("solicitation of one known".into(), icmp6(link_local, gateway6.global, 255, &solicit(gateway6.global, &[]))),
+        ("advertisement".into(), icmp6(global, gateway6.link_local, 255, &advert)),
+        ("advertisement to all".into(), {
+            icmp6(link_local, ALL_NODES, 255, &[&neighbour_discovery(136, link_local, &tell)[..]].concat())
+        }),
+        ("router solicitation".into(), icmp6(link_local, ALL_ROUTERS, 255, &[&router[..], &ask].concat())),
+        ("router solicitation of nobody".into(), icmp6(none, ALL_ROUTERS, 255, &router)),
+        ("mld report".into(), mld(cast, ALL_MLDV2_ROUTERS, 143, link_local)),
+        ("mld report of nobody".into(), mld(cast, ALL_MLDV2_ROUTERS, 143, none)),
+        ("dhcpv6 question".into(), ip6(link_local, ALL_DHCP_SERVERS, UDP, 1, &udp6((546, 547)), 6)),
+        ("ipv6 echo request".into(), icmp6(global, gateway6.global, 64, &[128, 0, 0, 0, 0, 1, 0, 1])),
+        ("ipv6 packet too big".into(), icmp6(global, far6, 64, &[2, 0, 0, 0, 0, 0, 5, 0])),
+        ("ipv6 udp".into(), ip6(global, far6, UDP, 64, &udp6((5000, 4000)), 6)),
+        ("ipv6 tcp".into(), ip6(global, gateway6.global, TCP, 64, &tcp, 16)),
+    ]
 }

@@ -2,7 +2,7 @@
 //! frame could reach.
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
+    net::{Ipv4Addr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
@@ -21,7 +21,7 @@ use super::{
     frames::{self, Station},
     vectors::{Cast, Station6},
 };
-use crate::{NetConfig, Network, Port, PortSpec, Subnet, rules::Protection, sysctl};
+use crate::{NetConfig, Network, Port, PortSpec, Subnet, Subnet6, rules::Protection, sysctl};
 
 pub(crate) const INSTANCE: Instance = Instance::new(0x7e57);
 
@@ -175,19 +175,15 @@ impl World {
 
     /// The players, as the vectors want them.
     pub(crate) fn cast(&self) -> Cast {
-        let six = |station: Station| {
-            let [a, b, c, d, e, f] = station.mac;
-            let interface = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
-            let address =
-                |prefix: [u8; 8]| Ipv6Addr::from(u128::from_be_bytes([prefix, interface].concat().try_into().unwrap()));
-            Station6 {
-                mac: station.mac,
-                link_local: address([0xfe, 0x80, 0, 0, 0, 0, 0, 0]),
-                global: address([0xfd, 0x51, 0x56, 0x44, 0, 0, 0, 1]),
-            }
+        let six = |station: Station, global| Station6 {
+            mac: station.mac,
+            link_local: crate::Mac::of(INSTANCE, station.ip).link_local(),
+            global,
         };
         let (own, other, gateway) = (self.a.station(), self.b.station(), self.gateway());
-        Cast { own, other, gateway, own6: six(own), other6: six(other), gateway6: six(gateway) }
+        let (own6, other6) = (self.a.port.ipv6().unwrap(), self.b.port.ipv6().unwrap());
+        let gateway6 = Subnet6::default_for(INSTANCE).gateway(subnet());
+        Cast { own, other, gateway, own6: six(own, own6), other6: six(other, other6), gateway6: six(gateway, gateway6) }
     }
 
     /// Sends `frame` from the first desktop and finds out where it went.

@@ -1,0 +1,84 @@
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use qvd_core::DesktopId;
+
+use crate::{
+    Mac, NetConfig,
+    elements::{Element, Family},
+    rules,
+};
+
+/// Who a port is: all that its frames may say of their sender.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// Name of the host's end.
+    pub(crate) link: String,
+    pub(crate) mac: Mac,
+    pub(crate) ipv4: Ipv4Addr,
+    /// None on a network without IPv6.
+    pub(crate) ipv6: Option<Ipv6Addr>,
+}
+
+impl Identity {
+    /// Everything follows from the desktop's number and its IPv4 address, so
+    /// that a process that finds a port needs to know no more.
+    pub(crate) fn new(config: &NetConfig, desktop: DesktopId, ipv4: Ipv4Addr) -> Self {
+        Self { link: config.instance.link_name(desktop), ..Self::of_address(config, ipv4) }
+    }
+
+    /// Whoever has this address: of no link.
+    pub(crate) fn of_address(config: &NetConfig, ipv4: Ipv4Addr) -> Self {
+        Self {
+            link: String::new(),
+            mac: Mac::of(config.instance, ipv4),
+            ipv4,
+            ipv6: config.subnet6.map(|subnet6| subnet6.address(config.subnet, ipv4)),
+        }
+    }
+
+    /// Its addresses of IPv6: the one given to it, and the link's own.
+    fn addresses6(&self) -> impl Iterator<Item = Ipv6Addr> {
+        self.ipv6.into_iter().flat_map(|global| [global, self.mac.link_local()])
+    }
+
+    /// Every address that the host should know the MAC of.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        std::iter::once(self.ipv4.into()).chain(self.addresses6().map(IpAddr::from))
+    }
+
+    /// Its elements of the sets, and its way out if it has one.
+    pub(crate) fn elements(&self, internet: bool) -> Vec<Element> {
+        let bridge = |set, key| Element { family: Family::Bridge, set, key };
+        let inet = |set, address| Element { family: Family::Inet, set, key: rules::address_key(address) };
+        let (link, mac) = (&*self.link, self.mac);
+        let mut elements = vec![bridge(rules::LINK, rules::link_key(link, mac))];
+        // No address is the sender of who asks for one, or whether it is in
+        // use (RFC 2131, RFC 5227, RFC 4862).
+        for ipv4 in [self.ipv4, Ipv4Addr::UNSPECIFIED] {
+            elements.push(bridge(rules::IDENTITY, rules::identity_key(link, mac, ipv4)));
+            elements.push(bridge(rules::ARP_IDENTITY, rules::arp_key(link, mac, ipv4)));
+        }
+        for ipv6 in self.addresses6() {
+            elements.push(bridge(rules::IDENTITY6, rules::identity6_key(link, mac, ipv6)));
+            elements.push(bridge(rules::TARGET, rules::target_key(link, mac, ipv6)));
+        }
+        if self.ipv6.is_some() {
+            elements.push(bridge(rules::IDENTITY6, rules::identity6_key(link, mac, Ipv6Addr::UNSPECIFIED)));
+        }
+        if internet {
+            elements.push(inet(rules::INTERNET, self.ipv4.into()));
+            elements.extend(self.ipv6.map(|ipv6| inet(rules::INTERNET6, ipv6.into())));
+        }
+        elements
+    }
+}
+
+/// The port's address that an element of the address sets stands for.
+pub(crate) fn v4_of_element(config: &NetConfig, element: &Element) -> Option<Ipv4Addr> {
+    if element.set != rules::INTERNET6 {
+        return rules::v4_of_key(&element.key);
+    }
+    let ipv6 = rules::v6_of_key(&element.key)?;
+    let place = u32::try_from(ipv6.to_bits() & u128::from(u64::MAX)).ok()?;
+    Some(Ipv4Addr::from_bits(config.subnet.base().to_bits().wrapping_add(place)))
+}

@@ -1,0 +1,91 @@
+//! Keys of the sets. Each part is padded to whole 32-bit registers (Linux
+//! `include/uapi/linux/netfilter/nf_tables.h`, `NFT_REG32_SIZE`).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::Mac;
+
+fn port_key(link: &str) -> [u8; 16] {
+    let mut key = [0; 16];
+    // An interface's name has at most 15 bytes; `Instance::link_name` sees to it.
+    for (to, from) in key.iter_mut().zip(link.bytes()) {
+        *to = from;
+    }
+    key
+}
+
+fn mac_key(mac: Mac) -> [u8; 8] {
+    let [a, b, c, d, e, f] = mac.octets();
+    [a, b, c, d, e, f, 0, 0]
+}
+
+/// Key of [`IDENTITY`](super::IDENTITY).
+pub(crate) fn identity_key(link: &str, mac: Mac, address: Ipv4Addr) -> Vec<u8> {
+    [&port_key(link)[..], &mac_key(mac), &address.octets()].concat()
+}
+
+/// Key of [`IDENTITY6`](super::IDENTITY6).
+pub(crate) fn identity6_key(link: &str, mac: Mac, address: Ipv6Addr) -> Vec<u8> {
+    [&port_key(link)[..], &mac_key(mac), &address.octets()].concat()
+}
+
+/// Key of [`TARGET`](super::TARGET).
+pub(crate) fn target_key(link: &str, mac: Mac, address: Ipv6Addr) -> Vec<u8> {
+    identity6_key(link, mac, address)
+}
+
+/// Key of [`ARP_IDENTITY`](super::ARP_IDENTITY).
+pub(crate) fn arp_key(link: &str, mac: Mac, sender: Ipv4Addr) -> Vec<u8> {
+    [&port_key(link)[..], &mac_key(mac), &mac_key(mac), &sender.octets()].concat()
+}
+
+/// Key of [`LINK`](super::LINK).
+pub(crate) fn link_key(link: &str, mac: Mac) -> Vec<u8> {
+    [&port_key(link)[..], &mac_key(mac)].concat()
+}
+
+/// Key of a set of addresses.
+pub(crate) fn address_key(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// Name of the port that a key begins with.
+pub(crate) fn port_of_key(key: &[u8]) -> Option<&str> {
+    let name = key.get(..16)?;
+    std::str::from_utf8(name.split(|&b| b == 0).next()?).ok()
+}
+
+/// Address that a key of [`IDENTITY`](super::IDENTITY) or of addresses ends with.
+pub(crate) fn v4_of_key(key: &[u8]) -> Option<Ipv4Addr> {
+    key.last_chunk::<4>().map(|&octets| octets.into())
+}
+
+/// The same of IPv6.
+pub(crate) fn v6_of_key(key: &[u8]) -> Option<Ipv6Addr> {
+    key.last_chunk::<16>().map(|&octets| octets.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use qvd_core::Instance;
+
+    use super::*;
+
+    #[test]
+    fn a_key_names_its_port_and_address() {
+        let instance = Instance::new(0x1a2b);
+        let address = Ipv4Addr::new(10, 66, 0, 9);
+        let mac = Mac::of(instance, address);
+        let key = identity_key("qvd1a2b-7", mac, address);
+        assert_eq!(key.len(), 28);
+        assert_eq!(port_of_key(&key), Some("qvd1a2b-7"));
+        assert_eq!(v4_of_key(&key), Some(address));
+        assert_eq!(arp_key("qvd1a2b-7", mac, address).len(), 36);
+        let key = identity6_key("qvd1a2b-7", mac, mac.link_local());
+        assert_eq!((key.len(), v6_of_key(&key)), (40, Some(mac.link_local())));
+        assert_eq!(link_key("qvd1a2b-7", mac).len(), 24);
+    }
+}
