@@ -15,6 +15,10 @@ const COLOURS: [RGBColor; 4] =
 /// Width of a picture in pixels.
 const WIDTH: u32 = 900;
 
+/// Width of the names, and height of the line that says what the colours mean.
+const LEFT: u32 = 190;
+const LEGEND: u32 = 24;
+
 /// Bars beside names, on a logarithmic axis.
 #[derive(Debug, Clone, Default)]
 pub struct Bars {
@@ -42,7 +46,7 @@ impl Bars {
         let least = 10_f64.powf(values.iter().copied().fold(f64::INFINITY, f64::min).log10().floor());
         let most = values.iter().copied().fold(0.0, f64::max) * 3.0;
         let rows = f64::from(u32::try_from(self.rows.len())?);
-        let height = 110 + u32::try_from(self.rows.len() * (self.series.len() * 13 + 8))?;
+        let height = 134 + u32::try_from(self.rows.len() * (self.series.len() * 13 + 8))?;
         let mut picture = String::new();
         {
             let area = SVGBackend::with_string(&mut picture, (WIDTH, height)).into_drawing_area();
@@ -50,9 +54,10 @@ impl Bars {
             let mut chart = ChartBuilder::on(&area)
                 .caption(&self.title, ("sans-serif", 18))
                 .margin(10)
+                .margin_bottom(10 + LEGEND)
                 .margin_right(30)
                 .x_label_area_size(40)
-                .y_label_area_size(190)
+                .y_label_area_size(LEFT)
                 .build_cartesian_2d((least..most).log_scale(), rows..0.0)?;
             chart
                 .configure_mesh()
@@ -63,15 +68,12 @@ impl Bars {
                 .light_line_style(WHITE)
                 .x_label_formatter(&|value| plain(*value))
                 .draw()?;
-            for (number, series) in self.series.iter().enumerate() {
+            for number in 0..self.series.len() {
                 let colour = COLOURS[number % COLOURS.len()];
                 let bars = self
                     .bars(number)
                     .map(|(from, to, value)| Rectangle::new([(least, from), (value, to)], colour.filled()));
-                chart
-                    .draw_series(bars)?
-                    .label(series)
-                    .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], colour.filled()));
+                chart.draw_series(bars)?;
                 let style = TextStyle::from(("sans-serif", 11)).pos(Pos::new(HPos::Left, VPos::Center));
                 chart.draw_series(self.bars(number).map(|(from, to, value)| {
                     Text::new(plain(value), (value * 1.05, f64::midpoint(from, to)), style.clone())
@@ -83,17 +85,28 @@ impl Bars {
                 area.draw(&Text::new(name.as_str(), (at.0 - 8, at.1), style.clone()))?;
             }
             if self.series.len() > 1 {
-                chart
-                    .configure_series_labels()
-                    .position(SeriesLabelPosition::LowerRight)
-                    .background_style(WHITE)
-                    .border_style(BLACK)
-                    .label_font(("sans-serif", 12))
-                    .draw()?;
+                self.legend(&area, height)?;
             }
             area.present()?;
         }
         Ok(picture)
+    }
+
+    /// What each colour means, in a line at the bottom.
+    fn legend(
+        &self,
+        area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
+        height: u32,
+    ) -> Result<(), Box<dyn Error>> {
+        let step = (WIDTH as i32 - LEFT as i32 - 20) / i32::try_from(self.series.len())?;
+        let style = TextStyle::from(("sans-serif", 12)).pos(Pos::new(HPos::Left, VPos::Center));
+        for (number, series) in (0_i32..).zip(&self.series) {
+            let (x, y) = (LEFT as i32 + 10 + number * step, height as i32 - 18);
+            let colour = COLOURS[usize::try_from(number)? % COLOURS.len()];
+            area.draw(&Rectangle::new([(x, y - 5), (x + 12, y + 5)], colour.filled()))?;
+            area.draw(&Text::new(series.as_str(), (x + 18, y), style.clone()))?;
+        }
+        Ok(())
     }
 
     /// Top, bottom and value of one series's bars.
