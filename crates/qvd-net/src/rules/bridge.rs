@@ -123,14 +123,18 @@ impl Rules<'_> {
         lines.push("ip6 nexthdr icmpv6 jump from_port_nd");
         lines.push(format!(
             "ip6 nexthdr 0 ip6 hoplimit 1 ip6 saddr {{ ::, fe80::/10 }} ether daddr 33:33:00:00:00:16 ip6 daddr ff02::16 \
-             {ROUTER_ALERT} meta l4proto icmpv6 {} accept",
+             {ROUTER_ALERT} {} meta l4proto icmpv6 {} accept",
+            self.part(Protection::Length6, "ip6 length >= 16"),
             self.part(Protection::MldReport, "@th,0,8 143"),
         ));
         lines.push("ip6 saddr :: drop");
-        lines.push(
-            "ip6 nexthdr udp ip6 saddr fe80::/10 ether daddr 33:33:00:01:00:02 ip6 daddr ff02::1:2 \
+        // The kernel looks where a header would be, also behind the length that
+        // the packet claims.
+        let eight = self.part(Protection::Length6, "ip6 length >= 8");
+        lines.push(format!(
+            "ip6 nexthdr udp {eight} ip6 saddr fe80::/10 ether daddr 33:33:00:01:00:02 ip6 daddr ff02::1:2 \
              udp sport 546 udp dport 547 accept",
-        );
+        ));
         lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} drop"));
         lines.when(self.on(Protection::Destinations6), "ip6 daddr { ::/96, ::ffff:0:0/96, ff00::/8 } drop");
         // The protocol is named twice: in the first header, so that it is not
@@ -138,9 +142,11 @@ impl Rules<'_> {
         let kinds = "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem, \
                      echo-request, echo-reply }";
         let kinds = if self.on(Protection::Icmp6Kinds) { kinds } else { "meta l4proto icmpv6" };
-        lines.push(format!("ip6 nexthdr icmpv6 {kinds} accept"));
-        lines.push(format!("ip6 nexthdr udp {} accept", self.part(Protection::Dhcp6Server, "udp sport != 547")));
-        lines.push("ip6 nexthdr tcp meta l4proto tcp accept");
+        lines.push(format!("ip6 nexthdr icmpv6 {eight} {kinds} accept"));
+        lines
+            .push(format!("ip6 nexthdr udp {eight} {} accept", self.part(Protection::Dhcp6Server, "udp sport != 547")));
+        let twenty = self.part(Protection::Length6, "ip6 length >= 20");
+        lines.push(format!("ip6 nexthdr tcp {twenty} meta l4proto tcp accept"));
         lines.when(!self.on(Protection::NextHeaders), "ip6 nexthdr != { icmpv6, udp, tcp } accept");
         lines.push("drop");
         lines.end();

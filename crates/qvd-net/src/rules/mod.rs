@@ -136,6 +136,8 @@ pub(crate) enum Protection {
     NdNear,
     /// It comes from no router.
     NdNoRouter,
+    /// Packets of IPv6 are at least as long as what they begin with.
+    Length6,
     /// No ICMPv6 but errors and echo.
     Icmp6Kinds,
     /// No headers of extension, and no other protocols.
@@ -285,6 +287,7 @@ mod tests {
             Protection::NdWhole,
             Protection::NdNear,
             Protection::NdNoRouter,
+            Protection::Length6,
             Protection::Icmp6Kinds,
             Protection::NextHeaders,
             Protection::Destinations6,

@@ -95,6 +95,7 @@ fn each_protection_is_needed() {
         (Icmp6Kinds, &[], "router renumbering", Side::Host),
         (NextHeaders, &[], "udp behind routing", Side::Host),
         (NextHeaders, &[], "first ipv6 fragment", Side::Host),
+        (Length6, &[], "ipv6 udp of no length", Side::Host),
         (Destinations6, &[], "ipv6 group in a unicast frame", Side::Host),
         (Dhcp6Server, &[], "dhcpv6 server, unicast", Side::Host),
         (MldReport, &[], "mld query to the routers", Side::Host),

@@ -119,7 +119,7 @@ fn seed(cast: vectors::Cast) -> impl Strategy<Value = Vec<u8>> {
 
 #[test]
 fn the_rules_decide_as_the_reference_does() {
-    const CASES: u32 = 4000;
+    const CASES: u32 = 16_000;
     privileged(NEEDS, || {
         on_a_host(|| {
             let world = World::new(&[], true);

@@ -51,17 +51,21 @@ pub(crate) fn reaches_host(party: &Party, mac: [u8; 6], bytes: &[u8]) -> bool {
     };
     match packet.next {
         0 => packet.hop_limit == 1 && link_local_or_nobody && to_group(ALL_MLDV2_ROUTERS) && is_report(packet.payload),
-        6 => !nobody && for_one_other_host,
+        6 => !nobody && for_one_other_host && packet.payload.len() >= 20,
         17 => {
             let ports = packet.payload.first_chunk::<4>();
             let asks = packet.from == party.link_local && to_group(ALL_DHCP_SERVERS);
-            let whole = ports.is_some();
+            let whole = packet.payload.len() >= 8;
             let from_server = ports.is_some_and(|ports| ports[..2] == [2, 0x23]);
-            (asks && ports == Some(&[2, 0x22, 2, 0x23])) || (!nobody && for_one_other_host && whole && !from_server)
+            (asks && whole && ports == Some(&[2, 0x22, 2, 0x23]))
+                || (!nobody && for_one_other_host && whole && !from_server)
         }
         58 => {
             let kind = packet.payload.first();
-            let plain = !nobody && for_one_other_host && kind.is_some_and(|kind| matches!(kind, 1..=4 | 128 | 129));
+            let plain = !nobody
+                && packet.payload.len() >= 8
+                && for_one_other_host
+                && kind.is_some_and(|kind| matches!(kind, 1..=4 | 128 | 129));
             plain || neighbour(party, &packet, to_gateway, to_solicited, &to_group)
         }
         _ => false,
@@ -69,7 +73,7 @@ pub(crate) fn reaches_host(party: &Party, mac: [u8; 6], bytes: &[u8]) -> bool {
 }
 
 fn is_report(payload: &[u8]) -> bool {
-    payload.get(..9) == Some(&[58, 0, 5, 2, 0, 0, 1, 0, 143])
+    payload.len() >= 16 && payload[..9] == [58, 0, 5, 2, 0, 0, 1, 0, 143]
 }
 
 fn neighbour(

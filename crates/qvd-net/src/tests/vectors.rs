@@ -396,6 +396,11 @@ fn internet6(cast: &Cast) -> Vec<Named> {
         ("mdns over ipv6".into(), group(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0xfb), own.link_local, (5353, 5353))),
         ("ssdp over ipv6".into(), group(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0xc), own.link_local, (1900, 1900))),
         ("site-wide group".into(), group(Ipv6Addr::new(0xff05, 0, 0, 0, 0, 0, 1, 3), own.global, (546, 547))),
+        ("ipv6 udp of no length".into(), {
+            let mut frame = send(own.global, gateway.global);
+            frame[18..20].copy_from_slice(&[0, 0]);
+            frame
+        }),
         ("mldv1 report".into(), mld(cast, ALL_NODES, 131, own.link_local)),
         ("mld report from the neighbour's address".into(), mld(cast, ALL_MLDV2_ROUTERS, 143, other.link_local)),
         ("mld query behind the right option".into(), mld(cast, ALL_NODES, 130, own.link_local)),
