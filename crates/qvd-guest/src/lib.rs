@@ -10,12 +10,24 @@
 //!
 //! Displays need no path and no network: the init connects to the session's
 //! socket from inside and passes the connected descriptor out.
+//!
+//! A virtual machine has one serial port instead of a socket. A [`Link`] makes
+//! the same of it: whoever connects to a socket of the node's talks with the
+//! init inside, and descriptors become streams on the way.
 #![forbid(unsafe_code)]
 
+mod boot;
+mod bridge;
 mod channel;
+mod frame;
+mod link;
 mod message;
+mod stream;
 
+pub use boot::{BASE_SERIAL, Base, BootConfig, Booted, HOME_SERIAL, Identity, Network, ROOT_SERIAL, Writable};
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_FRAME};
+pub use frame::{LinkError, frames_of};
+pub use link::{Carrier, GuestLink, Link, carry_in_guest};
 pub use message::{
     ExecRequest, Exit, GuestError, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION,
 };
