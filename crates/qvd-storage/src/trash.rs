@@ -93,17 +93,21 @@ impl Trash {
 
     /// As [`Trash::discard`], for a name in an open directory.
     pub(crate) fn discard_at(&self, dir: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
+        self.set_aside_at(dir, name)?;
+        if let Some(wake) = &self.wake
+            && wake.send(()).is_err()
+        {
+            tracing::warn!(path = %self.path.display(), "nobody empties the trash");
+        }
+        Ok(())
+    }
+
+    /// As [`Trash::discard_at`], but to be deleted with what is discarded next:
+    /// who has more to do in the same directories does not compete with that.
+    pub(crate) fn set_aside_at(&self, dir: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
         match self.shared.take_in(dir.as_fd(), name) {
-            Ok(()) => {
-                if let Some(wake) = &self.wake
-                    && wake.send(()).is_err()
-                {
-                    tracing::warn!(path = %self.path.display(), "nobody empties the trash");
-                }
-                Ok(())
-            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
+            done => done,
         }
     }
 }

@@ -161,7 +161,7 @@ pub(crate) fn check_unused(id: &RootId, dir: &Path, options: OverlayOptions, tra
 /// Takes away what a volatile mount leaves, which forbids to mount its remains.
 /// Source: Linux `Documentation/filesystems/overlayfs.rst`, "Volatile mount".
 fn clear_volatile_marker(own: impl AsFd, trash: &Trash) -> io::Result<()> {
-    match trash.discard_at(&own, "work/work/incompat") {
+    match trash.set_aside_at(&own, "work/work/incompat") {
         // The root is a file system of its own, or a subvolume.
         Err(error) if Errno::from_io_error(&error) == Some(Errno::XDEV) => {
             for (name, flags) in [
