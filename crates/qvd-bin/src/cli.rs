@@ -5,8 +5,9 @@ use std::{
     path::PathBuf,
 };
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueHint};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use qvd_core::{Bytes, DesktopId, FlavourName, Tag, UserName};
+use qvd_storage::repository::Reference;
 
 /// Port of the gateway unless told otherwise: QVD's own since its first release.
 const DEFAULT_LISTEN: &str = "0.0.0.0:8443";
@@ -102,6 +103,150 @@ pub(crate) enum Image {
     },
     /// List the newest image of every flavour
     Ls,
+    /// Make a commit of a directory, a tar archive (gzip, xz, bzip2, zstd) or an OCI archive
+    Import(Import),
+    /// Show what a flavour's head came from, newest first
+    Log {
+        /// Flavour, or FLAVOUR:TAG or FLAVOUR@ID to begin there
+        image: Reference,
+    },
+    /// Show all about a commit
+    Show {
+        /// FLAVOUR, FLAVOUR:TAG or FLAVOUR@ID
+        image: Reference,
+    },
+    /// Show the files and packages that differ between two commits
+    Diff {
+        /// The older one
+        from: Reference,
+        /// The newer one
+        to: Reference,
+    },
+    /// Put a tag on a commit, or list tags
+    Tag {
+        /// Flavour
+        flavour: FlavourName,
+        /// Tag; without one, all are listed
+        name: Option<Tag>,
+        /// Id of the commit, or a tag that is on it; head, unless given
+        id: Option<String>,
+        /// Why, for the reflog
+        #[arg(short, long, value_name = "TEXT", default_value = "tagged")]
+        message: String,
+    },
+    /// Remove a tag
+    Untag {
+        /// Flavour
+        flavour: FlavourName,
+        /// Tag
+        name: Tag,
+    },
+    /// Show where a tag has been, newest first
+    Reflog {
+        /// FLAVOUR or FLAVOUR:TAG
+        image: Reference,
+    },
+    /// Make an earlier commit's content the next version of its flavour
+    Revert {
+        /// The commit to go back to
+        image: Reference,
+        /// Why
+        #[arg(short, long, value_name = "TEXT")]
+        message: Option<String>,
+    },
+    /// Remove a flavour with all its tags; `gc` then deletes what nothing needs
+    Rm {
+        /// Flavour
+        flavour: FlavourName,
+    },
+    /// Write the tree of a commit as a directory
+    Checkout {
+        /// FLAVOUR, FLAVOUR:TAG or FLAVOUR@ID
+        image: Reference,
+        /// Directory, which must not be there yet
+        #[arg(value_hint = ValueHint::DirPath)]
+        to: PathBuf,
+    },
+    /// Write the tree of a commit as a directory, a tar or an OCI archive
+    Export {
+        /// FLAVOUR, FLAVOUR:TAG or FLAVOUR@ID
+        image: Reference,
+        /// What is written: by its name a .tar, .tar.gz, .tar.zst, .oci, or else a directory
+        #[arg(value_hint = ValueHint::AnyPath)]
+        to: PathBuf,
+        /// What it is, whatever its name
+        #[arg(long)]
+        format: Option<ExportFormat>,
+    },
+    /// Read everything and compare it with its digest
+    Fsck {
+        /// Repository to take from what is damaged or missing here
+        #[arg(long, value_name = "REMOTE")]
+        repair: Option<PathBuf>,
+    },
+    /// Delete what no tag, no recent past of a tag and no desktop needs
+    Gc {
+        /// Only say what would be deleted
+        #[arg(long)]
+        dry_run: bool,
+        /// Days for which a tag's past is kept
+        #[arg(long, value_name = "DAYS", default_value_t = 30)]
+        keep_days: u32,
+    },
+    /// Bring a flavour to another repository
+    Push(Transfer),
+    /// Get a flavour from another repository
+    Pull(Transfer),
+    /// Get every flavour of another repository
+    Clone {
+        /// The other repository
+        remote: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Import {
+    /// Directory or archive
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub(crate) source: PathBuf,
+    /// Flavour that it is the next version of
+    #[arg(long)]
+    pub(crate) flavour: FlavourName,
+    /// What it is, or why it was made
+    #[arg(short, long, value_name = "TEXT")]
+    pub(crate) message: String,
+    /// Who made it, unless it is whoever runs this
+    #[arg(long)]
+    pub(crate) author: Option<String>,
+    /// Recipe that says how it runs; without one it runs as the flavour's head does
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) recipe: Option<PathBuf>,
+    /// Most that an archive may hold
+    #[arg(long, value_name = "SIZE", default_value = "64G")]
+    pub(crate) max_size: Bytes,
+    /// Let desktops follow it at once: move the tag `default` too
+    #[arg(long)]
+    pub(crate) publish: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ExportFormat {
+    Dir,
+    Tar,
+    TarGz,
+    TarZst,
+    Oci,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Transfer {
+    /// The other repository: a directory
+    pub(crate) remote: PathBuf,
+    /// FLAVOUR with all its tags, or FLAVOUR:TAG
+    pub(crate) image: Reference,
+    /// Let `head` leave commits that the other side does not have
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Subcommand)]

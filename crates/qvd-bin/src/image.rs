@@ -13,6 +13,7 @@ use qvd_storage::{BuildOptions, Recipe, Store};
 use crate::{
     cli::Image,
     failure::{Exit, Refusal},
+    history,
     output::{Output, age, one_line},
     paths::Paths,
     remote,
@@ -20,6 +21,13 @@ use crate::{
 
 /// Carries out a command about images.
 pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: &Output) -> anyhow::Result<()> {
+    if !matches!(command, Image::Build { .. } | Image::Ls) {
+        if let Some(server) = server {
+            let what = format!("cannot do this through `{}`: it works on the images of --root", server.display());
+            return Err(Refusal::new(Exit::Usage, what).into());
+        }
+        return history::run(paths, command, output);
+    }
     // A daemon holds the repository, so it has to do the work. One that was
     // named has to be there.
     if server.is_some() || UnixStream::connect(paths.socket()).is_ok() {
@@ -53,6 +61,7 @@ pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: 
             let store = open(paths)?;
             list(&ImageSummary::all(&store).context("cannot list the images")?, output)
         }
+        other => history::run(paths, other, output),
     }
 }
 
@@ -64,7 +73,7 @@ fn open(paths: &Paths) -> anyhow::Result<Store> {
     Store::open(&paths.root).with_context(|| format!("cannot open the images of `{}`", paths.root.display()))
 }
 
-fn read_recipe(recipe: &PathBuf) -> anyhow::Result<String> {
+pub(crate) fn read_recipe(recipe: &PathBuf) -> anyhow::Result<String> {
     fs::read_to_string(recipe).map_err(|error| {
         let exit = if error.kind() == std::io::ErrorKind::NotFound { Exit::NotFound } else { Exit::Failed };
         Refusal::new(exit, format!("cannot read the recipe `{}`: {error}", recipe.display())).into()

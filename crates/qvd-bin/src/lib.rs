@@ -6,6 +6,8 @@ mod doctor;
 mod exec;
 mod failure;
 mod generate;
+mod graph;
+mod history;
 mod image;
 mod logging;
 mod output;

@@ -49,7 +49,8 @@ pub(crate) async fn image(client: &Client, command: Image, output: &Output) -> a
             drop(progress);
             image::show_built(&built, output)
         }
-        Image::Ls => image::list(&client.images().await?, output),
+        // Everything else is done on the repository itself, also beside a daemon.
+        _ => image::list(&client.images().await?, output),
     }
 }
 

@@ -14,7 +14,10 @@ use std::{
 use qvd_core::Tag;
 use qvd_storage::{
     Error, ImageConfig, Repository,
-    repository::{Change, CommitId, Expect, Keep, NewCommit, Reference},
+    repository::{
+        Change, CommitId, Content, Directory, Expect, Keep, NewCommit, Reference, Wanted,
+        archive::{Format, IMPORT_MAX_BYTES},
+    },
 };
 use qvd_testkit::{Need, privileged};
 
@@ -294,4 +297,83 @@ fn of_several_who_move_a_tag_one_succeeds() {
     let other = "other".parse().unwrap();
     let error = repository.move_tag(&other, &tag, Expect::Anything, Some(one), ("ana", "")).unwrap_err();
     assert!(matches!(error, Error::Refused(_)), "{error}");
+}
+
+#[test]
+fn a_transfer_brings_only_what_is_missing_and_moves_tags_last() {
+    let (dir, at, here) = bed();
+    let there = Repository::open(&dir.path().join("there")).unwrap();
+    let one = commit(&here, &at, "first");
+    let pull = |force| {
+        let source = Directory::new(Repository::open(here.dir()).unwrap());
+        let wanted = Wanted { flavour: "tiny".parse().unwrap(), tag: None, force };
+        there.pull(&source, &wanted, "ana", &mut |_| {})
+    };
+    let first = pull(false).unwrap();
+    assert_eq!((first.commits, first.trees, first.objects), (1, 1, 4));
+    fs::write(at.join("etc/motd"), "changed\n").unwrap();
+    let two = commit(&here, &at, "second");
+    let second = pull(false).unwrap();
+    assert_eq!((second.commits, second.objects, second.bytes), (1, 1, 8));
+    assert_eq!(pull(false).unwrap().commits, 0);
+    assert_eq!(there.resolve(&reference("tiny")).unwrap(), two);
+    assert!(there.fsck(None).unwrap().problems.is_empty());
+    // One of theirs that ours did not lead to is not left behind unasked.
+    let staging = there.stage().unwrap();
+    let tree = there.tree_of(&there.commit(one).unwrap()).unwrap();
+    let own = there.commit_tree(&staging, &tree, new("mine")).unwrap();
+    drop(staging);
+    fs::write(at.join("etc/motd"), "again\n").unwrap();
+    let three = commit(&here, &at, "third");
+    assert!(matches!(pull(false), Err(Error::Refused(_))));
+    assert_eq!(there.resolve(&reference("tiny")).unwrap(), own);
+    pull(true).unwrap();
+    assert_eq!(there.resolve(&reference("tiny")).unwrap(), three);
+}
+
+#[test]
+fn what_a_remote_lies_about_does_not_arrive() {
+    let (dir, at, here) = bed();
+    commit(&here, &at, "first");
+    let mut objects = Vec::new();
+    collect(&here.dir().join("objects"), &mut objects);
+    fs::remove_file(&objects[0]).unwrap();
+    fs::write(&objects[0], "something else").unwrap();
+    let there = Repository::open(&dir.path().join("there")).unwrap();
+    let source = Directory::new(Repository::open(here.dir()).unwrap());
+    let wanted = Wanted { flavour: "tiny".parse().unwrap(), tag: None, force: false };
+    let error = there.pull(&source, &wanted, "ana", &mut |_| {}).unwrap_err();
+    assert!(std::error::Error::source(&error).unwrap().to_string().contains("something else"), "{error:?}");
+    assert!(there.flavours().unwrap().is_empty() && there.commits().unwrap().is_empty());
+    assert!(there.fsck(None).unwrap().is_sound());
+}
+
+#[test]
+fn every_form_of_an_export_is_the_same_tree_when_imported() {
+    privileged(&[Need::Root], || {
+        let (dir, at, repository) = bed();
+        rustix::fs::setxattr(at.join("etc/motd"), "user.x", b"1\n=", rustix::fs::XattrFlags::empty()).unwrap();
+        fs::write(at.join(format!("{0}-{0}", "long".repeat(30))), "x").unwrap();
+        symlink("y".repeat(300), at.join("far")).unwrap();
+        std::os::unix::fs::chown(at.join("empty"), Some(3_000_000), Some(4)).unwrap();
+        let id = commit(&repository, &at, "first");
+        let Content::Tree { id: tree, .. } = repository.commit(id).unwrap().content else { unreachable!() };
+        for name in ["d", "t.tar", "t.tar.gz", "t.tar.zst", "t.oci"] {
+            let to = dir.path().join(name);
+            repository.export(id, &to, Format::of(&to)).unwrap();
+            repository.export(id, &to, Format::of(&to)).unwrap_err();
+            let staging = repository.stage().unwrap();
+            assert_eq!(staging.import(&to, IMPORT_MAX_BYTES).unwrap().encode().0, tree, "{name}");
+        }
+        // And what other programs pack is read.
+        for (flag, name) in [("-z", "o.tgz"), ("-J", "o.tar.xz"), ("-j", "o.tar.bz2"), ("-c", "o.tar")] {
+            let to = dir.path().join(name);
+            let mut tar = std::process::Command::new("tar");
+            tar.args(["--xattrs", "--xattrs-include=user.*", "--format=posix", "-c", flag, "-f"]);
+            let tar = tar.arg(&to).arg("-C").arg(&at).arg(".").status();
+            assert!(tar.unwrap().success());
+            let staging = repository.stage().unwrap();
+            assert_eq!(staging.import(&to, IMPORT_MAX_BYTES).unwrap().encode().0, tree, "{name}");
+        }
+    });
 }

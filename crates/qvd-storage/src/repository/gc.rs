@@ -68,7 +68,7 @@ impl Repository {
             .commits()?
             .into_iter()
             .filter(|id| !marked.commits.contains(id))
-            .flat_map(|id| [self.commit_path(id), self.signature_path(id)])
+            .map(|id| self.commit_path(id))
             .collect();
         let trees =
             ids(&self.dir().join("trees"), |name| TreeId::from_hex(name.strip_suffix(".erofs").unwrap_or(name)))?;
@@ -78,7 +78,7 @@ impl Repository {
         let all = self.objects.all().map_err(Error::io("read", self.objects.dir()))?;
         let objects: Vec<ObjectId> = all.iter().copied().filter(|id| !marked.objects.contains(id)).collect();
         let mut collected = Collected {
-            commits: commits.len() as u64 / 2,
+            commits: commits.len() as u64,
             trees: trees.len() as u64,
             objects: objects.len() as u64,
             bytes: 0,

@@ -6,10 +6,10 @@ use std::{
 };
 
 use qvd_core::{Digest, FlavourName, Tag};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Commit, CommitId, Content, Expect, ObjectId, Repository, Staging, Tree, packages};
-use crate::{Error, ImageConfig};
+use crate::{Error, ImageConfig, UserConfig};
 
 /// What a commit is made of, besides its tree.
 #[derive(Debug, Clone)]
@@ -29,7 +29,7 @@ pub struct NewCommit {
 }
 
 /// A commit as a log shows it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Logged {
     /// Its id.
     pub id: CommitId,
@@ -47,6 +47,21 @@ pub struct Logged {
     pub tags: Vec<Tag>,
     /// What it holds.
     pub content: Content,
+}
+
+impl Logged {
+    fn new(id: CommitId, commit: Commit, tags: Vec<Tag>) -> Self {
+        Self {
+            id,
+            flavour: commit.config.flavour,
+            parents: commit.parents,
+            author: commit.author,
+            time_unix_s: commit.time_unix_s,
+            message: commit.message,
+            tags,
+            content: commit.content,
+        }
+    }
 }
 
 impl Repository {
@@ -129,18 +144,19 @@ impl Repository {
                     }
                 }
             }
-            log.push(Logged {
-                id,
-                flavour: commit.config.flavour,
-                parents: commit.parents,
-                author: commit.author,
-                time_unix_s: commit.time_unix_s,
-                message: commit.message,
-                tags: tags.get(&id).cloned().unwrap_or_default(),
-                content: commit.content,
-            });
+            log.push(Logged::new(id, commit, tags.get(&id).cloned().unwrap_or_default()));
         }
         Ok(log)
+    }
+
+    /// A commit as a log shows it, alone.
+    ///
+    /// # Errors
+    /// It is missing or damaged.
+    pub fn logged(&self, id: CommitId) -> Result<Logged, Error> {
+        let commit = self.commit(id)?;
+        let tags = self.tags_by_commit(commit.flavour())?.remove(&id).unwrap_or_default();
+        Ok(Logged::new(id, commit, tags))
     }
 
     /// Whether `older` is `newer` or something that `newer` came from.
@@ -169,6 +185,30 @@ impl Repository {
             found.entry(commit).or_default().push(tag);
         }
         Ok(found)
+    }
+
+    /// What an imported tree runs with: as the flavour's `head` does, or else
+    /// plainly, as the first person in its `/etc/passwd`.
+    ///
+    /// # Errors
+    /// Something is missing or damaged.
+    pub fn config_for(&self, flavour: &FlavourName, tree: &Tree) -> Result<ImageConfig, Error> {
+        if let Some(head) = self.tagged(flavour, &Tag::head())? {
+            return Ok(self.commit(head)?.config);
+        }
+        let mut config = ImageConfig::plain(flavour.clone());
+        let passwd = packages::content(self, tree, "etc/passwd")?.unwrap_or_default();
+        // Source: Debian policy 9.2.2, what ids mean; others give the same to people.
+        let person = |line: &str| {
+            let mut fields = line.split(':');
+            let (name, uid) = (fields.next()?, fields.nth(1)?.parse().ok()?);
+            let user = UserConfig { name: name.to_owned(), uid, gid: fields.next()?.parse().ok()? };
+            (1000..60000).contains(&uid).then_some(user)
+        };
+        if let Some(user) = String::from_utf8_lossy(&passwd).lines().find_map(person) {
+            config.user = user;
+        }
+        Ok(config)
     }
 
     /// Makes the content of an earlier commit the next version of its flavour:

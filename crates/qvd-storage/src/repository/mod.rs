@@ -15,6 +15,7 @@
 //!
 //! Any number of processes may have a repository open.
 
+pub mod archive;
 mod commit;
 pub mod diff;
 mod disk;
@@ -31,6 +32,7 @@ mod reference;
 mod scan;
 mod staging;
 mod tags;
+mod transfer;
 mod tree;
 mod verity;
 
@@ -49,6 +51,7 @@ pub use packages::{PackageKind, Packages};
 pub use reference::{Reference, ReferenceError, Revision};
 pub use staging::{Added, Staging};
 pub use tags::{Expect, Move};
+pub use transfer::{Directory, Source, Transferred, Wanted};
 pub use tree::{Entry, FILE_MAX_BYTES, Meta, Node, TREE_MAX_ENTRIES, Tree, TreeError};
 pub use verity::ObjectHasher;
 
@@ -114,16 +117,22 @@ impl Repository {
     /// # Errors
     /// [`Error::NoSuchImage`], or [`Error::Damaged`] when it is not what its id says.
     pub fn commit(&self, id: CommitId) -> Result<Commit, Error> {
-        let path = self.commit_path(id);
-        let bytes = match read(&path, COMMIT_MAX_BYTES) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Error::NoSuchImage(id.digest())),
-            bytes => bytes.map_err(Error::io("read", &path))?,
-        };
+        let bytes = self.commit_bytes(id)?;
         match Commit::decode(&bytes) {
             Ok((found, commit)) if found == id => Ok(commit),
             Ok(_) => Err(Error::Damaged { digest: id.digest(), reason: "its encoding was changed".to_owned() }),
             Err(reason) => Err(Error::Damaged { digest: id.digest(), reason }),
         }
+    }
+
+    /// The encoding of a commit, unchecked.
+    pub(crate) fn commit_bytes(&self, id: CommitId) -> Result<Vec<u8>, Error> {
+        let path = self.commit_path(id);
+        let bytes = match read(&path, COMMIT_MAX_BYTES) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Error::NoSuchImage(id.digest())),
+            bytes => bytes.map_err(Error::io("read", &path))?,
+        };
+        Ok(bytes)
     }
 
     /// A tree.
@@ -272,11 +281,6 @@ impl Repository {
 
     pub(crate) fn commit_path(&self, id: CommitId) -> PathBuf {
         self.dir.join("commits").join(id.hex())
-    }
-
-    /// Where the signature of a commit is, if it has one.
-    pub(crate) fn signature_path(&self, id: CommitId) -> PathBuf {
-        self.dir.join("commits").join(format!("{}.minisig", id.hex()))
     }
 
     pub(crate) fn tree_path(&self, id: TreeId) -> PathBuf {

@@ -88,7 +88,8 @@ pub(crate) fn read(repository: &Repository, tree: &Tree) -> Result<Option<Packag
     }
 }
 
-fn content(repository: &Repository, tree: &Tree, path: &str) -> Result<Option<Vec<u8>>, Error> {
+/// A file of a tree; none if there is no such file, or it is empty.
+pub(crate) fn content(repository: &Repository, tree: &Tree, path: &str) -> Result<Option<Vec<u8>>, Error> {
     let Some(Node::File { object: Some(object), .. }) = tree.get(Path::new(path)).map(|entry| &entry.node) else {
         return Ok(None);
     };

@@ -1,0 +1,373 @@
+//! From one repository to another: only what is missing, verified on arrival,
+//! visible when it is whole.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+    io::{self, Read},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+use qvd_core::{FlavourName, Tag};
+use serde::Serialize;
+
+use super::{Commit, CommitId, Content, Expect, ObjectId, Repository, Staging, Tree, TreeId};
+use crate::Error;
+
+/// Most batches that travel at once.
+const AT_ONCE: usize = 4;
+/// A batch ends with the object that fills one of these.
+const BATCH_BYTES: u64 = 16 << 20;
+const BATCH_OBJECTS: usize = 256;
+/// After so many bytes what arrived gets its name: a cut later costs no more.
+const SETTLE_BYTES: u64 = 128 << 20;
+
+/// Where a repository can get things from: another one, however far away. What
+/// it gives is not trusted.
+pub trait Source: fmt::Debug + Send + Sync {
+    /// Every flavour that it has.
+    ///
+    /// # Errors
+    /// It cannot be reached, or is damaged; so for all of these.
+    fn flavours(&self) -> Result<Vec<FlavourName>, Error>;
+
+    /// A flavour's tags and where they are.
+    ///
+    /// # Errors
+    /// As [`Source::flavours`].
+    fn tags(&self, flavour: &FlavourName) -> Result<BTreeMap<Tag, CommitId>, Error>;
+
+    /// The encoding of a commit.
+    ///
+    /// # Errors
+    /// As [`Source::flavours`]; also if there is no such commit.
+    fn commit(&self, id: CommitId) -> Result<Vec<u8>, Error>;
+
+    /// The encoding of a tree. The caller has the tree `like`, if any: a source
+    /// may send what differs.
+    ///
+    /// # Errors
+    /// As [`Source::commit`].
+    fn tree(&self, id: TreeId, like: Option<&Tree>) -> Result<Vec<u8>, Error>;
+
+    /// Gives each of these contents to `take`, in any order.
+    ///
+    /// # Errors
+    /// As [`Source::commit`], and what `take` fails with.
+    fn objects(
+        &self,
+        ids: &[ObjectId],
+        take: &mut dyn FnMut(ObjectId, &mut dyn Read) -> io::Result<()>,
+    ) -> Result<(), Error>;
+
+    /// Bytes that have come from it so far.
+    fn received_bytes(&self) -> u64;
+}
+
+/// Another repository in a directory of this host.
+#[derive(Debug)]
+pub struct Directory {
+    repository: Repository,
+    bytes: AtomicU64,
+}
+
+impl Directory {
+    /// Takes from a repository.
+    #[must_use]
+    pub const fn new(repository: Repository) -> Self {
+        Self { repository, bytes: AtomicU64::new(0) }
+    }
+
+    fn count(&self, bytes: &[u8]) {
+        self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+    }
+}
+
+impl Source for Directory {
+    fn flavours(&self) -> Result<Vec<FlavourName>, Error> {
+        self.repository.flavours()
+    }
+
+    fn tags(&self, flavour: &FlavourName) -> Result<BTreeMap<Tag, CommitId>, Error> {
+        self.repository.tags(flavour)
+    }
+
+    fn commit(&self, id: CommitId) -> Result<Vec<u8>, Error> {
+        let bytes = self.repository.commit_bytes(id)?;
+        self.count(&bytes);
+        Ok(bytes)
+    }
+
+    fn tree(&self, id: TreeId, _: Option<&Tree>) -> Result<Vec<u8>, Error> {
+        let path = self.repository.tree_path(id);
+        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        self.count(&bytes);
+        Ok(bytes)
+    }
+
+    fn objects(
+        &self,
+        ids: &[ObjectId],
+        take: &mut dyn FnMut(ObjectId, &mut dyn Read) -> io::Result<()>,
+    ) -> Result<(), Error> {
+        for id in ids {
+            let mut file = self.repository.object(*id)?;
+            let len = file.metadata().map_or(0, |meta| meta.len());
+            take(*id, &mut file).map_err(Error::io("copy", self.repository.objects.path(*id)))?;
+            self.bytes.fetch_add(len, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn received_bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// How far a transfer is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Transferred {
+    /// Commits that arrived.
+    pub commits: u64,
+    /// Trees that arrived.
+    pub trees: u64,
+    /// Contents that arrived.
+    pub objects: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Contents that have to arrive, as far as is known yet.
+    pub objects_total: u64,
+    /// Their bytes.
+    pub bytes_total: u64,
+    /// Bytes that travelled for all of it.
+    pub wire_bytes: u64,
+}
+
+/// What is to be transferred.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// Flavour.
+    pub flavour: FlavourName,
+    /// Its tag; none means every tag.
+    pub tag: Option<Tag>,
+    /// Lets `head` go where it does not come from.
+    pub force: bool,
+}
+
+/// How far a transfer is, and who is told.
+type Told<'a> = (Transferred, &'a mut (dyn FnMut(&Transferred) + Send));
+
+struct Job<'a, 'r> {
+    source: &'a dyn Source,
+    staging: &'a Staging<'r>,
+    told: Mutex<Told<'a>>,
+}
+
+impl Repository {
+    /// Gets tags, and everything they lead to that is not here, from another
+    /// repository. What arrived before a cut is not fetched again. Tags move
+    /// last, once all of it is on disk.
+    ///
+    /// # Errors
+    /// The source cannot be reached, lies, or has a `head` that ours did not
+    /// lead to; then tags are where they were.
+    pub fn pull(
+        &self,
+        source: &dyn Source,
+        wanted: &Wanted,
+        who: &str,
+        progress: &mut (dyn FnMut(&Transferred) + Send),
+    ) -> Result<Transferred, Error> {
+        let flavour = &wanted.flavour;
+        let mut tags = source.tags(flavour)?;
+        if tags.is_empty() {
+            return Err(Error::NoSuchFlavour(flavour.clone()));
+        }
+        if let Some(tag) = &wanted.tag {
+            let known = tags.keys().map(|tag| format!("`{tag}`")).collect();
+            tags.retain(|name, _| name == tag);
+            if tags.is_empty() {
+                return Err(Error::NoSuchTag { flavour: flavour.clone(), tag: tag.clone(), known });
+            }
+        }
+        let staging = self.stage()?;
+        let before = source.received_bytes();
+        let job = Job { source, staging: &staging, told: Mutex::new((Transferred::default(), progress)) };
+        for commit in job.missing(tags.values().copied().collect(), flavour)? {
+            job.commit(commit)?;
+        }
+        let mut done = job.told.into_inner().unwrap_or_else(PoisonError::into_inner).0;
+        for (tag, to) in &tags {
+            let here = self.tagged(flavour, tag)?;
+            if let Some(here) = here
+                && *tag == Tag::head()
+                && !wanted.force
+                && !self.is_ancestor(here, *to)?
+            {
+                return Err(Error::Refused(format!(
+                    "`head` of {flavour} is on {here}, which {to} was not made from; force it to leave that"
+                )));
+            }
+            self.move_tag(flavour, tag, Expect::At(here), Some(*to), (who, "transferred"))?;
+        }
+        done.wire_bytes = source.received_bytes() - before;
+        Ok(done)
+    }
+}
+
+impl Job<'_, '_> {
+    /// Commits that are not here, each after what it was made from.
+    fn missing(&self, tips: Vec<CommitId>, flavour: &FlavourName) -> Result<Vec<(CommitId, Vec<u8>)>, Error> {
+        let here = self.staging.repository();
+        let mut found: Vec<(CommitId, Vec<u8>)> = Vec::new();
+        let mut seen = HashSet::new();
+        // Whether a commit's parents are done: it is added after them.
+        let mut todo: Vec<(CommitId, Option<Vec<u8>>)> = tips.into_iter().map(|id| (id, None)).collect();
+        while let Some((id, fetched)) = todo.pop() {
+            if let Some(bytes) = fetched {
+                found.push((id, bytes));
+                continue;
+            }
+            if here.has_commit(id) || !seen.insert(id) {
+                continue;
+            }
+            let bytes = self.source.commit(id)?;
+            let lie = |reason: String| Error::Damaged { digest: id.digest(), reason };
+            let (real, commit) = Commit::decode(&bytes).map_err(lie)?;
+            if real != id {
+                return Err(lie("what was received for it is another commit".to_owned()));
+            }
+            if commit.flavour() != flavour {
+                return Err(lie(format!("it is of flavour {}, not of {flavour}", commit.flavour())));
+            }
+            todo.push((id, Some(bytes)));
+            todo.extend(commit.parents.into_iter().map(|parent| (parent, None)));
+        }
+        Ok(found)
+    }
+
+    fn commit(&self, (id, bytes): (CommitId, Vec<u8>)) -> Result<(), Error> {
+        let here = self.staging.repository();
+        let (_, commit) = Commit::decode(&bytes).map_err(|reason| Error::Damaged { digest: id.digest(), reason })?;
+        let mut objects: Vec<(ObjectId, u64)> = commit.packages.map(|object| (object, 0)).into_iter().collect();
+        match commit.content {
+            Content::Tree { id: tree_id, .. } if !here.has_tree(tree_id) => {
+                let tree = self.tree(tree_id, &commit)?;
+                objects.extend(tree.objects());
+                self.fetch(objects)?;
+                self.staging.tree(&tree)?;
+                self.tell(|told| told.trees += 1);
+            }
+            Content::Tree { .. } => self.fetch(objects)?,
+            Content::Disk { blocks, block_bytes, .. } => {
+                objects.push((blocks, 0));
+                self.fetch(objects)?;
+                self.staging.settle()?;
+                let listed = here.disk_blocks(blocks)?.into_iter().flatten();
+                self.fetch(listed.map(|block| (block, block_bytes.into())).collect())?;
+            }
+        }
+        self.staging.settle()?;
+        here.expect_content(&commit).map_err(|reason| Error::Damaged { digest: id.digest(), reason })?;
+        let add = self.staging.add(here.commit_path(id), &bytes);
+        add.map_err(Error::io("write below", here.dir()))?;
+        self.staging.settle()?;
+        self.tell(|told| told.commits += 1);
+        Ok(())
+    }
+
+    fn tree(&self, id: TreeId, commit: &Commit) -> Result<Tree, Error> {
+        let here = self.staging.repository();
+        // The tree of the parent is what it most likely resembles.
+        let parent = commit.parents.first().and_then(|parent| here.commit(*parent).ok());
+        let like = parent.and_then(|parent| here.tree_of(&parent).ok());
+        let bytes = self.source.tree(id, like.as_ref())?;
+        let lie = |reason: String| Error::DamagedPart { what: format!("tree {id}"), reason };
+        if Tree::id_of(&bytes) != id {
+            return Err(lie("what was received for it is something else".to_owned()));
+        }
+        Ok(Tree::decode(&bytes).map_err(|error| lie(error.to_string()))?.1)
+    }
+
+    /// Gets contents that are not here, several batches at once.
+    fn fetch(&self, mut objects: Vec<(ObjectId, u64)>) -> Result<(), Error> {
+        objects.sort_unstable();
+        objects.dedup_by_key(|(id, _)| *id);
+        objects.retain(|(id, _)| !self.staging.has(*id));
+        let mut batches: Vec<Vec<ObjectId>> = Vec::new();
+        let mut filled = BATCH_BYTES;
+        for (id, bytes) in &objects {
+            match batches.last_mut() {
+                Some(batch) if filled < BATCH_BYTES && batch.len() < BATCH_OBJECTS => batch.push(*id),
+                _ => {
+                    batches.push(vec![*id]);
+                    filled = 0;
+                }
+            }
+            filled += bytes;
+        }
+        self.tell(|told| {
+            told.objects_total += objects.len() as u64;
+            told.bytes_total += objects.iter().map(|(_, bytes)| bytes).sum::<u64>();
+        });
+        let (next, settled) = (AtomicUsize::new(0), AtomicU64::new(0));
+        let failure = Mutex::new(None);
+        let work = || {
+            while let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Err(error) = self.batch(batch, &settled) {
+                    // The others end with the batch they are at.
+                    next.store(batches.len(), Ordering::Relaxed);
+                    *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                }
+            }
+        };
+        thread::scope(|scope| (0..AT_ONCE.min(batches.len())).for_each(|_| drop(scope.spawn(work))));
+        match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => {
+                // What arrived is sound and need not be fetched again.
+                self.staging.settle()?;
+                Err(error)
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn batch(&self, ids: &[ObjectId], settled: &AtomicU64) -> Result<(), Error> {
+        let mut asked: HashSet<ObjectId> = ids.iter().copied().collect();
+        self.source.objects(ids, &mut |id, content| {
+            let (found, len) = self.staging.put(content)?;
+            if found != Some(id) || !asked.remove(&id) {
+                let reason = format!("what was received for object {id} is something else");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+            }
+            self.tell(|told| {
+                told.objects += 1;
+                told.bytes += len;
+            });
+            if settled.fetch_add(len, Ordering::Relaxed) + len > SETTLE_BYTES {
+                settled.store(0, Ordering::Relaxed);
+                self.staging.settle().map_err(io::Error::other)?;
+            }
+            Ok(())
+        })?;
+        match asked.iter().next() {
+            Some(id) => {
+                let reason = "the source did not send it".to_owned();
+                Err(Error::DamagedPart { what: format!("object {id}"), reason })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Transferred)) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let (so_far, progress) = &mut *told;
+        change(so_far);
+        so_far.wire_bytes = self.source.received_bytes();
+        progress(so_far);
+    }
+}
