@@ -174,6 +174,19 @@ pub enum Error {
     /// What was asked for makes no sense, or policy forbids it.
     #[error("{0}")]
     Refused(String),
+    /// The program that served a root has ended under it: who has the root
+    /// mounted gets `ENOTCONN` for everything. It can be mounted again.
+    #[error("root {root} is dead: {program} (process {pid}) {how}")]
+    ServerDied {
+        /// Root that it served.
+        root: RootId,
+        /// Name of the program.
+        program: String,
+        /// Number that the process had.
+        pid: u32,
+        /// How it ended.
+        how: String,
+    },
     /// A root or a home could not be mounted.
     #[error("cannot mount {what}")]
     Mount {
@@ -208,6 +221,7 @@ impl Error {
             | Self::Build { .. }
             | Self::NoSpace { .. }
             | Self::Program { .. }
+            | Self::ServerDied { .. }
             | Self::Damaged { .. }
             | Self::DamagedFlavour { .. }
             | Self::DamagedPart { .. }

@@ -42,7 +42,7 @@ mod tree;
 mod treeedit;
 
 pub use backend::{
-    Backends, BaseTree, Bind, Btrfs, Capabilities, Capability, Deviation, Factory, Layer, Looped, OverlayOptions,
+    Backends, BaseTree, Bind, Btrfs, Capabilities, Capability, Deviation, Factory, Fuse, Layer, Looped, OverlayOptions,
     Overlayfs, Place, PlainCopy, Quota, Reflink, Root, RootBackend, RootId, RootIdError, RootOptions, Snapshots,
 };
 pub use build::BuildOptions;

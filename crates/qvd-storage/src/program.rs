@@ -33,11 +33,11 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    fn find(self) -> Option<PathBuf> {
+    pub(crate) fn find(self) -> Option<PathBuf> {
         DIRECTORIES.iter().map(|dir| Path::new(dir).join(self.name)).find(|path| path.is_file())
     }
 
-    fn missing(self) -> Missing {
+    pub(crate) fn missing(self) -> Missing {
         Missing::Program(format!("{} (package {})", self.name, self.package))
     }
 

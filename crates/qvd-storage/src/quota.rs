@@ -30,6 +30,30 @@ pub(crate) fn limit(dir: &Path, limits: Quota) -> Result<(), Error> {
     change(dir, limits)
 }
 
+/// Limits a root whose files are not there yet (`had` is `None`), or changes
+/// the limits it was made with.
+///
+/// # Errors
+/// As [`limit`]; also when it was made without.
+pub(crate) fn renew(dir: &Path, had: Option<Quota>, wanted: Quota) -> Result<(), Error> {
+    match had {
+        Some(has) if has == wanted => Ok(()),
+        Some(has) if has.is_unlimited() => {
+            let missing = Missing::Design("what a root without limits holds is not counted".to_owned());
+            Err(Error::Unsupported { op: "limit a root that was made without", missing })
+        }
+        Some(_) => change(dir, wanted),
+        None => limit(dir, wanted).inspect_err(|_| {
+            // Only one that was just made is empty.
+            if let Err(error) = std::fs::remove_dir(dir)
+                && error.kind() != io::ErrorKind::DirectoryNotEmpty
+            {
+                tracing::warn!(path = %dir.display(), %error, "root without its limit left behind");
+            }
+        }),
+    }
+}
+
 /// Changes the limits of a directory that has some.
 ///
 /// # Errors

@@ -71,7 +71,7 @@ impl BaseTree {
     /// # Errors
     /// A layer is not there, or the kernel cannot stack them.
     pub fn open(&self) -> Result<OwnedFd, Error> {
-        layer::stack(&self.layers)
+        layer::stack(&self.layers, None)
             .map_err(|source| Error::Mount { what: format!("base `{}`", self.path().display()), source })
     }
 

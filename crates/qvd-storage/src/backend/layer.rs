@@ -94,9 +94,10 @@ fn mount_erofs(file: &File) -> Result<OwnedFd, MountError> {
     context.mount(READ_ONLY)
 }
 
-/// Stacks layers for reading, uppermost first. One alone is itself.
-pub(crate) fn stack(layers: &[Layer]) -> Result<OwnedFd, MountError> {
-    let mut opened = layers.iter().map(|layer| open(layer, None)).collect::<Result<Vec<_>, _>>()?;
+/// Stacks layers for reading, uppermost first. One alone is itself. With
+/// `idmap`, owners show shifted by its maps.
+pub(crate) fn stack(layers: &[Layer], idmap: Option<BorrowedFd<'_>>) -> Result<OwnedFd, MountError> {
+    let mut opened = layers.iter().map(|layer| open(layer, idmap)).collect::<Result<Vec<_>, _>>()?;
     match opened.len() {
         0 => return Err(MountError::new("stack no layers", Errno::INVAL.into())),
         1 if !opened.iter().any(|layer| layer.data) => return Ok(opened.remove(0).mount),

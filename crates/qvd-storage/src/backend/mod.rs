@@ -7,6 +7,7 @@ mod capability;
 mod copy;
 mod deviation;
 mod exclusive;
+mod fuse;
 mod id;
 mod layer;
 mod looped;
@@ -31,6 +32,7 @@ pub use self::{
     capability::{Capabilities, Capability},
     copy::{Bind, PlainCopy, Reflink},
     deviation::Deviation,
+    fuse::Fuse,
     id::{RootId, RootIdError},
     looped::Looped,
     overlayfs::{OverlayOptions, Overlayfs},
@@ -107,6 +109,15 @@ pub trait Root: fmt::Debug + Send + Sync {
     /// [`Error::RootBusy`] when it is mounted already, [`Error::Unsupported`]
     /// when this host cannot do it.
     fn mount(&self, idmap: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Error>;
+
+    /// Whether what makes the root work still does: a program that serves its
+    /// files, space that it shares with others. Most roots need nothing.
+    ///
+    /// # Errors
+    /// What is wrong, for instance [`Error::ServerDied`].
+    fn check(&self) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Says that nobody uses the root any more: a volatile one is forgotten, a
     /// persistent one kept. Closing again is `Ok`; after an error, closing

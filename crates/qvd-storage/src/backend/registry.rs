@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use super::{Bind, Btrfs, Looped, Overlayfs, Place, PlainCopy, Reflink, RootBackend};
+use super::{Bind, Btrfs, Fuse, Looped, Overlayfs, Place, PlainCopy, Reflink, RootBackend};
 use crate::Error;
 
 /// Makes a back end that keeps its roots in a place. It may be called on a
@@ -33,9 +33,11 @@ impl Backends {
         all.add("bind", |place| Ok(Box::new(Bind::new(place))));
         all.add("btrfs", |place| Ok(Box::new(Btrfs::new(place))));
         all.add("copy", |place| Ok(Box::new(PlainCopy::new(place))));
+        all.add("fuse", |place| Ok(Box::new(Fuse::overlay(place))));
         all.add("loop", |place| Ok(Box::new(Looped::new(place))));
         all.add("overlayfs", |place| Ok(Box::new(Overlayfs::new(place))));
         all.add("reflink", |place| Ok(Box::new(Reflink::new(place))));
+        all.add("unionfs-fuse", |place| Ok(Box::new(Fuse::unionfs(place))));
         all
     }
 

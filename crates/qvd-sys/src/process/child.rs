@@ -108,6 +108,8 @@ impl<'a> Child<'a> {
             Op::ClearGroups => call!(SYS_setgroups, 0, std::ptr::null::<libc::gid_t>())?,
             Op::SetGid(id) => call!(SYS_setresgid, *id, *id, *id)?,
             Op::SetUid(id) => call!(SYS_setresuid, *id, *id, *id)?,
+            Op::KeepCapabilities => call!(SYS_prctl, libc::PR_SET_KEEPCAPS, 1, 0, 0, 0)?,
+            Op::Capabilities(bits) => set_capabilities(*bits)?,
             Op::NewSession => call!(SYS_setsid)?,
             Op::NewKeyring => {
                 match call!(SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) {
@@ -214,6 +216,23 @@ fn loopback_up() -> Result<c_long, i32> {
     request.ifr_ifru.ifru_flags = 1 | 0x40;
     // The exec closes it with the others.
     call!(SYS_ioctl, socket, libc::SIOCSIFFLAGS, &raw const request)
+}
+
+fn set_capabilities(bits: u64) -> Result<c_long, i32> {
+    // Source: Linux `include/uapi/linux/capability.h`: the header with version
+    // 3, then effective, permitted and inheritable, lower halves first.
+    let header: [u32; 2] = [0x2008_0522, 0];
+    let [a, b, c, d, e, f, g, h] = bits.to_le_bytes();
+    let (low, high) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+    let data = [low, low, low, high, high, high];
+    call!(SYS_capset, header.as_ptr(), data.as_ptr())?;
+    let mut left = bits;
+    while left != 0 {
+        let capability = libc::c_ulong::from(left.trailing_zeros());
+        call!(SYS_prctl, libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0)?;
+        left &= left - 1;
+    }
+    Ok(0)
 }
 
 fn make_fs(kind: &CStr, options: &[(CString, CString)], attributes: u32) -> Result<c_long, i32> {

@@ -142,6 +142,11 @@ pub enum Op {
     SetGid(u32),
     /// Sets real, effective and saved user.
     SetUid(u32),
+    /// Keeps what the process may do when the next step changes its user.
+    KeepCapabilities,
+    /// Has exactly the capabilities with these bits set, and hands them on to
+    /// the program, whoever runs it. All of them have to be in the bounding set.
+    Capabilities(u64),
     /// Starts a session without a terminal.
     NewSession,
     /// Leaves the parent's session keyring for a new one.

@@ -8,7 +8,6 @@ mod stack;
 use std::{
     fs, io,
     os::fd::{AsFd, BorrowedFd},
-    path::Path,
     sync::OnceLock,
 };
 
@@ -22,7 +21,7 @@ pub(crate) use self::{
     stack::{UPPER, WORK, mount_overlay},
 };
 use crate::{
-    Error, Quota,
+    Error,
     backend::{
         BaseTree, Capabilities, Capability, Deviation, Place, Root, RootBackend, RootId, RootOptions,
         record::{self, Record},
@@ -59,19 +58,6 @@ impl Overlayfs {
         }
         let found = OverlayOptions::choose(self.place.dir())?;
         Ok(*self.options.get_or_init(|| found))
-    }
-
-    /// Limits a root whose files are not there yet, or changes its limits.
-    fn limit(&self, dir: &Path, had: Option<&Record>, wanted: Quota) -> Result<(), Error> {
-        match had.map(|record| record.quota) {
-            Some(has) if has == wanted => Ok(()),
-            Some(has) if has.is_unlimited() => {
-                let missing = Missing::Design("what a root without limits holds is not counted".to_owned());
-                Err(Error::Unsupported { op: "limit a root that was made without", missing })
-            }
-            Some(_) => quota::change(dir, wanted),
-            None => quota::limit(dir, wanted),
-        }
     }
 }
 
@@ -162,15 +148,7 @@ impl RootBackend for Overlayfs {
                 had = None;
             }
         }
-        self.limit(&dir, had.as_ref(), options.quota).inspect_err(|_| {
-            // Only one that was just made is empty.
-            if had.is_none()
-                && let Err(error) = fs::remove_dir(&dir)
-                && error.kind() != io::ErrorKind::DirectoryNotEmpty
-            {
-                tracing::warn!(root = %id, %error, "root without its limit left behind");
-            }
-        })?;
+        quota::renew(&dir, had.as_ref().map(|record| record.quota), options.quota)?;
         note_base(&dir, base.path()).map_err(io("make root"))?;
         let record = Record::new(base, options);
         if policy == RootPolicy::Persistent && had.as_ref() != Some(&record) {
