@@ -124,3 +124,30 @@ fn confine_makes_ports_that_are_told_by_their_lines_and_removes_them() {
         before.assert_unchanged();
     });
 }
+
+#[test]
+fn image_history_walks_through_all_of_it() {
+    privileged(&[Need::Root], || {
+        let output = Command::new(example("image_history")).output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+        // What it ensures by itself it does not get beyond; the rest is here.
+        let numbers = |about: &str, what: &str| -> Vec<u64> {
+            let line = said.lines().find(|line| line.contains(about) && line.contains(what)).unwrap();
+            line.split([' ', ',']).filter_map(|word| word.parse().ok()).collect()
+        };
+        let (memory, code) = ("bytes in memory", "KiB resident");
+        let [shared, apart] = ["two versions", "two plain copies"];
+        assert!(matches!(numbers(shared, memory)[..], [0, bytes] if bytes > 0), "{said}");
+        assert!(matches!(numbers(apart, memory)[..], [0, 0]), "{said}");
+        let of_each = |about| match numbers(about, code)[..] {
+            [resident, proportional] if resident > 0 => (resident, proportional),
+            _ => panic!("{said}"),
+        };
+        let (resident, proportional) = of_each(shared);
+        assert_eq!(proportional, resident / 2, "{said}");
+        let (resident, proportional) = of_each(apart);
+        assert_eq!(proportional, resident, "{said}");
+        assert!(said.ends_with("done\n"));
+    });
+}

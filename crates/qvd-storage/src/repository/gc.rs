@@ -100,7 +100,7 @@ impl Repository {
             todo.extend(self.tags(&flavour)?.into_values());
             for tag in self.logged_tags(&flavour)? {
                 let moves = self.reflog(&flavour, &tag)?;
-                let recent = moves.into_iter().filter(|one| one.time_unix_s >= since_unix_s);
+                let recent = moves.into_iter().filter(|one| one.time_unix_s > since_unix_s);
                 // Of the past only what is still there can be kept.
                 todo.extend(recent.flat_map(|one| [one.from, one.to]).flatten().filter(|id| self.has_commit(*id)));
             }
