@@ -63,6 +63,7 @@ enum Part {
     Tree(TreeId),
     Mountable(TreeId),
     Commit(CommitId),
+    Novel(CommitId),
 }
 
 struct Check<'a> {
@@ -101,6 +102,7 @@ impl Repository {
                 Part::Tree(id) => format!("tree {id}"),
                 Part::Mountable(id) => format!("EROFS of tree {id}"),
                 Part::Commit(id) => format!("commit {id}"),
+                Part::Novel(id) => format!("list of what is new in commit {id}"),
             };
             check.checked.problems.push(Problem { what, reason, repaired });
         }
@@ -111,6 +113,11 @@ impl Repository {
     /// Puts something in place of what is damaged; says whether there was a
     /// sound one.
     fn repair(&self, part: Part, from: &Self) -> Result<bool, Error> {
+        if let Part::Novel(id) = part {
+            // It is made of what has been repaired before.
+            self.forget_novel(id)?;
+            return Ok(self.commit(id).and_then(|commit| self.novel(id, &commit)).is_ok());
+        }
         let staged = tempfile::NamedTempFile::new_in(self.incoming()).map_err(Error::io("write below", self.dir()))?;
         let write = |bytes: &[u8]| io::Write::write_all(&mut staged.as_file(), bytes);
         let (sound, to) = match part {
@@ -119,7 +126,8 @@ impl Repository {
                 (copied.is_ok_and(|(found, _)| found == id), self.objects.path(id))
             }
             Part::Tree(id) => {
-                let bytes = fs::read(from.tree_path(id)).ok().filter(|bytes| Tree::id_of(bytes) == id);
+                let sound = |bytes: &Vec<u8>| Tree::decode(bytes).is_ok_and(|(found, _)| found == id);
+                let bytes = fs::read(from.tree_path(id)).ok().filter(sound);
                 (bytes.is_some_and(|bytes| write(&bytes).is_ok()), self.tree_path(id))
             }
             Part::Mountable(id) => {
@@ -131,6 +139,7 @@ impl Repository {
                 let bytes = fs::read(from.commit_path(id)).unwrap_or_default();
                 (sound && write(&bytes).is_ok(), self.commit_path(id))
             }
+            Part::Novel(_) => return Ok(false),
         };
         if !sound {
             return Ok(false);
@@ -163,6 +172,8 @@ impl Check<'_> {
         }
         todo.sort_unstable();
         todo.dedup();
+        let changed = todo.iter().filter(|id| self.repository.known_novel(**id).is_none());
+        self.found.extend(changed.map(|id| (Part::Novel(*id), "it is missing or was changed".to_owned())));
         let mut seen: BTreeSet<CommitId> = todo.iter().copied().collect();
         while let Some(id) = todo.pop() {
             self.checked.commits += 1;

@@ -68,7 +68,7 @@ impl Repository {
             .commits()?
             .into_iter()
             .filter(|id| !marked.commits.contains(id))
-            .map(|id| self.commit_path(id))
+            .flat_map(|id| [self.novel_path(id), self.commit_path(id)])
             .collect();
         let trees =
             ids(&self.dir().join("trees"), |name| TreeId::from_hex(name.strip_suffix(".erofs").unwrap_or(name)))?;
@@ -78,7 +78,7 @@ impl Repository {
         let all = self.objects.all().map_err(Error::io("read", self.objects.dir()))?;
         let objects: Vec<ObjectId> = all.iter().copied().filter(|id| !marked.objects.contains(id)).collect();
         let mut collected = Collected {
-            commits: commits.len() as u64,
+            commits: commits.len() as u64 / 2,
             trees: trees.len() as u64,
             objects: objects.len() as u64,
             bytes: 0,
@@ -113,17 +113,12 @@ impl Repository {
             let commit = self.commit(id)?;
             todo.extend(&commit.parents);
             marked.objects.extend(commit.packages);
-            match commit.content {
-                Content::Tree { id, .. } if marked.trees.insert(id) => {
-                    marked.objects.extend(self.tree(id)?.objects().map(|(object, _)| object));
-                }
-                Content::Tree { .. } => {}
-                Content::Disk { blocks, .. } => {
-                    if marked.objects.insert(blocks) {
-                        marked.objects.extend(self.disk_blocks(blocks)?.into_iter().flatten());
-                    }
-                }
+            if let Content::Tree { id, .. } = commit.content {
+                marked.trees.insert(id);
             }
+            // A parent is kept with what it needs: what is new in this commit
+            // is all that it adds, and known without a look at its tree.
+            marked.objects.extend(self.novel(id, &commit)?);
         }
         Ok(marked)
     }

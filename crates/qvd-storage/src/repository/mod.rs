@@ -26,6 +26,7 @@ mod gc;
 mod history;
 mod id;
 mod lock;
+mod novel;
 mod objects;
 mod packages;
 mod reference;
@@ -35,6 +36,7 @@ mod tags;
 mod transfer;
 mod tree;
 mod verity;
+pub mod wire;
 
 use std::{
     fs, io,
@@ -63,7 +65,7 @@ use objects::Objects;
 const FORMAT: &[u8] = b"qvd-repository-1\n";
 /// Largest list of entries that is read, in bytes: of a tree as large as a tree
 /// may be, with paths of usual length.
-const TREE_MAX_BYTES: u64 = 1 << 30;
+pub(crate) const TREE_MAX_BYTES: u64 = 1 << 30;
 
 /// A repository of images.
 #[derive(Debug)]
@@ -149,8 +151,8 @@ impl Repository {
         if Tree::id_of(&bytes) != id {
             return Err(damaged("its encoding was changed".to_owned()));
         }
-        let (_, tree) = Tree::decode(&bytes).map_err(|error| damaged(error.to_string()))?;
-        Ok(tree)
+        // Whoever added it has checked it.
+        Tree::decode_checked(&bytes).map_err(|error| damaged(error.to_string()))
     }
 
     /// The tree of a commit.

@@ -131,9 +131,19 @@ impl<'r> Staging<'r> {
             return Err(incomplete(format!("its parent {parent} is missing")));
         }
         self.repository.expect_content(commit).map_err(incomplete)?;
-        self.add(self.repository.commit_path(id), &bytes).map_err(Error::io("write", self.dir.path()))?;
+        self.add_commit(id, commit, &bytes)?;
         self.settle()?;
         Ok(id)
+    }
+
+    /// Adds a commit that was looked at, and the list of what is new in it.
+    pub(crate) fn add_commit(&self, id: CommitId, commit: &Commit, bytes: &[u8]) -> Result<(), Error> {
+        let novel = self.repository.encode_novel(id, commit)?;
+        let add = || {
+            self.add(self.repository.novel_path(id), &novel)?;
+            self.add(self.repository.commit_path(id), bytes)
+        };
+        add().map_err(Error::io("write", self.dir.path()))
     }
 
     /// Whether a content is there or was added.

@@ -2,11 +2,11 @@
 //! visible when it is whole.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     io::{self, Read},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     thread,
@@ -15,16 +15,23 @@ use std::{
 use qvd_core::{FlavourName, Tag};
 use serde::Serialize;
 
-use super::{Commit, CommitId, Content, Expect, ObjectId, Repository, Staging, Tree, TreeId};
+use super::{
+    Commit, CommitId, Content, Expect, ObjectId, Repository, Staging, Tree, TreeId,
+    wire::{Channel, Remote, answer},
+};
 use crate::Error;
 
 /// Most batches that travel at once.
 const AT_ONCE: usize = 4;
 /// A batch ends with the object that fills one of these.
 const BATCH_BYTES: u64 = 16 << 20;
-const BATCH_OBJECTS: usize = 256;
+const BATCH_OBJECTS: usize = 512;
 /// After so many bytes what arrived gets its name: a cut later costs no more.
 const SETTLE_BYTES: u64 = 128 << 20;
+/// As much as a pipe holds. Source: pipe(7).
+const PIPE_BYTES: usize = 64 << 10;
+/// Largest content of which no tree says how long it is: a list.
+const LIST_MAX_BYTES: u64 = 256 << 20;
 
 /// Where a repository can get things from: another one, however far away. What
 /// it gives is not trusted.
@@ -68,45 +75,54 @@ pub trait Source: fmt::Debug + Send + Sync {
     fn received_bytes(&self) -> u64;
 }
 
-/// Another repository in a directory of this host.
+/// Another repository in a directory of this host, which may be of another host
+/// in truth: what is taken from it is compressed and counted as on any way.
 #[derive(Debug)]
-pub struct Directory {
-    repository: Repository,
-    bytes: AtomicU64,
-}
+pub struct Directory(Remote<Here>);
 
 impl Directory {
     /// Takes from a repository.
     #[must_use]
-    pub const fn new(repository: Repository) -> Self {
-        Self { repository, bytes: AtomicU64::new(0) }
+    pub fn new(repository: Repository) -> Self {
+        let name = repository.dir().display().to_string();
+        Self(Remote::new(name, Here(Arc::new(repository))))
     }
+}
 
-    fn count(&self, bytes: &[u8]) {
-        self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+/// Answers come from a thread of this process.
+#[derive(Debug)]
+struct Here(Arc<Repository>);
+
+impl Channel for Here {
+    fn ask(&self, question: &[u8]) -> io::Result<Box<dyn Read + '_>> {
+        let (from, to) = io::pipe()?;
+        let (repository, question) = (Arc::clone(&self.0), question.to_vec());
+        let give = move || {
+            let mut to = io::BufWriter::with_capacity(PIPE_BYTES, to);
+            if let Err(error) = answer(&repository, &question, &mut to) {
+                tracing::debug!(%error, "an answer was cut off");
+            }
+        };
+        thread::Builder::new().name("repository".to_owned()).spawn(give)?;
+        Ok(Box::new(from))
     }
 }
 
 impl Source for Directory {
     fn flavours(&self) -> Result<Vec<FlavourName>, Error> {
-        self.repository.flavours()
+        self.0.flavours()
     }
 
     fn tags(&self, flavour: &FlavourName) -> Result<BTreeMap<Tag, CommitId>, Error> {
-        self.repository.tags(flavour)
+        self.0.tags(flavour)
     }
 
     fn commit(&self, id: CommitId) -> Result<Vec<u8>, Error> {
-        let bytes = self.repository.commit_bytes(id)?;
-        self.count(&bytes);
-        Ok(bytes)
+        self.0.commit(id)
     }
 
-    fn tree(&self, id: TreeId, _: Option<&Tree>) -> Result<Vec<u8>, Error> {
-        let path = self.repository.tree_path(id);
-        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        self.count(&bytes);
-        Ok(bytes)
+    fn tree(&self, id: TreeId, like: Option<&Tree>) -> Result<Vec<u8>, Error> {
+        self.0.tree(id, like)
     }
 
     fn objects(
@@ -114,17 +130,11 @@ impl Source for Directory {
         ids: &[ObjectId],
         take: &mut dyn FnMut(ObjectId, &mut dyn Read) -> io::Result<()>,
     ) -> Result<(), Error> {
-        for id in ids {
-            let mut file = self.repository.object(*id)?;
-            let len = file.metadata().map_or(0, |meta| meta.len());
-            take(*id, &mut file).map_err(Error::io("copy", self.repository.objects.path(*id)))?;
-            self.bytes.fetch_add(len, Ordering::Relaxed);
-        }
-        Ok(())
+        self.0.objects(ids, take)
     }
 
     fn received_bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+        self.0.received_bytes()
     }
 }
 
@@ -273,8 +283,7 @@ impl Job<'_, '_> {
         }
         self.staging.settle()?;
         here.expect_content(&commit).map_err(|reason| Error::Damaged { digest: id.digest(), reason })?;
-        let add = self.staging.add(here.commit_path(id), &bytes);
-        add.map_err(Error::io("write below", here.dir()))?;
+        self.staging.add_commit(id, &commit, &bytes)?;
         self.staging.settle()?;
         self.tell(|told| told.commits += 1);
         Ok(())
@@ -295,16 +304,16 @@ impl Job<'_, '_> {
 
     /// Gets contents that are not here, several batches at once.
     fn fetch(&self, mut objects: Vec<(ObjectId, u64)>) -> Result<(), Error> {
-        objects.sort_unstable();
-        objects.dedup_by_key(|(id, _)| *id);
-        objects.retain(|(id, _)| !self.staging.has(*id));
-        let mut batches: Vec<Vec<ObjectId>> = Vec::new();
+        // In the order of the tree: neighbours resemble each other.
+        let mut seen = HashSet::new();
+        objects.retain(|(id, _)| seen.insert(*id) && !self.staging.has(*id));
+        let mut batches: Vec<Vec<(ObjectId, u64)>> = Vec::new();
         let mut filled = BATCH_BYTES;
         for (id, bytes) in &objects {
             match batches.last_mut() {
-                Some(batch) if filled < BATCH_BYTES && batch.len() < BATCH_OBJECTS => batch.push(*id),
+                Some(batch) if filled < BATCH_BYTES && batch.len() < BATCH_OBJECTS => batch.push((*id, *bytes)),
                 _ => {
-                    batches.push(vec![*id]);
+                    batches.push(vec![(*id, *bytes)]);
                     filled = 0;
                 }
             }
@@ -336,11 +345,14 @@ impl Job<'_, '_> {
         }
     }
 
-    fn batch(&self, ids: &[ObjectId], settled: &AtomicU64) -> Result<(), Error> {
-        let mut asked: HashSet<ObjectId> = ids.iter().copied().collect();
-        self.source.objects(ids, &mut |id, content| {
-            let (found, len) = self.staging.put(content)?;
-            if found != Some(id) || !asked.remove(&id) {
+    fn batch(&self, batch: &[(ObjectId, u64)], settled: &AtomicU64) -> Result<(), Error> {
+        let mut asked: HashMap<ObjectId, u64> = batch.iter().copied().collect();
+        let ids: Vec<ObjectId> = batch.iter().map(|(id, _)| *id).collect();
+        self.source.objects(&ids, &mut |id, content| {
+            // No more than there should be is written, whatever is sent.
+            let expected = asked.remove(&id).map(|len| if len == 0 { LIST_MAX_BYTES } else { len });
+            let (found, len) = self.staging.put(&mut content.take(expected.unwrap_or(0)))?;
+            if found != Some(id) {
                 let reason = format!("what was received for object {id} is something else");
                 return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
             }
@@ -354,7 +366,7 @@ impl Job<'_, '_> {
             }
             Ok(())
         })?;
-        match asked.iter().next() {
+        match asked.keys().next() {
             Some(id) => {
                 let reason = "the source did not send it".to_owned();
                 Err(Error::DamagedPart { what: format!("object {id}"), reason })

@@ -234,6 +234,14 @@ impl Tree {
     }
 }
 
+impl Tree {
+    /// Reads a tree that was checked before it was given the id that its
+    /// encoding still has.
+    pub(crate) fn decode_checked(bytes: &[u8]) -> Result<Self, TreeError> {
+        Ok(Self { entries: encoding::decode(bytes)? })
+    }
+}
+
 impl Entry {
     /// The number of its group of names, 0 for none.
     pub(crate) const fn link(&self) -> u32 {
