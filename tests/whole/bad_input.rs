@@ -289,40 +289,35 @@ fn a_package_that_does_not_exist_is_named() {
         assert_eq!(output.status.code(), Some(2), "{line}");
         assert!(line.starts_with("qvd: cannot ") && line.contains("`no-such-package-anywhere` in bookworm"), "{line}");
         assert!(line.contains(&recipe), "{line}");
-        for name in ["images", "trash"] {
+        for name in ["images/commits", "images/objects", "images/incoming", "making", "trash"] {
             let left: Vec<OsString> =
                 fs::read_dir(root.join(name)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-            assert!(left.iter().all(|name| name == "flavours"), "{name}: {left:?}");
+            assert!(left.is_empty(), "{name}: {left:?}");
         }
     });
 }
 
 #[test]
 fn a_damaged_image_is_named_and_stops_nobody_else() {
-    /// Breaks an image; the second argument is its directory.
-    type Damage = fn(&Path);
+    /// Breaks an image: its repository, and the file of its commit.
+    type Damage = fn(&Path, &Path);
+    /// Replaces a file that nobody may write.
+    fn put(file: &Path, content: &str) {
+        fs::remove_file(file).unwrap();
+        fs::write(file, content).unwrap();
+    }
     let damages: [(Damage, i32, &str); 4] = [
+        (|_, commit| put(commit, &fs::read_to_string(commit).unwrap()[..100]), 1, "EOF while parsing"),
+        (|_, commit| put(commit, &fs::read_to_string(commit).unwrap().replace("1000", "1001")), 1, "was changed"),
         (
-            |dir| fs::OpenOptions::new().write(true).open(dir.join("image.json")).unwrap().set_len(100).unwrap(),
-            1,
-            "image.json is not whole",
-        ),
-        (
-            |dir| {
-                fs::write(
-                    dir.join("image.json"),
-                    fs::read_to_string(dir.join("image.json"))
-                        .unwrap()
-                        .replace("/home/user", "/home/usex")
-                        .replace("1000", "1001"),
-                )
-                .unwrap()
+            |images, _| {
+                fs::remove_dir_all(images.join("trees")).unwrap();
+                fs::create_dir(images.join("trees")).unwrap();
             },
             1,
-            "was changed",
+            "is missing",
         ),
-        (|dir| fs::remove_dir_all(dir.join("tree/etc")).unwrap(), 1, "tree is not complete"),
-        (|dir| fs::remove_dir_all(dir).unwrap(), 4, "there is no image"),
+        (|_, commit| fs::remove_file(commit).unwrap(), 4, "there is no image"),
     ];
     on_a_host(|host| {
         for (damage, status, says) in damages {
@@ -333,7 +328,8 @@ fn a_damaged_image_is_named_and_stops_nobody_else() {
                 let server = setup.start().unwrap();
                 server.add_user("ana", PASSWORD).unwrap();
                 let desktop: Desktop = server.json(&["desktop", "create", "ana", "tiny", "--no-network"]).unwrap();
-                damage(&root.join("images").join(image.digest().hex()));
+                let images = root.join("images");
+                damage(&images, &images.join("commits").join(image.digest().hex()));
                 let id = desktop.id.to_string();
                 check(
                     || setup.command(),
@@ -406,9 +402,8 @@ fn a_full_disk_is_named_and_works_again_with_room() {
                 check(|| setup.command(), &case(&["desktop", "start", &id], 1, &[&id, "no space is left", full]));
                 let recipe = file(&disk.at, "other.toml", &RECIPE.replace("tiny", "other"));
                 check(|| setup.command(), &case(&["image", "build", &recipe], 1, &["no space is left", full]));
-                let left: Vec<_> = fs::read_dir(root.join("images")).unwrap().map(|e| e.unwrap().file_name()).collect();
-                assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("tmp-")), "{left:?}");
-                assert_eq!(fs::read_dir(root.join("roots/overlayfs")).unwrap().count(), 0);
+                assert_eq!(fs::read_dir(root.join("making")).unwrap().count(), 0);
+                assert_eq!(fs::read_dir(root.join("roots/overlayfs")).map_or(0, Iterator::count), 0);
                 fs::remove_file(disk.path().join("ballast")).unwrap();
                 expect_ok(&server.run(["desktop", "start", &id]).unwrap());
                 remove_user(&server, "ana");

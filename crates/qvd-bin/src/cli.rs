@@ -7,7 +7,7 @@ use std::{
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use qvd_core::{Bytes, DesktopId, FlavourName, Tag, UserName};
-use qvd_storage::repository::Reference;
+use qvd_storage::repository::{Reference, Rollout};
 
 /// Port of the gateway unless told otherwise: QVD's own since its first release.
 const DEFAULT_LISTEN: &str = "0.0.0.0:8443";
@@ -100,6 +100,9 @@ pub(crate) enum Image {
         /// Recipe file
         #[arg(value_hint = ValueHint::FilePath)]
         recipe: PathBuf,
+        /// Why, for its history
+        #[arg(short, long, value_name = "TEXT")]
+        message: Option<String>,
     },
     /// List the newest image of every flavour
     Ls,
@@ -133,6 +136,8 @@ pub(crate) enum Image {
         /// Why, for the reflog
         #[arg(short, long, value_name = "TEXT", default_value = "tagged")]
         message: String,
+        #[command(flatten)]
+        steps: Steps,
     },
     /// Remove a tag
     Untag {
@@ -202,6 +207,31 @@ pub(crate) enum Image {
         /// The other repository
         remote: PathBuf,
     },
+}
+
+/// How desktops that follow a tag get what it is put on. Without any of these
+/// all get it at their next start.
+#[derive(Debug, Args)]
+pub(crate) struct Steps {
+    /// How many of a hundred desktops get it first; the others keep what they have
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) canary: Option<u8>,
+    /// Seconds after which users of the older one are asked to leave it
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) soft: Option<u64>,
+    /// Seconds after which desktops of the older one are stopped
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) hard: Option<u64>,
+}
+
+impl Steps {
+    /// What they come to, if there are any.
+    pub(crate) fn rollout(&self) -> Option<Rollout> {
+        let none = self.canary.is_none() && self.soft.is_none() && self.hard.is_none();
+        let rollout =
+            Rollout { canary_percent: self.canary.unwrap_or(100), soft_after_s: self.soft, hard_after_s: self.hard };
+        (!none).then_some(rollout)
+    }
 }
 
 #[derive(Debug, Args)]

@@ -1,6 +1,7 @@
 //! The history of images: on the repository itself, also while a daemon runs.
 
 use std::{
+    fs, io,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
@@ -11,7 +12,7 @@ use qvd_storage::{
     Error, Recipe, Repository,
     repository::{
         Change, Checked, Commit, CommitId, Content, Diff, Directory, Expect, Keep, Logged, NewCommit, Reference,
-        Revision, Transferred, Wanted, archive::Format,
+        Revision, Rollout, Transferred, Wanted, archive::Format,
     },
 };
 use serde::Serialize;
@@ -52,11 +53,17 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
             output.result(&diff, show_diff)
         }
         Image::Tag { flavour, name: None, .. } => tags(&repository, &flavour, output),
-        Image::Tag { flavour, name: Some(name), id, message } => {
+        Image::Tag { flavour, name: Some(name), id, message, steps } => {
             let tag = || {
                 let id = id.map_or(Ok(None), |id| target(&flavour, &id).map(Some))?;
                 let to = repository.resolve(&id.unwrap_or(Reference { flavour: flavour.clone(), revision: None }))?;
-                repository.move_tag(&flavour, &name, Expect::Anything, Some(to), (&author(), &message))?;
+                let who = author();
+                // Without steps, those under way end: all get it.
+                let under_way = repository.rollout(&flavour, &name)?.map(|_| Rollout::default());
+                match steps.rollout().or(under_way) {
+                    Some(rollout) => repository.publish(&flavour, &name, to, rollout, (&who, &message))?,
+                    None => repository.move_tag(&flavour, &name, Expect::Anything, Some(to), (&who, &message))?,
+                };
                 anyhow::Ok(to)
             };
             let to = tag().with_context(|| format!("cannot put `{name}` of {flavour}"))?;
@@ -117,8 +124,10 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
         }
         Image::Fsck { repair } => fsck(&repository, repair.as_deref(), output),
         Image::Gc { dry_run, keep_days } => {
-            let keep = Keep { reflog: Duration::from_secs(u64::from(keep_days) * 86_400), ..Keep::default() };
-            let collected = repository.gc(&keep, dry_run).context("cannot collect what is not needed")?;
+            let cannot = "cannot collect what is not needed";
+            let commits = repository.in_use(&paths.root.join("roots")).context(cannot)?;
+            let keep = Keep { reflog: Duration::from_secs(u64::from(keep_days) * 86_400), commits };
+            let collected = repository.gc(&keep, dry_run).context(cannot)?;
             let verb = if dry_run { "would delete" } else { "deleted" };
             output.result(&collected, |c| {
                 let (commits, trees, objects) = (c.commits, c.trees, c.objects);
@@ -155,10 +164,20 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
 
 /// A repository that has to be there.
 fn existing(at: &Path) -> anyhow::Result<Repository> {
-    if !at.join("format").exists() {
-        return Err(Refusal::new(Exit::NotFound, format!("there is no repository in `{}`", at.display())).into());
+    let none = || Refusal::new(Exit::NotFound, format!("there is no repository in `{}`", at.display()));
+    find(at)?.ok_or_else(|| none().into())
+}
+
+/// The repository in a directory, if there is one.
+pub(crate) fn find(at: &Path) -> anyhow::Result<Option<Repository>> {
+    match fs::metadata(at.join("format")) {
+        Ok(_) => Ok(Some(Repository::open(at)?)),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let what = format!("cannot open the images in `{}`: this takes root", at.display());
+            Err(Refusal::new(Exit::Unsupported, what).into())
+        }
+        Err(_) => Ok(None),
     }
-    Ok(Repository::open(at)?)
 }
 
 /// Where a remote's repository is: itself, or that of an installation.
@@ -394,7 +413,7 @@ fn mib(bytes: u64) -> String {
 }
 
 /// Who runs this command, also behind `sudo`.
-fn author() -> String {
+pub(crate) fn author() -> String {
     let of = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     let user = of("SUDO_USER").or_else(|| of("USER")).or_else(|| of("LOGNAME"));
     let user = user.unwrap_or_else(|| match rustix::process::geteuid() {

@@ -35,13 +35,17 @@ pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: 
         return remote::wait(remote::image(&client, command, output))?;
     }
     match command {
-        Image::Build { recipe } => {
+        Image::Build { recipe, message } => {
             let text = read_recipe(&recipe)?;
             let cannot = || format!("cannot build the image of `{}`", recipe.display());
             let recipe = Recipe::parse(&text).with_context(cannot)?;
             let store = open(paths)?;
             let progress = output.progress();
-            let built = store.build(&recipe, &BuildOptions::default(), &mut |line| progress.say(line));
+            let mut options = BuildOptions { author: history::author(), ..BuildOptions::default() };
+            if let Some(message) = message {
+                options.message = message;
+            }
+            let built = store.build(&recipe, &options, &mut |line| progress.say(line));
             drop(progress);
             // Nobody else does it once this command has ended.
             if let Err(error) = store.empty_trash() {
@@ -54,12 +58,10 @@ pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: 
             show_built(&ImageSummary::of(&built.image, built.reused), output)
         }
         Image::Ls => {
-            // Listing must not make a state directory where there is none.
-            if !paths.root.is_dir() {
-                return list(&[], output);
-            }
-            let store = open(paths)?;
-            list(&ImageSummary::all(&store).context("cannot list the images")?, output)
+            // Listing must not make a repository where there is none.
+            let cannot = "cannot list the images";
+            let Some(repository) = history::find(&paths.root.join("images"))? else { return list(&[], output) };
+            list(&ImageSummary::all(&repository).context(cannot)?, output)
         }
         other => history::run(paths, other, output),
     }

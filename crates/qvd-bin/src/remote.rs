@@ -41,7 +41,7 @@ pub(crate) fn wait<F: Future>(command: F) -> anyhow::Result<F::Output> {
 /// Carries out a command about images.
 pub(crate) async fn image(client: &Client, command: Image, output: &Output) -> anyhow::Result<()> {
     match command {
-        Image::Build { recipe } => {
+        Image::Build { recipe, .. } => {
             let path = std::path::absolute(&recipe)
                 .with_context(|| format!("cannot find the recipe `{}`", recipe.display()))?;
             let progress = output.progress();

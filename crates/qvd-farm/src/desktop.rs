@@ -103,7 +103,7 @@ impl Farm {
     pub async fn create_desktop(&self, new: NewDesktop) -> Result<Desktop, FarmError> {
         let defaults = self.flavour(&new.flavour).await?.defaults;
         let tag = new.tag.unwrap_or_else(Tag::default_tag);
-        self.resolve(&new.flavour, &tag).await?;
+        self.resolve(&new.flavour, &tag, None).await?;
         let limits = new.limits.unwrap_or(defaults.limits);
         let net = new.net.unwrap_or(defaults.net);
         check_limits(&limits)?;
@@ -329,7 +329,7 @@ impl Farm {
             let what = format!("desktop {id} is under maintenance");
             return Err(FarmError::with_code(ErrorKind::Forbidden, "desktop_blocked", what));
         }
-        let image = self.resolve(&desktop.flavour, &desktop.tag).await?;
+        let image = self.resolve(&desktop.flavour, &desktop.tag, Some(id)).await?;
         let spec = DesktopSpec {
             id,
             user: desktop.user,

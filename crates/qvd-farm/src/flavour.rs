@@ -1,6 +1,7 @@
-use std::collections::HashMap;
+use std::{collections::HashMap, error::Error as _};
 
-use qvd_core::{Digest, FlavourName, Tag};
+use qvd_core::{DesktopId, Digest, FlavourName, Tag};
+use qvd_node::HostErrorKind;
 use sqlx::Row;
 
 use crate::{ErrorKind, Farm, FarmError, Flavour, FlavourDefaults, row};
@@ -70,18 +71,23 @@ impl Farm {
         Ok(())
     }
 
-    /// The image that a tag names now.
-    pub(crate) async fn resolve(&self, flavour: &FlavourName, tag: &Tag) -> Result<Digest, FarmError> {
-        let flavour = self.flavour(flavour).await?;
-        // The host publishes one image a flavour, and both names mean it.
-        if *tag == Tag::head() || *tag == Tag::default_tag() {
-            return Ok(flavour.digest);
-        }
-        Err(FarmError::with_code(
-            ErrorKind::NotFound,
-            "unknown_tag",
-            format!("flavour `{}` has no tag `{tag}`; it has `default` and `head`", flavour.name),
-        ))
+    /// The image that a desktop which follows a tag gets at its next start.
+    pub(crate) async fn resolve(
+        &self,
+        flavour: &FlavourName,
+        tag: &Tag,
+        desktop: Option<DesktopId>,
+    ) -> Result<Digest, FarmError> {
+        let flavour = self.flavour(flavour).await?.name;
+        let (name, follows) = (flavour.clone(), tag.clone());
+        let followed = self.on_host(move |host| host.follow(&name, &follows, desktop)).await?;
+        followed.map_err(|error| match error.kind() {
+            HostErrorKind::NotFound => {
+                let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+                FarmError::with_code(ErrorKind::NotFound, "unknown_tag", cause)
+            }
+            _ => FarmError::host(format!("cannot find what follows `{tag}` of {flavour}"), error),
+        })
     }
 
     async fn all_defaults(&self) -> Result<HashMap<String, FlavourDefaults>, FarmError> {

@@ -12,7 +12,8 @@ use std::{
 };
 
 use qvd_core::{
-    DesktopId, DesktopSpec, ErrorKind, NetPolicy, RestPolicy, RootPolicy, StartStep, UidRange, Virtualizer,
+    DesktopId, DesktopSpec, Digest, ErrorKind, FlavourName, NetPolicy, RestPolicy, RootPolicy, StartStep, Tag,
+    UidRange, Virtualizer,
 };
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
 use qvd_net::{Network, Port, PortSpec, loopback_up};
@@ -385,7 +386,19 @@ impl Parts {
     }
 
     pub(crate) fn images(&self) -> Result<Vec<ImageSummary>, HostError> {
-        ImageSummary::all(&self.store).map_err(storage("cannot list the images"))
+        ImageSummary::all(self.store.repository()).map_err(storage("cannot list the images"))
+    }
+
+    pub(crate) fn follow(
+        &self,
+        flavour: &FlavourName,
+        tag: &Tag,
+        desktop: Option<DesktopId>,
+    ) -> Result<Digest, HostError> {
+        // Who does not exist yet gets what most have.
+        let who = desktop.map_or_else(String::new, |id| id.to_string());
+        let commit = self.store.repository().follow(flavour, tag, &who);
+        Ok(commit.map_err(storage(format!("cannot find what follows `{tag}` of {flavour}")))?.digest())
     }
 
     fn home(&self, spec: &DesktopSpec, image: &Image) -> Result<Home, qvd_storage::Error> {

@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep};
+use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
 
 use crate::{
@@ -308,6 +308,15 @@ impl Host for FakeHost {
 
     fn images(&self) -> Result<Vec<ImageSummary>, HostError> {
         Ok(self.begin(Op::Images)?.images.values().cloned().collect())
+    }
+
+    fn follow(&self, flavour: &FlavourName, tag: &Tag, _: Option<DesktopId>) -> Result<Digest, HostError> {
+        let state = self.begin(Op::Images)?;
+        let known = *tag == Tag::head() || *tag == Tag::default_tag();
+        match state.images.get(flavour).filter(|_| known) {
+            Some(image) => Ok(image.digest),
+            None => Err(HostError::new(HostErrorKind::NotFound, format!("flavour {flavour} has no tag `{tag}`"))),
+        }
     }
 }
 

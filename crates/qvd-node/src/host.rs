@@ -15,9 +15,12 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep};
+use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
-use qvd_storage::{Image, Store};
+use qvd_storage::{
+    Image, Repository,
+    repository::{Reference, Revision},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::rest::Awake;
@@ -85,6 +88,12 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// # Errors
     /// The repository cannot be read.
     fn images(&self) -> Result<Vec<ImageSummary>, HostError>;
+
+    /// The image that a desktop gets at its next start if it follows this tag.
+    ///
+    /// # Errors
+    /// There is no such flavour or tag, or the repository cannot be read.
+    fn follow(&self, flavour: &FlavourName, tag: &Tag, desktop: Option<DesktopId>) -> Result<Digest, HostError>;
 }
 
 /// What somebody who has to choose a next step needs to know of an error.
@@ -217,33 +226,40 @@ impl ImageSummary {
         }
     }
 
-    /// Describes the image of every flavour in `store`. A damaged one is listed
-    /// as such: it is no reason not to use the others.
+    /// Describes what desktops of each flavour follow. A damaged one is listed as
+    /// such: it is no reason not to use the others.
     ///
     /// # Errors
-    /// The store cannot be read.
-    pub fn all(store: &Store) -> Result<Vec<Self>, qvd_storage::Error> {
+    /// The repository cannot be read.
+    pub fn all(repository: &Repository) -> Result<Vec<Self>, qvd_storage::Error> {
         let mut all = Vec::new();
-        for flavour in store.flavours()? {
-            let digest = match store.digest_of(&flavour) {
-                Ok(digest) => digest,
+        for flavour in repository.flavours()? {
+            let followed = Reference { flavour: flavour.clone(), revision: Some(Revision::Tag(Tag::default_tag())) };
+            let newest = Reference { flavour: flavour.clone(), revision: None };
+            let id = match repository.resolve(&followed).or_else(|_| repository.resolve(&newest)) {
+                Ok(id) => id,
                 Err(error) => {
                     tracing::warn!(%flavour, %error, "flavour left out");
                     continue;
                 }
             };
-            all.push(match store.image(digest) {
-                Ok(image) => Self::of(&image, false),
-                Err(error) => Self {
-                    flavour,
-                    digest,
-                    created_unix_s: 0,
-                    entries: 0,
-                    size_bytes: 0,
-                    reused: false,
-                    damaged: Some(error.to_string()),
-                },
-            });
+            let mut summary = Self {
+                flavour,
+                digest: id.digest(),
+                created_unix_s: 0,
+                entries: 0,
+                size_bytes: 0,
+                reused: false,
+                damaged: None,
+            };
+            match repository.whole(id) {
+                Ok(commit) => {
+                    summary.created_unix_s = commit.time_unix_s;
+                    (summary.entries, summary.size_bytes) = commit.content.size();
+                }
+                Err(error) => summary.damaged = Some(error.to_string()),
+            }
+            all.push(summary);
         }
         Ok(all)
     }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{DesktopId, DesktopSpec, DesktopState, DisplayKind, Instance, StartStep};
+use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, StartStep, Tag};
 use qvd_guest::{ExecRequest, Stats};
 
 use crate::{
@@ -436,5 +436,9 @@ impl Host for Node {
 
     fn images(&self) -> Result<Vec<ImageSummary>, HostError> {
         self.inner.parts.images()
+    }
+
+    fn follow(&self, flavour: &FlavourName, tag: &Tag, desktop: Option<DesktopId>) -> Result<Digest, HostError> {
+        self.inner.parts.follow(flavour, tag, desktop)
     }
 }

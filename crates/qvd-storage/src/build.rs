@@ -34,12 +34,22 @@ pub struct BuildOptions {
     pub rebuild: bool,
     /// After this the build is given up.
     pub timeout: Duration,
+    /// Who builds it, for its history.
+    pub author: String,
+    /// And why.
+    pub message: String,
 }
 
 impl Default for BuildOptions {
     /// Half an hour: a large desktop over a slow line.
     fn default() -> Self {
-        Self { mirror: None, rebuild: false, timeout: Duration::from_secs(30 * 60) }
+        Self {
+            mirror: None,
+            rebuild: false,
+            timeout: Duration::from_secs(30 * 60),
+            author: "qvd".to_owned(),
+            message: "built from its recipe".to_owned(),
+        }
     }
 }
 

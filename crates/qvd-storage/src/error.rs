@@ -72,14 +72,6 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// A flavour's pointer cannot be read.
-    #[error("flavour {flavour} is damaged: {reason}")]
-    DamagedFlavour {
-        /// Flavour in question.
-        flavour: FlavourName,
-        /// What is wrong with it.
-        reason: String,
-    },
     /// There is no such image.
     #[error("there is no image {0}")]
     NoSuchImage(Digest),
@@ -223,7 +215,6 @@ impl Error {
             | Self::Program { .. }
             | Self::ServerDied { .. }
             | Self::Damaged { .. }
-            | Self::DamagedFlavour { .. }
             | Self::DamagedPart { .. }
             | Self::Mount { .. } => ErrorKind::Failed,
         }

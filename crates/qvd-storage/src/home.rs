@@ -99,7 +99,7 @@ fn create(dir: &Path, image: &Image) -> Result<(), Error> {
     let user = &image.config().user;
     let owner = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     let target = fsio::open_dir(scratch.path()).map_err(io("make home"))?;
-    let tree = fsio::open_dir(&image.tree()).map_err(Error::io("open image", image.tree()))?;
+    let tree = image.base().open()?;
     match fsio::open_dir_below(&tree, "etc/skel") {
         Ok(skel) => copy(skel.as_fd(), target.as_fd(), owner, 0).map_err(io("fill home"))?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -1,7 +1,7 @@
 //! Images, writable roots and homes for desktops.
 //!
-//! A [`Store`] keeps what one host needs: images built from [`Recipe`]s, each
-//! under the digest of its content; a writable [`Root`] per desktop on one of
+//! A [`Store`] keeps what one host needs: images built from [`Recipe`]s, as
+//! commits of a [`Repository`]; a writable [`Root`] per desktop on one of
 //! them, made in constant time by a [`RootBackend`]; and a [`Home`] per user.
 //! Roots and homes are handed out as detached mounts: descriptors that are in
 //! no mount table.
@@ -38,8 +38,10 @@ mod roots;
 mod store;
 mod survey;
 mod trash;
+#[cfg(test)]
 mod tree;
 mod treeedit;
+mod xattr;
 
 pub use backend::{
     Backends, BaseTree, Bind, Btrfs, Capabilities, Capability, Deviation, Factory, Fuse, Layer, Looped, OverlayOptions,

@@ -28,6 +28,7 @@ pub struct Recipe {
     pub(crate) files: Vec<FileSpec>,
     /// Programs run inside the finished tree, each an argument list.
     pub(crate) run: Vec<Vec<String>>,
+    text: String,
     key: [u8; 32],
 }
 
@@ -272,6 +273,7 @@ impl Recipe {
             packages: raw.packages.into_iter().map(Spanned::into_inner).collect(),
             run: raw.run.into_iter().map(Spanned::into_inner).collect(),
             exclude: raw.exclude.into_iter().map(Spanned::into_inner).collect(),
+            text: text.to_owned(),
             key: Sha256::new().chain_update(FORMAT).chain_update([0]).chain_update(text).finalize().into(),
         })
     }
@@ -286,6 +288,12 @@ impl Recipe {
     #[must_use]
     pub const fn config(&self) -> &ImageConfig {
         &self.config
+    }
+
+    /// As it was written.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     /// The same for the same text, and only for it: images are reused by it.

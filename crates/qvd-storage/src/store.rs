@@ -15,7 +15,12 @@ use rustix::{
 
 use crate::{
     Backends, BuildOptions, Capability, Error, Home, HomeId, Image, ImageConfig, Recipe, Root, RootBackend, RootId,
-    RootOptions, build, fsio, image::Images, probe, roots::Roots, trash::Trash,
+    RootOptions, build, fsio,
+    image::{Images, Made},
+    probe,
+    repository::{CommitId, Repository},
+    roots::Roots,
+    trash::Trash,
 };
 
 /// Images, roots and homes of one host.
@@ -62,7 +67,7 @@ impl Store {
         let root = root.canonicalize().map_err(Error::io("open", root))?;
         let lock = lock(&root)?;
         let trash = Arc::new(Trash::open(&root.join("trash"))?);
-        let images = Images::open(&root.join("images"), Arc::clone(&trash))?;
+        let images = Images::open(&root.join("images"), &root.join("making"), Arc::clone(&trash))?;
         trash.take_temporary(&root.join("homes"))?;
         let roots = Roots::open(&root.join("roots"), backends, Arc::clone(&trash))?;
         Ok(Self { images, roots, trash, building: Mutex::new(()), _lock: lock, root })
@@ -109,16 +114,16 @@ impl Store {
         progress: &mut dyn FnMut(&str),
     ) -> Result<Built, Error> {
         let _one_at_a_time = self.building.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = Made { author: &options.author, message: &options.message, recipe: Some(recipe) };
         if !options.rebuild
-            && let Some(image) = self.images.of_recipe(recipe.key())?
+            && let Some(image) = self.images.of_recipe(recipe)?
         {
-            self.images.point(recipe.flavour(), image.digest())?;
-            return Ok(Built { image, reused: true });
+            return Ok(Built { image: self.images.again(&image, made)?, reused: true });
         }
         let scratch = self.images.scratch()?;
         build::build(recipe, options, &scratch, &self.trash, progress)?;
-        progress("computing the digest");
-        let image = self.images.publish(scratch, recipe.config().clone(), Some(recipe.key()))?;
+        progress("committing the tree");
+        let image = self.images.publish(scratch, recipe.config().clone(), made)?;
         Ok(Built { image, reused: false })
     }
 
@@ -130,7 +135,13 @@ impl Store {
     pub fn import(&self, config: ImageConfig, fill: &mut dyn FnMut(&Path) -> io::Result<()>) -> Result<Image, Error> {
         let scratch = self.images.scratch()?;
         fill(&scratch.tree()).map_err(Error::io("fill image in", scratch.dir()))?;
-        self.images.publish(scratch, config, None)
+        self.images.publish(scratch, config, Made { author: "qvd", message: "imported", recipe: None })
+    }
+
+    /// The repository that its images are commits of.
+    #[must_use]
+    pub fn repository(&self) -> &Repository {
+        self.images.repository()
     }
 
     /// The image with this digest.
@@ -146,13 +157,13 @@ impl Store {
     /// # Errors
     /// [`Error::NoSuchFlavour`], or as [`Store::image`].
     pub fn flavour(&self, flavour: &FlavourName) -> Result<Image, Error> {
-        self.images.of_flavour(flavour)
+        self.images.load(self.images.digest_of(flavour)?)
     }
 
     /// Which image desktops of a flavour start from; it may be damaged.
     ///
     /// # Errors
-    /// [`Error::NoSuchFlavour`] or [`Error::DamagedFlavour`].
+    /// [`Error::NoSuchFlavour`], or its tag cannot be read.
     pub fn digest_of(&self, flavour: &FlavourName) -> Result<Digest, Error> {
         self.images.digest_of(flavour)
     }
@@ -180,8 +191,7 @@ impl Store {
     /// # Errors
     /// As [`RootBackend::create`].
     pub fn root(&self, image: &Image, id: &RootId, options: impl Into<RootOptions>) -> Result<Box<dyn Root>, Error> {
-        let backend = image.config().defaults.backend.as_deref();
-        self.roots.create(backend, &image.base(), id, &options.into())
+        self.make_root(image.config().defaults.backend.as_deref(), image, id, &options.into())
     }
 
     /// As [`Store::root`], by the back end `backend` if the root is a new one.
@@ -195,7 +205,28 @@ impl Store {
         id: &RootId,
         options: impl Into<RootOptions>,
     ) -> Result<Box<dyn Root>, Error> {
-        self.roots.create(Some(backend), &image.base(), id, &options.into())
+        self.make_root(Some(backend), image, id, &options.into())
+    }
+
+    fn make_root(
+        &self,
+        by: Option<&str>,
+        image: &Image,
+        id: &RootId,
+        options: &RootOptions,
+    ) -> Result<Box<dyn Root>, Error> {
+        let kept = options.policy == RootPolicy::Persistent;
+        self.images.repository().lease(id, CommitId::new(image.digest()), kept)?;
+        self.roots.create(by, &image.base(), id, options)
+    }
+
+    /// The images that roots of this store stand on, running or kept: what
+    /// garbage collection has to leave.
+    ///
+    /// # Errors
+    /// A directory cannot be read.
+    pub fn in_use(&self) -> Result<Vec<CommitId>, Error> {
+        self.images.repository().in_use(&self.root.join("roots"))
     }
 
     /// Removes a root for good: see [`RootBackend::remove`].
@@ -203,7 +234,8 @@ impl Store {
     /// # Errors
     /// As [`RootBackend::remove`].
     pub fn remove_root(&self, id: &RootId) -> Result<(), Error> {
-        self.roots.remove(id)
+        self.roots.remove(id)?;
+        self.images.repository().release(id)
     }
 
     /// Every root on this host, by name, and what becomes of it at a stop.

@@ -1,4 +1,4 @@
-//! Trees: what is in one, as a digest that depends on nothing else.
+//! For tests: what is in a tree, as a digest that depends on nothing else.
 
 use std::{
     fs::File,
@@ -7,10 +7,10 @@ use std::{
     path::Path,
 };
 
-use rustix::fs::{FileType, Mode, OFlags, lgetxattr, llistxattr};
+use rustix::fs::{FileType, Mode, OFlags};
 use sha2::{Digest as _, Sha256};
 
-use crate::Error;
+use crate::{Error, xattr::xattrs};
 
 /// What is in a tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,27 +98,6 @@ fn copy(from: &mut File, to: &mut Sha256) -> io::Result<u64> {
             Err(error) => return Err(error),
         }
     }
-}
-
-/// Extended attributes of a path, not of what it may link to.
-pub(crate) fn xattrs(path: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    // Source: Linux `include/uapi/linux/limits.h`, XATTR_LIST_MAX and
-    // XATTR_SIZE_MAX are both 65536.
-    const MAX: usize = 65536;
-    let mut names = vec![0; MAX];
-    let len = match llistxattr(path, &mut names) {
-        Err(rustix::io::Errno::OPNOTSUPP) => 0,
-        len => len?,
-    };
-    names.truncate(len);
-    let mut found = Vec::new();
-    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
-        let mut value = vec![0; MAX];
-        let len = lgetxattr(path, name, &mut value)?;
-        value.truncate(len);
-        found.push((name.to_vec(), value));
-    }
-    Ok(found)
 }
 
 #[cfg(test)]

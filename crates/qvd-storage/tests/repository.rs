@@ -15,7 +15,7 @@ use qvd_core::Tag;
 use qvd_storage::{
     Error, ImageConfig, Repository,
     repository::{
-        Change, CommitId, Content, Directory, Expect, Keep, NewCommit, Reference, Wanted,
+        Change, CommitId, Content, Directory, Due, Expect, Keep, NewCommit, Reference, Rollout, Wanted,
         archive::{Format, IMPORT_MAX_BYTES},
     },
 };
@@ -376,4 +376,45 @@ fn every_form_of_an_export_is_the_same_tree_when_imported() {
             assert_eq!(staging.import(&to, IMPORT_MAX_BYTES).unwrap().encode().0, tree, "{name}");
         }
     });
+}
+
+#[test]
+fn a_rollout_gives_a_new_commit_to_some_first() {
+    let (_dir, at, repository) = bed();
+    let one = commit(&repository, &at, "first");
+    fs::write(at.join("etc/motd"), "new\n").unwrap();
+    let two = commit(&repository, &at, "second");
+    let (flavour, tag, by) = ("tiny".parse().unwrap(), Tag::default_tag(), ("ana", "published"));
+    let rollout = |percent| Rollout { canary_percent: percent, soft_after_s: Some(60), hard_after_s: Some(3600) };
+    let of_a_hundred = || -> Vec<bool> {
+        (0..100).map(|who| repository.follow(&flavour, &tag, &who.to_string()).unwrap() == two).collect()
+    };
+    let count = |got: &[bool]| got.iter().filter(|got| **got).count();
+    repository.publish(&flavour, &tag, two, rollout(20), by).unwrap();
+    let first = of_a_hundred();
+    assert!((5..40).contains(&count(&first)), "{}", count(&first));
+    assert_eq!(of_a_hundred(), first);
+    repository.publish(&flavour, &tag, two, rollout(60), by).unwrap();
+    let more = of_a_hundred();
+    assert!(count(&more) > count(&first) && first.iter().zip(&more).all(|(first, more)| !first || *more));
+    // Those who have the new one, and those who do not get it yet, are let alone.
+    let who = |new: bool| more.iter().position(|got| *got == new).unwrap().to_string();
+    let due = |who: &str, running, after_s| {
+        repository.due(&flavour, &tag, who, running, SystemTime::now() + Duration::from_secs(after_s)).unwrap()
+    };
+    assert_eq!(due(&who(true), two, 10_000), Due::Nothing);
+    assert_eq!(due(&who(false), one, 10_000), Due::Nothing);
+    assert_eq!([0, 120, 3660].map(|after| due(&who(true), one, after)), [Due::Nothing, Due::Soft, Due::Hard]);
+    // What the others start from stays while they do.
+    let keep = Keep { reflog: Duration::ZERO, ..Keep::default() };
+    repository.move_tag(&flavour, &Tag::head(), Expect::Anything, None, by).unwrap();
+    repository.gc(&keep, false).unwrap();
+    repository.commit(one).unwrap();
+    repository.publish(&flavour, &tag, two, Rollout::default(), by).unwrap();
+    assert_eq!(count(&of_a_hundred()), 100);
+    repository.move_tag(&flavour, &tag, Expect::Anything, Some(one), by).unwrap();
+    assert_eq!(count(&of_a_hundred()), 0);
+    for wrong in [rollout(101), Rollout { hard_after_s: Some(1), ..rollout(5) }] {
+        assert!(matches!(repository.publish(&flavour, &tag, two, wrong, by), Err(Error::Refused(_))));
+    }
 }

@@ -17,7 +17,10 @@ use std::{
 };
 
 use qvd_core::{DesktopId, RootPolicy, UidRange};
-use qvd_storage::{BuildOptions, Error, ErrorKind, HomeId, Image, Recipe, RootId, Store};
+use qvd_storage::{
+    BuildOptions, Error, ErrorKind, HomeId, Image, Recipe, RootId, Store,
+    repository::{CommitId, Expect, Keep},
+};
 use qvd_sys::mount::{FsContext, Restrictions, attach, in_private_namespace, open_dir_path};
 use qvd_testkit::{Need, privileged};
 
@@ -239,33 +242,106 @@ fn a_damaged_image_is_named() {
     privileged(&needs, || {
         let dir = tempfile::tempdir().unwrap();
         let (store, image) = store_with_image(dir.path());
-        let record = image.tree().with_file_name("image.json");
+        let images = dir.path().join("images");
+        let record = images.join("commits").join(image.digest().hex());
         let sound = fs::read_to_string(&record).unwrap();
         let damages: [(&str, String); 3] = [
-            ("not whole", sound.get(..sound.len() / 2).unwrap().to_owned()),
-            ("was changed", sound.replace("\"uid\": 1000", "\"uid\": 1001")),
-            ("not whole", sound.replace("\"content\"", "\"kontent\"")),
+            ("EOF", sound.get(..sound.len() / 2).unwrap().to_owned()),
+            ("was changed", sound.replace("\"uid\":1000", "\"uid\":1001")),
+            ("unknown field", sound.replace("\"content\"", "\"kontent\"")),
         ];
         for (reason, text) in damages {
             assert_ne!(text, sound);
-            fs::write(&record, text).unwrap();
+            put(&record, text.as_bytes());
             let error = store.image(image.digest()).unwrap_err().to_string();
             assert!(error.contains(reason) && error.contains(&image.digest().hex()), "{error}");
             assert!(store.flavour(recipe().flavour()).is_err());
         }
-        fs::write(&record, &sound).unwrap();
+        put(&record, sound.as_bytes());
         store.verify(image.digest()).unwrap();
-        fs::write(image.tree().join("etc/f"), "From the image").unwrap();
+        // The content of one file, under the name of its digest.
+        let files = || walkdir(&images.join("objects"));
+        let object = files().into_iter().find(|file| fs::read(file).unwrap() == b"from the image").unwrap();
+        put(&object, b"From the image");
         store.image(image.digest()).unwrap();
         assert!(store.verify(image.digest()).unwrap_err().to_string().contains("changed"));
-        fs::remove_dir_all(image.tree().join("etc")).unwrap();
-        assert!(store.image(image.digest()).unwrap_err().to_string().contains("not complete"));
-        fs::remove_dir_all(image.tree()).unwrap();
+        put(&object, b"from the image");
+        store.verify(image.digest()).unwrap();
+        let tree = walkdir(&images.join("trees")).into_iter().find(|file| file.extension().is_some()).unwrap();
+        fs::remove_file(tree).unwrap();
         assert!(matches!(store.image(image.digest()), Err(Error::Damaged { .. })));
         // Making it again repairs it.
         let again = store.import(recipe().config().clone(), &mut fill).unwrap();
-        assert_eq!(again.digest(), image.digest());
         again.verify().unwrap();
+        store.image(image.digest()).unwrap();
+    });
+}
+
+/// Replaces a file that nobody may write.
+fn put(path: &Path, content: &[u8]) {
+    fs::remove_file(path).unwrap();
+    fs::write(path, content).unwrap();
+}
+
+fn walkdir(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { found.extend(walkdir(&path)) } else { found.push(path) }
+    }
+    found
+}
+
+#[test]
+fn what_roots_stand_on_is_kept() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, one) = store_with_image(dir.path());
+        let mut volatile = store.root(&one, &id("1"), RootPolicy::Volatile).unwrap();
+        let mount = volatile.mount(None).unwrap();
+        let two = store.import(recipe().config().clone(), &mut |tree| fs::write(tree.join("two"), "2")).unwrap();
+        drop(store.root(&two, &id("2"), RootPolicy::Persistent).unwrap());
+        let three = store.import(recipe().config().clone(), &mut |tree| fs::write(tree.join("three"), "3")).unwrap();
+        assert_ne!(two.digest(), three.digest());
+        let repository = store.repository();
+        // Nothing but the roots needs any of them.
+        for tag in ["head", "default"] {
+            let (tag, by) = (tag.parse().unwrap(), ("ana", "gone"));
+            repository.move_tag(recipe().flavour(), &tag, Expect::Anything, None, by).unwrap();
+        }
+        let collect = || {
+            let keep = Keep { reflog: Duration::ZERO, commits: store.in_use().unwrap() };
+            repository.gc(&keep, false).unwrap();
+            [&one, &two, &three].map(|image| store.image(image.digest()).is_ok())
+        };
+        // The second was made from the first.
+        assert_eq!(collect(), [true, true, false]);
+        assert_eq!(fs::read_to_string(path(&mount, "etc/f")).unwrap(), "from the image");
+        store.remove_root(&id("2")).unwrap();
+        assert_eq!(collect(), [true, false, false]);
+        drop(mount);
+        volatile.close().unwrap();
+        assert_eq!(collect(), [false; 3]);
+        assert_eq!(walkdir(&dir.path().join("images/objects")), Vec::<PathBuf>::new());
+    });
+}
+
+#[test]
+fn what_is_built_again_is_the_same_commit() {
+    privileged(&[Need::Root], || {
+        let (dir, source) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fill(source.path()).unwrap();
+        let mut copy = |tree: &Path| {
+            let copied = Command::new("cp").arg("-a").arg(source.path().join(".")).arg(tree).status()?;
+            copied.success().then_some(()).ok_or_else(|| io::ErrorKind::Other.into())
+        };
+        let store = Store::open(dir.path()).unwrap();
+        let image = store.import(recipe().config().clone(), &mut copy).unwrap();
+        let again = store.import(recipe().config().clone(), &mut copy).unwrap();
+        assert_eq!(again.digest(), image.digest());
+        let other = store.import(recipe().config().clone(), &mut |tree| fs::write(tree.join("f"), "")).unwrap();
+        assert_eq!(other.commit().parents, [CommitId::new(image.digest())]);
+        assert_eq!(store.flavour(recipe().flavour()).unwrap().digest(), other.digest());
     });
 }
 
@@ -284,8 +360,9 @@ fn a_full_disk_is_said_and_nothing_is_left() {
                 .unwrap_err();
             assert!(matches!(error, Error::NoSpace { .. }), "{error}");
             assert!(!error.to_string().contains('\n'), "{error}");
-            let left: Vec<_> = fs::read_dir(dir.path().join("store/images")).unwrap().collect();
-            assert_eq!(left.len(), 1, "{left:?}");
+            for made in ["images/objects", "images/commits", "images/incoming", "making"] {
+                assert_eq!(fs::read_dir(dir.path().join("store").join(made)).unwrap().count(), 0, "{made}");
+            }
             for _ in 0..2000 {
                 if fs::read_dir(dir.path().join("store/trash")).unwrap().next().is_none() {
                     break;
@@ -313,10 +390,10 @@ fn one_process_has_the_store() {
 fn what_a_killed_build_left_is_swept() {
     let dir = tempfile::tempdir().unwrap();
     drop(Store::open(dir.path()).unwrap());
-    fs::create_dir_all(dir.path().join("images/tmp-x/tree/etc")).unwrap();
+    fs::create_dir_all(dir.path().join("making/tmp-x/tree/etc")).unwrap();
     fs::create_dir_all(dir.path().join("homes/.new-x")).unwrap();
     let _store = Store::open(dir.path()).unwrap();
-    assert!(!dir.path().join("images/tmp-x").exists());
+    assert!(!dir.path().join("making/tmp-x").exists());
     assert!(!dir.path().join("homes/.new-x").exists());
 }
 
@@ -367,7 +444,8 @@ fn a_package_that_does_not_exist_is_named_and_nothing_is_left() {
             matches!(&error, Error::NoSuchPackage { package, .. } if package == "no-such-package-at-all"),
             "{error}: {said:?}"
         );
-        assert_eq!(fs::read_dir(dir.path().join("images")).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(dir.path().join("making")).unwrap().count(), 0);
+        assert!(store.flavours().unwrap().is_empty());
         assert_eq!(mounts(), before);
     });
 }

@@ -50,6 +50,9 @@ impl Bed {
             defaults: Defaults::default(),
         };
         let image = store.import(config, &mut |tree| peer::plant(tree, &program))?;
+        let tree = dir.path().join("tree");
+        fs::create_dir(&tree)?;
+        peer::plant(&tree, &program)?;
         let runtime = Runtime::new(instance)?;
         let network = Network::open(NetConfig { internet: true, ..NetConfig::new(instance) })?;
         let init = seal(c"bench-init", &fs::read(&program)?)?;
@@ -61,9 +64,9 @@ impl Bed {
         self.dir.path()
     }
 
-    /// Root of the image, to be read only.
+    /// What is in the image, as plain files, to be read only.
     pub(crate) fn tree(&self) -> PathBuf {
-        self.image.tree()
+        self.dir().join("tree")
     }
 
     pub(crate) fn program(&self) -> PathBuf {

@@ -72,6 +72,17 @@ pub enum Content {
     },
 }
 
+impl Content {
+    /// How many entries it has, and how many bytes. A disk has no entries.
+    #[must_use]
+    pub const fn size(&self) -> (u64, u64) {
+        match self {
+            Self::Tree { entries, size_bytes, .. } => (*entries, *size_bytes),
+            Self::Disk { size_bytes, .. } => (0, *size_bytes),
+        }
+    }
+}
+
 impl Commit {
     /// A commit without parents, message and recipe; fill in what there is.
     #[must_use]

@@ -110,6 +110,42 @@ impl Repository {
         Ok(check.checked)
     }
 
+    /// Reads all of one commit and compares it with its id.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] or [`Error::DamagedPart`] with the first thing that is
+    /// missing or was changed.
+    pub fn verify(&self, id: CommitId) -> Result<(), Error> {
+        let commit = self.commit(id)?;
+        let mut objects: Vec<ObjectId> = commit.packages.into_iter().collect();
+        match commit.content {
+            Content::Tree { id, .. } => {
+                let tree = self.tree(id)?;
+                let found = fs::read(self.mountable_path(id)).unwrap_or_default();
+                if found != erofs::image(&tree) {
+                    let reason = "it is missing or was changed".to_owned();
+                    return Err(Error::DamagedPart { what: format!("EROFS of tree {id}"), reason });
+                }
+                objects.extend(tree.objects().map(|(object, _)| object));
+            }
+            Content::Disk { blocks, .. } => {
+                objects.push(blocks);
+                objects.extend(self.disk_blocks(blocks)?.into_iter().flatten());
+            }
+        }
+        objects.sort_unstable();
+        objects.dedup();
+        for object in objects {
+            let (found, _) = verity::copy(&mut self.object(object)?, |_| Ok(()))
+                .map_err(Error::io("read", self.objects.path(object)))?;
+            if found != object {
+                let reason = "its content was changed".to_owned();
+                return Err(Error::DamagedPart { what: format!("object {object}"), reason });
+            }
+        }
+        Ok(())
+    }
+
     /// Puts something in place of what is damaged; says whether there was a
     /// sound one.
     fn repair(&self, part: Part, from: &Self) -> Result<bool, Error> {

@@ -95,9 +95,13 @@ impl Repository {
     fn mark(&self, keep: &Keep) -> Result<Marked, Error> {
         let since = SystemTime::now().checked_sub(keep.reflog).unwrap_or(UNIX_EPOCH);
         let since_unix_s = since.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let mut todo = keep.commits.clone();
+        let mut todo: Vec<CommitId> = keep.commits.iter().copied().filter(|id| self.has_commit(*id)).collect();
         for flavour in self.all_flavours()? {
             todo.extend(self.tags(&flavour)?.into_values());
+            for tag in self.tag_names(&flavour)? {
+                // Those who do not have the new one yet start from it.
+                todo.extend(self.before_rollout(&flavour, &tag)?.filter(|id| self.has_commit(*id)));
+            }
             for tag in self.logged_tags(&flavour)? {
                 let moves = self.reflog(&flavour, &tag)?;
                 let recent = moves.into_iter().filter(|one| one.time_unix_s > since_unix_s);

@@ -25,11 +25,13 @@ mod fsck;
 mod gc;
 mod history;
 mod id;
+mod lease;
 mod lock;
 mod novel;
 mod objects;
 mod packages;
 mod reference;
+mod rollout;
 mod scan;
 mod staging;
 mod tags;
@@ -51,6 +53,7 @@ pub use history::{Logged, NewCommit};
 pub use id::{CommitId, ObjectId, TreeId};
 pub use packages::{PackageKind, Packages};
 pub use reference::{Reference, ReferenceError, Revision};
+pub use rollout::{Due, Rollout};
 pub use staging::{Added, Staging};
 pub use tags::{Expect, Move};
 pub use transfer::{Directory, Source, Transferred, Wanted};
@@ -125,6 +128,16 @@ impl Repository {
             Ok(_) => Err(Error::Damaged { digest: id.digest(), reason: "its encoding was changed".to_owned() }),
             Err(reason) => Err(Error::Damaged { digest: id.digest(), reason }),
         }
+    }
+
+    /// A commit with all that it holds, as far as a look at names can tell.
+    ///
+    /// # Errors
+    /// As [`Repository::commit`]; also [`Error::Damaged`] when something is missing.
+    pub fn whole(&self, id: CommitId) -> Result<Commit, Error> {
+        let commit = self.commit(id)?;
+        self.expect_content(&commit).map_err(|reason| Error::Damaged { digest: id.digest(), reason })?;
+        Ok(commit)
     }
 
     /// The encoding of a commit, unchecked.
@@ -268,7 +281,8 @@ impl Repository {
         let Some(_alone) = Lock::try_alone(&self.lock_path())? else { return Ok(()) };
         for entry in fs::read_dir(&incoming).map_err(Error::io("read", &incoming))? {
             let path = entry.map_err(Error::io("read", &incoming))?.path();
-            fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(Error::io("remove", &path))?;
         }
         Ok(())
     }

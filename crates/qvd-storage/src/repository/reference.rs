@@ -16,7 +16,8 @@ const PREFIX_MIN_LEN: usize = 4;
 pub struct Reference {
     /// Flavour that it is of.
     pub flavour: FlavourName,
-    /// Which of its commits; none is where `head` is.
+    /// Which of its commits; none is where `head` is, or else `default`, or the
+    /// flavour's only tag.
     pub revision: Option<Revision>,
 }
 
@@ -90,6 +91,14 @@ impl Repository {
         };
         if let Some(commit) = self.tagged(flavour, &tag)? {
             return Ok(commit);
+        }
+        if reference.revision.is_none() {
+            // Whoever pulled one tag has no `head`.
+            let tags = self.tags(flavour)?;
+            let only = tags.values().next().filter(|_| tags.len() == 1);
+            if let Some(commit) = tags.get(&Tag::default_tag()).or(only) {
+                return Ok(*commit);
+            }
         }
         let known: Vec<String> = self.tags(flavour)?.keys().map(|tag| format!("`{tag}`")).collect();
         if known.is_empty() {

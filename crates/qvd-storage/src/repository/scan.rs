@@ -20,7 +20,7 @@ use rustix::{
 };
 
 use super::{Entry, Meta, Node, Staging, Tree, encoding, staging::Added};
-use crate::{Error, fsio, trash, tree::xattrs};
+use crate::{Error, fsio, trash, xattr::xattrs};
 
 /// Most threads that read and hash.
 const THREADS_MAX: usize = 4;

@@ -134,6 +134,7 @@ impl Repository {
             let json = serde_json::to_vec(&next).map_err(io::Error::from);
             json.and_then(|json| fsio::replace(&path, &json)).map_err(Error::io("write", &path))?;
             self.record(flavour, tag, &next)?;
+            self.end_rollout(flavour, tag, to)?;
         }
         if to.is_none() {
             remove(&path).map_err(Error::io("remove", &path))?;
