@@ -20,6 +20,14 @@ struct Found {
     checks: Vec<Probe>,
     /// Ways to make roots; none when nothing could be tried.
     roots: Option<Survey>,
+    /// What filters of frames cannot stop.
+    filters: Vec<FilterGaps>,
+}
+
+#[derive(Serialize)]
+struct FilterGaps {
+    back_end: qvd_net::Backend,
+    gaps: &'static [&'static str],
 }
 
 /// Prints what was found. The status says whether containers can run here:
@@ -34,12 +42,20 @@ pub(crate) fn run(paths: &Paths, output: &Output) -> anyhow::Result<ExitCode> {
             None
         }
     };
-    output.result(&Found { checks, roots }, |found| {
+    let filters = qvd_net::Backend::ALL.map(|back_end| FilterGaps { back_end, gaps: back_end.gaps() }).into();
+    output.result(&Found { checks, roots, filters }, |found| {
         let mut text: Vec<String> = found.checks.iter().map(check).collect();
         text.extend(found.roots.iter().map(survey));
+        text.extend(found.filters.iter().filter(|filter| !filter.gaps.is_empty()).map(gaps));
         text.join("\n")
     })?;
     Ok(if fit { ExitCode::SUCCESS } else { Exit::Unsupported.into() })
+}
+
+/// What a filter lets by, a line each.
+fn gaps(filter: &FilterGaps) -> String {
+    let lines: String = filter.gaps.iter().map(|gap| format!("\n       {gap}")).collect();
+    format!("filter {}, where it has to take the place of nft:{lines}", filter.back_end)
 }
 
 /// A line, and what to do about a no below it.

@@ -77,7 +77,7 @@ pub enum Error {
     Rules {
         /// Name of the tables.
         table: String,
-        /// First line of what `nft` said.
+        /// First line of what the program said that loads them.
         said: String,
     },
     /// The kernel accepted something and then showed something else, so the

@@ -37,8 +37,13 @@ impl Identity {
     }
 
     /// Its addresses of IPv6: the one given to it, and the link's own.
-    fn addresses6(&self) -> impl Iterator<Item = Ipv6Addr> {
+    pub(crate) fn addresses6(&self) -> impl Iterator<Item = Ipv6Addr> {
         self.ipv6.into_iter().flat_map(|global| [global, self.mac.link_local()])
+    }
+
+    /// Whom its packets of IPv6 may come from: these, or nobody.
+    pub(crate) fn senders6(&self) -> impl Iterator<Item = Ipv6Addr> {
+        self.addresses6().chain(self.ipv6.map(|_| Ipv6Addr::UNSPECIFIED))
     }
 
     /// Every address that the host should know the MAC of.
@@ -59,11 +64,10 @@ impl Identity {
             elements.push(bridge(rules::ARP_IDENTITY, rules::arp_key(link, mac, ipv4)));
         }
         for ipv6 in self.addresses6() {
-            elements.push(bridge(rules::IDENTITY6, rules::identity6_key(link, mac, ipv6)));
             elements.push(bridge(rules::TARGET, rules::target_key(link, mac, ipv6)));
         }
-        if self.ipv6.is_some() {
-            elements.push(bridge(rules::IDENTITY6, rules::identity6_key(link, mac, Ipv6Addr::UNSPECIFIED)));
+        for ipv6 in self.senders6() {
+            elements.push(bridge(rules::IDENTITY6, rules::identity6_key(link, mac, ipv6)));
         }
         if internet {
             elements.push(inet(rules::INTERNET, self.ipv4.into()));
@@ -78,7 +82,11 @@ pub(crate) fn v4_of_element(config: &NetConfig, element: &Element) -> Option<Ipv
     if element.set != rules::INTERNET6 {
         return rules::v4_of_key(&element.key);
     }
-    let ipv6 = rules::v6_of_key(&element.key)?;
+    v4_of_v6(config, rules::v6_of_key(&element.key)?)
+}
+
+/// The other address of whoever has `ipv6`.
+pub(crate) fn v4_of_v6(config: &NetConfig, ipv6: Ipv6Addr) -> Option<Ipv4Addr> {
     let place = u32::try_from(ipv6.to_bits() & u128::from(u64::MAX)).ok()?;
     Some(Ipv4Addr::from_bits(config.subnet.base().to_bits().wrapping_add(place)))
 }

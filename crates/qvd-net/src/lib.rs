@@ -36,15 +36,16 @@
 
 mod elements;
 mod error;
+mod filter;
 mod identity;
 mod links;
 mod mac;
 mod netlink;
 mod network;
-mod nft;
 mod pool;
 mod port;
 mod probe;
+mod program;
 pub mod responder;
 mod rules;
 mod subnet6;
@@ -54,6 +55,7 @@ mod sysctl;
 mod tests;
 
 pub use error::{Error, TeardownErrors};
+pub use filter::Backend;
 pub use mac::Mac;
 pub use netlink::NetlinkError;
 pub use network::{NetConfig, Network};

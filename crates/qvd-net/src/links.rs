@@ -17,7 +17,7 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
 };
 
-use crate::{Mac, netlink};
+use crate::{Backend, Mac, netlink};
 
 pub(crate) type Request = netlink::Request<RouteNetlinkMessage>;
 
@@ -63,12 +63,17 @@ fn link(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
 pub(crate) const RESERVED_GROUPS_TO_RULES: u16 = 0xfff8;
 
 /// Makes the bridge, or gives an existing one these settings.
-pub(crate) fn ensure_bridge(name: &str, mac: Mac, group: u32, group_forward_mask: u16) -> Request {
-    let data = InfoData::Bridge(vec![
+pub(crate) fn ensure_bridge(name: &str, mac: Mac, group: u32, group_forward_mask: u16, backend: Backend) -> Request {
+    let mut settings = vec![
         InfoBridge::StpState(BridgeStpState::Disabled),
         InfoBridge::MulticastSnooping(false),
         InfoBridge::GroupFwdMask(group_forward_mask),
-    ]);
+    ];
+    if backend == Backend::Iptables {
+        // What ebtables cannot look at, iptables does.
+        settings.extend([InfoBridge::NfCallIpTables(true), InfoBridge::NfCallIp6Tables(true)]);
+    }
+    let data = InfoData::Bridge(settings);
     let message = link(
         0,
         vec![

@@ -12,13 +12,12 @@ use rustix::io::Errno;
 
 use crate::{
     Error, Mac, Port, PortSpec, Subnet, Subnet6, TeardownErrors,
-    elements::{self, Element, Family},
-    identity::{Identity, v4_of_element},
+    filter::{self, Backend, Filter, Notes},
+    identity::Identity,
     links::{self, LinkFacts},
     netlink::Netlink,
-    nft,
     pool::Pool,
-    rules::{self, Protection, Rules},
+    rules::{Protection, Rules},
     sysctl,
 };
 
@@ -34,6 +33,8 @@ pub struct NetConfig {
     /// Whether desktops may be let out to other networks. The host then
     /// forwards packets.
     pub internet: bool,
+    /// What filters.
+    pub backend: Backend,
 }
 
 impl NetConfig {
@@ -41,7 +42,7 @@ impl NetConfig {
     #[must_use]
     pub fn new(instance: Instance) -> Self {
         let (subnet, subnet6) = (Subnet::default_for(instance), Some(Subnet6::default_for(instance)));
-        Self { instance, subnet, subnet6, internet: false }
+        Self { instance, subnet, subnet6, internet: false, backend: Backend::default() }
     }
 }
 
@@ -59,16 +60,12 @@ pub struct Network {
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) config: NetConfig,
-    pub(crate) table: String,
     pub(crate) bridge: u32,
     /// Where the bridge is: settings below `/proc` are the thread's.
     netns: OwnedFd,
     route: Mutex<Netlink>,
-    netfilter: Mutex<Netlink>,
+    pub(crate) filter: Box<dyn Filter>,
     pub(crate) pool: Mutex<Pool>,
-    /// What an earlier process left in the sets. Whoever takes over one of
-    /// these names or addresses first takes back what it does not mean to give.
-    pub(crate) inherited: Mutex<Vec<Element>>,
     pub(crate) without: Vec<Protection>,
 }
 
@@ -106,7 +103,6 @@ impl Network {
         let name = config.instance.bridge_name();
         let io = |op| Error::io(op, name.clone());
         let mut route = Netlink::route().map_err(io("open routing netlink for"))?;
-        let mut netfilter = Netlink::netfilter().map_err(io("open netfilter netlink for"))?;
         let netns = netns::current().map_err(io("find the network namespace of"))?;
         let old = find(&mut route, &name)?;
         if let Some(link) = &old
@@ -121,49 +117,41 @@ impl Network {
             config
         };
         refuse_clash(&mut route, config.subnet, old.as_ref())?;
-        let table = rules::table_name(config.instance);
-        let opened = Self::establish(config, without, &mut route, &mut netfilter);
+        let filter = filter::open(&config, netns.as_fd())?;
+        let opened = Self::establish(config, without, &mut route, &*filter);
         let bridge = opened.inspect_err(|_| {
             if old.is_none() {
-                let undone = remove(config, &mut route, &mut netfilter);
+                let undone = remove(config, &mut route, &*filter);
                 if let Err(error) = undone {
                     tracing::warn!(%error, network = name, "part of a network that could not be opened is left");
                 }
             }
         })?;
-        let inherited = every_element(&mut netfilter, &table)?;
-        let (pool, inherited) = (Mutex::new(Pool::new(config.subnet)), Mutex::new(inherited));
-        let (route, netfilter) = (Mutex::new(route), Mutex::new(netfilter));
-        let without = without.to_vec();
-        Ok(Self { inner: Arc::new(Inner { config, table, bridge, netns, route, netfilter, pool, inherited, without }) })
+        let (pool, route) = (Mutex::new(Pool::new(config.subnet)), Mutex::new(route));
+        Ok(Self { inner: Arc::new(Inner { config, bridge, netns, route, filter, pool, without: without.to_vec() }) })
     }
 
     fn establish(
         config: NetConfig,
         without: &[Protection],
         route: &mut Netlink,
-        netfilter: &mut Netlink,
+        filter: &dyn Filter,
     ) -> Result<u32, Error> {
-        let NetConfig { instance, subnet, subnet6, internet } = config;
+        let NetConfig { instance, subnet, subnet6, internet, backend } = config;
         let name = instance.bridge_name();
-        let table = rules::table_name(instance);
         let refused = |op| Error::netlink(op, name.clone());
 
         // Rules first: from its first moment the bridge is confined. The note
         // that forwarding was off is written before it is switched on.
-        let mut was_off = |note, now: &str| {
-            let noted = elements::all(netfilter, &table, Family::Inet, note)
-                .map_err(Error::netlink("list the rules of", table.clone()))?
-                .is_some();
-            Ok::<_, Error>(noted || (internet && sysctl::read(now)? == "0"))
-        };
-        let forwarding_was_off = was_off(rules::FORWARDING_WAS_OFF, "ipv4/ip_forward")?;
-        let forwarding6_was_off = subnet6.is_some() && was_off(rules::FORWARDING6_WAS_OFF, FORWARDING6)?;
+        let noted = filter.notes()?;
+        let is_off = |now: &str| Ok::<_, Error>(internet && sysctl::read(now)? == "0");
+        let forwarding_was_off = noted.ipv4 || is_off("ipv4/ip_forward")?;
+        let forwarding6_was_off = subnet6.is_some() && (noted.ipv6 || is_off(FORWARDING6)?);
         let rules = Rules { instance, subnet, subnet6, internet, forwarding_was_off, forwarding6_was_off, without };
-        nft::load(&table, &rules.render())?;
+        filter.establish(&rules)?;
 
         let reserved = if without.contains(&Protection::ReservedGroups) { 0 } else { links::RESERVED_GROUPS_TO_RULES };
-        let made = links::ensure_bridge(&name, Mac::of(instance, subnet.gateway()), group(instance), reserved);
+        let made = links::ensure_bridge(&name, Mac::of(instance, subnet.gateway()), group(instance), reserved, backend);
         route.batch(vec![made]).map_err(refused("make the bridge"))?;
         let bridge = find(route, &name)?.ok_or_else(|| gone(&name))?.index;
         no_ipv6_address(route, bridge).map_err(refused("switch off IPv6 on"))?;
@@ -215,7 +203,7 @@ impl Network {
     /// How many requests it has sent to the kernel: what benchmarks count.
     #[must_use]
     pub fn requests_sent(&self) -> u64 {
-        lock(&self.inner.route).sent() + lock(&self.inner.netfilter).sent()
+        lock(&self.inner.route).sent() + self.inner.filter.requests_sent()
     }
 
     /// Connects a desktop. Its link is raised last, after its rules were read
@@ -249,8 +237,7 @@ impl Network {
         let owned: BTreeSet<_> = lock(&self.inner.pool).desktops().collect();
         let kept: BTreeSet<String> = keep.union(&owned).map(|&desktop| instance.link_name(desktop)).collect();
         let mut errors = Vec::new();
-        let elements = sweep_elements(&mut self.inner.netfilter(), &self.inner.config, &self.inner.table, &kept);
-        let addresses = elements.unwrap_or_else(|error| {
+        let addresses = self.inner.filter.sweep(&kept).unwrap_or_else(|error| {
             errors.push(error);
             Vec::new()
         });
@@ -278,8 +265,7 @@ impl Network {
     /// what is left.
     pub fn close(&mut self) -> Result<(), Error> {
         let inner = &self.inner;
-        let closed =
-            netns::in_netns(inner.netns.as_fd(), || remove(inner.config, &mut inner.route(), &mut inner.netfilter()));
+        let closed = netns::in_netns(inner.netns.as_fd(), || remove(inner.config, &mut inner.route(), &*inner.filter));
         closed.map_err(Error::io("enter the network namespace of", self.bridge_name()))?
     }
 }
@@ -287,10 +273,6 @@ impl Network {
 impl Inner {
     pub(crate) fn route(&self) -> MutexGuard<'_, Netlink> {
         lock(&self.route)
-    }
-
-    pub(crate) fn netfilter(&self) -> MutexGuard<'_, Netlink> {
-        lock(&self.netfilter)
     }
 }
 
@@ -351,48 +333,6 @@ fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: Option<&LinkFacts>) ->
     Err(Error::SubnetClash { subnet, with })
 }
 
-/// Every element of our sets.
-fn every_element(netfilter: &mut Netlink, table: &str) -> Result<Vec<Element>, Error> {
-    let mut every = Vec::new();
-    for (family, set) in rules::PORT_SETS.into_iter().chain(rules::ADDRESS_SETS) {
-        let keys = elements::all(netfilter, table, family, set);
-        let keys = keys.map_err(Error::netlink("list the rules of", table))?.unwrap_or_default();
-        every.extend(keys.into_iter().map(|key| Element { family, set, key }));
-    }
-    Ok(every)
-}
-
-/// Removes the elements of ports that are not kept. Returns their addresses.
-fn sweep_elements(
-    netfilter: &mut Netlink,
-    config: &NetConfig,
-    table: &str,
-    kept: &BTreeSet<String>,
-) -> Result<Vec<Ipv4Addr>, Error> {
-    let every = every_element(netfilter, table)?;
-    let of_port = |element: &Element| rules::PORT_SETS.contains(&(element.family, element.set));
-    let is_kept = |element: &Element| rules::port_of_key(&element.key).is_some_and(|port| kept.contains(port));
-    let address = |element: &Element| v4_of_element(config, element).filter(|address| !address.is_unspecified());
-    let identities = |element: &&Element| element.set == rules::IDENTITY;
-    let kept_addresses: BTreeSet<_> =
-        every.iter().filter(identities).filter(|element| is_kept(element)).filter_map(address).collect();
-    let stale: Vec<_> = every
-        .into_iter()
-        .filter(|element| {
-            if of_port(element) {
-                !is_kept(element)
-            } else {
-                address(element).is_none_or(|address| !kept_addresses.contains(&address))
-            }
-        })
-        .collect();
-    // A thousand ports' worth would not fit in one send.
-    for stale in stale.chunks(256) {
-        elements::remove(netfilter, table, stale).map_err(Error::netlink("remove elements of", table))?;
-    }
-    Ok(stale.iter().filter(identities).filter_map(address).collect())
-}
-
 fn sweep_links(route: &mut Netlink, instance: Instance, kept: &BTreeSet<String>) -> Result<usize, Error> {
     let prefix = format!("{}-", instance.bridge_name());
     let refused = |op| Error::netlink(op, format!("{prefix}*"));
@@ -419,8 +359,8 @@ fn sweep_links(route: &mut Netlink, instance: Instance, kept: &BTreeSet<String>)
 }
 
 /// Removes a whole network from the calling thread's namespace.
-fn remove(config: NetConfig, route: &mut Netlink, netfilter: &mut Netlink) -> Result<(), Error> {
-    let (name, table) = (config.instance.bridge_name(), rules::table_name(config.instance));
+fn remove(config: NetConfig, route: &mut Netlink, filter: &dyn Filter) -> Result<(), Error> {
+    let name = config.instance.bridge_name();
     let mut errors = Vec::new();
     errors.extend(sweep_links(route, config.instance, &BTreeSet::new()).err());
     match find(route, &name) {
@@ -431,24 +371,16 @@ fn remove(config: NetConfig, route: &mut Netlink, netfilter: &mut Netlink) -> Re
         Ok(None) => {}
         Err(error) => errors.push(error),
     }
-    errors.extend(restore_forwarding(config.instance, route, netfilter).err());
+    errors.extend(restore_forwarding(route, filter).err());
     // Without its links the rules stop nobody; as long as one is left they stay.
     if errors.is_empty() {
-        for family in [Family::Bridge, Family::Arp, Family::Inet] {
-            let removed = elements::remove_table(netfilter, &table, family);
-            errors.extend(removed.map_err(Error::netlink("remove the rules of", &table)).err());
-        }
+        errors.extend(filter.close().err());
     }
     TeardownErrors::into_result(errors)
 }
 
-fn restore_forwarding(instance: Instance, route: &mut Netlink, netfilter: &mut Netlink) -> Result<(), Error> {
-    let table = rules::table_name(instance);
-    let mut noted = |note| {
-        let noted = elements::all(netfilter, &table, Family::Inet, note);
-        noted.map(|noted| noted.is_some()).map_err(Error::netlink("list the rules of", &table))
-    };
-    let (of_4, of_6) = (noted(rules::FORWARDING_WAS_OFF)?, noted(rules::FORWARDING6_WAS_OFF)?);
+fn restore_forwarding(route: &mut Netlink, filter: &dyn Filter) -> Result<(), Error> {
+    let Notes { ipv4: of_4, ipv6: of_6 } = filter.notes()?;
     if !of_4 && !of_6 {
         return Ok(());
     }

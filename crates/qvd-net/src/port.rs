@@ -11,12 +11,12 @@ use rustix::io::Errno;
 
 use crate::{
     Error, Mac, NetlinkError, TeardownErrors,
-    elements::{self, Element},
-    identity::{Identity, v4_of_element},
+    filter::Confined,
+    identity::Identity,
     links,
     netlink::Netlink,
     network::{Inner, find, forget_neighbour, group, lock, no_ipv6_address},
-    rules::{self, Protection},
+    rules::Protection,
 };
 
 /// Which desktop to connect, and how.
@@ -187,8 +187,6 @@ impl Port {
     fn confine(&self, index: u32) -> Result<(), Error> {
         let network = &self.network;
         let refused = |op| Error::netlink(op, &*self.identity.link);
-        let elements = self.elements();
-        self.take_back(&elements)?;
         {
             let mut route = network.route();
             no_ipv6_address(&mut route, index).map_err(refused("switch off IPv6 on"))?;
@@ -199,7 +197,7 @@ impl Port {
             requests.extend(self.identity.addresses().map(known));
             route.batch(requests).map_err(refused("set the flags of"))?;
         }
-        elements::add(&mut network.netfilter(), &network.table, &elements).map_err(refused("add the rules of"))?;
+        network.filter.add(&[self.confined()])?;
         self.read_back(index)
     }
 
@@ -218,11 +216,9 @@ impl Port {
         if let Some(flag) = self.demanded_flags().iter().find(|&flag| !shown.port.contains(flag)) {
             return Err(self.not_confined(&format!("the bridge does not show {flag:?}")));
         }
-        let elements = self.elements();
-        let missing = elements::missing(&mut network.netfilter(), &network.table, &elements);
-        match missing.map_err(Error::netlink("read back the rules of", &*self.identity.link))? {
+        match network.filter.missing(&[self.confined()])? {
             None => Ok(()),
-            Some(element) => Err(self.not_confined(&format!("set {} lacks its element", element.set))),
+            Some((_, missing)) => Err(self.not_confined(&missing)),
         }
     }
 
@@ -237,33 +233,8 @@ impl Port {
         self.index.map_or_else(|| Err(Error::NoPort(self.desktop)), |index| self.read_back(index))
     }
 
-    /// Removes what an earlier process gave this link or this address beyond
-    /// `wanted`: another identity, a way out.
-    fn take_back(&self, wanted: &[Element]) -> Result<(), Error> {
-        let network = &self.network;
-        let mut inherited = lock(&network.inherited);
-        let own = self.identity.elements(true);
-        let concerns = |element: &Element| {
-            if rules::ADDRESS_SETS.contains(&(element.family, element.set)) {
-                return v4_of_element(&network.config, element) == Some(self.identity.ipv4);
-            }
-            // Of this link, or of another that had this MAC and address.
-            let behind_port = |element: &Element| element.key.get(16..).map(<[u8]>::to_vec);
-            rules::port_of_key(&element.key) == Some(&*self.identity.link)
-                || own.iter().any(|own| own.set == element.set && behind_port(own) == behind_port(element))
-        };
-        let surplus: Vec<_> =
-            inherited.iter().filter(|element| concerns(element) && !wanted.contains(element)).cloned().collect();
-        if !surplus.is_empty() {
-            elements::remove(&mut network.netfilter(), &network.table, &surplus)
-                .map_err(Error::netlink("take back the rules of", &*self.identity.link))?;
-        }
-        inherited.retain(|element| !concerns(element));
-        Ok(())
-    }
-
-    fn elements(&self) -> Vec<Element> {
-        self.identity.elements(self.internet)
+    const fn confined(&self) -> Confined<'_> {
+        Confined { identity: &self.identity, internet: self.internet }
     }
 
     fn configure_inside(&self, netns: BorrowedFd<'_>, eth0: u32) -> Result<(), Error> {
@@ -331,8 +302,7 @@ impl Port {
         }
         let network = &self.network;
         let mut errors = Vec::new();
-        let removed = elements::remove(&mut network.netfilter(), &network.table, &self.elements());
-        errors.extend(removed.map_err(Error::netlink("remove the rules of", &*self.identity.link)).err());
+        errors.extend(network.filter.remove(&self.confined()).err());
         let mut route = network.route();
         for address in self.identity.addresses() {
             errors.extend(forget_neighbour(&mut route, network.bridge, address).err());

@@ -5,7 +5,7 @@ use std::{error::Error as _, os::fd::AsFd};
 use qvd_core::{DesktopId, Instance, Missing, NetPolicy, Support};
 use qvd_sys::netns;
 
-use crate::{Error, NetConfig, Network, PortSpec};
+use crate::{Backend, Error, NetConfig, Network, PortSpec};
 
 /// Tries what this crate needs of a host. Nothing outside two network
 /// namespaces of its own is touched.
@@ -14,23 +14,29 @@ pub fn probe() -> Vec<(&'static str, Support)> {
     const NAMESPACE: &str = "network namespaces";
     const PORT: &str = "confined ports (bridge, veth, nftables bridge family)";
     const NAT: &str = "way out (nftables NAT, IPv4 forwarding)";
+    const OLDER: &str = "confined ports without nftables (ebtables, iptables)";
     let (outside, inside) = match netns::create().and_then(|outside| Ok((outside, netns::create()?))) {
         Ok(both) => both,
         Err(error) => {
             let no = Support::No(Missing::Privilege(format!("make network namespaces: {error}")));
-            return vec![(NAMESPACE, no.clone()), (PORT, no.clone()), (NAT, no)];
+            return vec![(NAMESPACE, no.clone()), (PORT, no.clone()), (NAT, no.clone()), (OLDER, no)];
         }
     };
-    let trial = |internet| {
-        netns::in_netns(outside.as_fd(), || attempt(inside.as_fd(), internet))
+    let trial = |backend, internet| {
+        netns::in_netns(outside.as_fd(), || attempt(inside.as_fd(), backend, internet))
             .unwrap_or_else(|error| Support::No(Missing::Privilege(format!("enter a network namespace: {error}"))))
     };
-    vec![(NAMESPACE, Support::Yes), (PORT, trial(false)), (NAT, trial(true))]
+    vec![
+        (NAMESPACE, Support::Yes),
+        (PORT, trial(Backend::Nft, false)),
+        (NAT, trial(Backend::Nft, true)),
+        (OLDER, trial(Backend::Iptables, true)),
+    ]
 }
 
-fn attempt(inside: std::os::fd::BorrowedFd<'_>, internet: bool) -> Support {
+fn attempt(inside: std::os::fd::BorrowedFd<'_>, backend: Backend, internet: bool) -> Support {
     let tried = DesktopId::new(1).map_err(|error| Error::Invalid(error.to_string())).and_then(|desktop| {
-        let mut network = Network::open(NetConfig { internet, ..NetConfig::new(Instance::new(0)) })?;
+        let mut network = Network::open(NetConfig { internet, backend, ..NetConfig::new(Instance::new(0)) })?;
         let policy = NetPolicy { port: true, internet };
         let port = network.attach(&PortSpec { desktop, netns: inside, address: None, policy });
         let closed = port.and_then(|mut port| port.close());

@@ -75,6 +75,12 @@ const ADVICE: &[Advice] = &[
         remedy: "load the kernel's nftables NAT support, and install nftables",
     },
     Advice {
+        name: "confined ports without nftables (ebtables, iptables)",
+        required: false,
+        cost: "the older filter cannot take the place of nftables here",
+        remedy: "install the packages ebtables and iptables",
+    },
+    Advice {
         name: "image building (mmdebstrap)",
         required: false,
         cost: "images cannot be built on this host",

@@ -22,7 +22,7 @@ use crate::{
     rules, sysctl,
 };
 
-const POLICY: NetPolicy = NetPolicy { port: true, internet: false };
+pub(super) const POLICY: NetPolicy = NetPolicy { port: true, internet: false };
 
 fn link_names() -> Vec<String> {
     let all = Netlink::route().unwrap().dump(links::every_link()).unwrap();

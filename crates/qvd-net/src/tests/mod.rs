@@ -6,6 +6,7 @@ mod attacks;
 mod confinement;
 mod frames;
 mod internet;
+mod iptables;
 mod lifecycle;
 mod property;
 mod reference;

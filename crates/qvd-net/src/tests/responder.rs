@@ -75,7 +75,7 @@ fn a_real_client_is_told_its_own_address_and_a_stranger_nothing() {
             let (own, gateway) = (Ipv4Addr::new(10, 66, 0, 7), subnet().gateway());
             let (mac, gateway_mac) = (Mac::of(INSTANCE, own), Mac::of(INSTANCE, gateway));
             let mut route = Netlink::route().unwrap();
-            route.batch(vec![links::ensure_bridge(BRIDGE, gateway_mac, 0, 0)]).unwrap();
+            route.batch(vec![links::ensure_bridge(BRIDGE, gateway_mac, 0, 0, crate::Backend::Nft)]).unwrap();
             route.batch(vec![links::raise(index(BRIDGE))]).unwrap();
             let known = machine("known", mac);
             let stranger = machine("stranger", Mac::of(INSTANCE, Ipv4Addr::new(10, 66, 0, 8)));

@@ -119,6 +119,12 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(without: &[Protection], internet: bool) -> Self {
+        Self::with(NetConfig { internet, ..config() }, without)
+    }
+
+    /// On a network of this kind; its desktops are let out if any are.
+    pub(crate) fn with(config: NetConfig, without: &[Protection]) -> Self {
+        let internet = config.internet;
         // Frames that one thread sends from one processor are handled in
         // order, so a later one that came proves that an earlier one did not.
         let cpus = sched_getaffinity(None).unwrap();
@@ -127,7 +133,7 @@ impl World {
         one.set(first);
         sched_setaffinity(None, &one).unwrap();
 
-        let network = Network::open_without(NetConfig { internet, ..config() }, without).unwrap();
+        let network = Network::open_without(config, without).unwrap();
         let (a, b) = (Desktop::new(&network, 7, internet), Desktop::new(&network, 8, internet));
         let on_port = |ethertype| PacketSocket::open(a.port.link(), ethertype).unwrap();
         let (from_a, at_b) = (a.socket(), b.socket());
@@ -195,7 +201,7 @@ impl World {
     pub(crate) fn send_marked(&mut self, frame: &[u8]) -> (Vec<u8>, Seen) {
         let mark = self.mark();
         let sent = [frame, &mark].concat();
-        let seen = self.send_exactly(&sent, &mark);
+        let seen = self.send_and_listen(&sent, &mark, frame);
         (sent, seen)
     }
 
@@ -209,6 +215,12 @@ impl World {
 
     /// Sends `frame` from the first desktop and finds out where `mark` went.
     pub(crate) fn send_exactly(&mut self, frame: &[u8], mark: &[u8]) -> Seen {
+        self.send_and_listen(frame, mark, mark)
+    }
+
+    /// The same, also of exactly `bare`: iptables has frames cut to the length
+    /// that their packets claim, and so of what is padding.
+    fn send_and_listen(&mut self, frame: &[u8], mark: &[u8], bare: &[u8]) -> Seen {
         self.send_only(frame);
         let mut seen = Seen::default();
         // A frame that is allowed goes the same way: without it, silence
@@ -217,10 +229,10 @@ impl World {
         let (own, gateway) = (self.a.station(), self.gateway());
         let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &frames::arp(1, own, gateway.ip));
         self.from_a.send(&[&request[..], &control].concat()).unwrap();
-        seen.host |= heard_before(&self.bridge, mark, &control);
+        seen.host |= heard_either_before(&self.bridge, mark, bare, &control);
         for socket in &self.past_bridge {
             while let Some(frame) = socket.receive(Duration::ZERO).unwrap() {
-                seen.host |= holds(&frame, mark);
+                seen.host |= holds(&frame, mark) || frame == bare;
             }
         }
         let mut packet = [0; 2048];
@@ -230,7 +242,7 @@ impl World {
         let control = self.mark();
         let frame = frames::ethernet(self.b.station().mac, gateway.mac, frames::ARP, &frames::arp(2, gateway, own.ip));
         self.bridge.send(&[&frame[..], &control].concat()).unwrap();
-        seen.neighbour |= heard_before(&self.at_b, mark, &control);
+        seen.neighbour |= heard_either_before(&self.at_b, mark, bare, &control);
         seen
     }
 }
@@ -258,10 +270,14 @@ pub(crate) fn holds(frame: &[u8], mark: &[u8]) -> bool {
 /// Whether a frame with `mark` came before the one with `control`, which has
 /// to come.
 pub(crate) fn heard_before(socket: &PacketSocket, mark: &[u8], control: &[u8]) -> bool {
+    heard_either_before(socket, mark, mark, control)
+}
+
+fn heard_either_before(socket: &PacketSocket, mark: &[u8], bare: &[u8], control: &[u8]) -> bool {
     let mut heard = false;
     loop {
         let frame = socket.receive(PATIENCE).unwrap().expect("the control frame did not come");
-        heard |= holds(&frame, mark);
+        heard |= holds(&frame, mark) || frame == bare;
         if holds(&frame, control) {
             return heard;
         }

@@ -1,10 +1,11 @@
-//! The `nft` program, for whole rule sets.
+//! Programs of the host that take whole rule sets: `nft`, and the `-restore`
+//! commands of ebtables and iptables.
 
 use std::{
     fs::File,
     io::{self, Read as _, Seek as _, Write as _},
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
     time::{Duration, Instant},
 };
 
@@ -17,8 +18,8 @@ use rustix::{
 
 use crate::Error;
 
-/// Where distributions put it. The caller's PATH is not asked.
-const PLACES: [&str; 4] = ["/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft", "/usr/local/sbin/nft"];
+/// Where distributions put programs. The caller's PATH is not asked.
+const PLACES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/usr/local/sbin"];
 
 /// Longest run. A rule set of this crate takes tens of milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -26,24 +27,37 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 /// Most of an error text that is read.
 const STDERR_MAX: u64 = 4096;
 
-/// Carries out `text` as one transaction, in the calling thread's namespace.
-pub(crate) fn load(table: &str, text: &str) -> Result<(), Error> {
-    let op = "run";
-    let Some(program) = PLACES.iter().find(|place| Path::new(place).exists()) else {
-        let missing = Missing::Program("nft (package nftables)".to_owned());
+/// Most of an output that is read: the rules of a thousand ports.
+const STDOUT_MAX: u64 = 16 << 20;
+
+/// A program, and the package that brings it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
+    pub(crate) package: &'static str,
+}
+
+pub(crate) const NFT: Program = Program { name: "nft", package: "nftables" };
+
+/// Runs `program` on `text` as its input, in the calling thread's namespace,
+/// for the rules of `table`. Returns what it wrote.
+pub(crate) fn run(program: Program, args: &[&str], table: &str, text: &str) -> Result<String, Error> {
+    let Some(path) = PLACES.iter().map(|place| Path::new(place).join(program.name)).find(|path| path.exists()) else {
+        let missing = Missing::Program(format!("{} (package {})", program.name, program.package));
         return Err(Error::Unsupported { op: "filter frames", missing });
     };
-    let err = |source| Error::Io { op, object: (*program).to_owned(), source };
+    let err = |source| Error::Io { op: "run", object: program.name.to_owned(), source };
     // Files instead of pipes: neither side can block the other.
     let mut input = memory_file("qvd-rules").map_err(err)?;
     input.write_all(text.as_bytes()).and_then(|()| input.rewind()).map_err(err)?;
-    let mut said = memory_file("qvd-nft-stderr").map_err(err)?;
-    let mut child = Command::new(program)
-        .args(["-f", "-"])
+    let mut said = memory_file("qvd-rules-stderr").map_err(err)?;
+    let mut shown = memory_file("qvd-rules-stdout").map_err(err)?;
+    let mut child = Command::new(path)
+        .args(args)
         .env_clear()
         .current_dir("/")
         .stdin(input)
-        .stdout(Stdio::null())
+        .stdout(shown.try_clone().map_err(err)?)
         .stderr(said.try_clone().map_err(err)?)
         .spawn()
         .map_err(err)?;
@@ -56,10 +70,11 @@ pub(crate) fn load(table: &str, text: &str) -> Result<(), Error> {
             return Err(err(error));
         }
     };
-    if status.success() {
-        return Ok(());
-    }
     let mut text = String::new();
+    if status.success() {
+        let read = shown.rewind().and_then(|()| shown.take(STDOUT_MAX).read_to_string(&mut text));
+        return read.map(|_| text).map_err(err);
+    }
     let read = said.rewind().and_then(|()| said.take(STDERR_MAX).read_to_string(&mut text));
     let said = match read {
         Ok(_) => text.lines().next().unwrap_or("it said nothing").chars().flat_map(char::escape_default).collect(),

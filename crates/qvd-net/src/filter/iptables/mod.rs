@@ -1,0 +1,173 @@
+//! ebtables and iptables, through their `-restore` commands: the way of hosts
+//! without `nft`.
+//!
+//! ebtables looks at a frame where it enters the bridge: whose it is, to whom,
+//! and ARP as a whole. What it has no words for (fragments, options, messages
+//! of neighbour discovery, DHCP) iptables looks at a moment later, still at the
+//! port, because the bridge is told to show it what it bridges. Each port has a
+//! chain of its own in either; each step is one transaction per program.
+
+mod state;
+mod text;
+
+use std::{
+    collections::BTreeSet,
+    net::Ipv4Addr,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use qvd_sys::netns;
+
+use self::{
+    state::State,
+    text::{Chains, Text},
+};
+use super::{Confined, Filter, Notes};
+use crate::{Error, NetConfig, program::Program, rules::Rules};
+
+/// What this back end cannot stop, in words for `qvd doctor`.
+pub(super) const GAPS: &[&str] = &[
+    "fragments are put together before they are looked at where connection tracking is in use: whole packets pass",
+    "a port that lost its bridge can still resolve addresses of the host",
+    "each frame costs more with each desktop, and so does adding one",
+    "one desktop's rules are three transactions, one per program, and not one",
+];
+
+/// The three programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Ebtables,
+    Iptables,
+    Ip6tables,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Ebtables, Self::Iptables, Self::Ip6tables];
+
+    const fn restore(self) -> (Program, &'static [&'static str]) {
+        match self {
+            Self::Ebtables => (Program { name: "ebtables-restore", package: "ebtables" }, &["--noflush"]),
+            // Another program may be at it: wait, but not for ever.
+            Self::Iptables => (Program { name: "iptables-restore", package: "iptables" }, &["--noflush", "-w", "10"]),
+            Self::Ip6tables => (Program { name: "ip6tables-restore", package: "iptables" }, &["--noflush", "-w", "10"]),
+        }
+    }
+
+    const fn save(self) -> Program {
+        match self {
+            Self::Ebtables => Program { name: "ebtables-save", package: "ebtables" },
+            Self::Iptables => Program { name: "iptables-save", package: "iptables" },
+            Self::Ip6tables => Program { name: "ip6tables-save", package: "iptables" },
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Iptables {
+    text: Text,
+    netns: OwnedFd,
+    /// One change at a time: each begins with a look at what is there.
+    turn: Mutex<()>,
+    runs: AtomicU64,
+}
+
+impl Iptables {
+    pub(super) fn open(config: NetConfig, netns: BorrowedFd<'_>) -> Result<Self, Error> {
+        let name = config.instance.bridge_name();
+        let netns = netns.try_clone_to_owned().map_err(Error::io("keep the network namespace of", name))?;
+        Ok(Self { text: Text::new(config), netns, turn: Mutex::default(), runs: AtomicU64::default() })
+    }
+
+    /// The programs there are for this network.
+    fn kinds(&self) -> impl Iterator<Item = Kind> {
+        let ipv6 = self.text.has_ipv6();
+        Kind::ALL.into_iter().filter(move |&kind| ipv6 || kind != Kind::Ip6tables)
+    }
+
+    fn run(&self, program: Program, args: &[&str], input: &str) -> Result<String, Error> {
+        self.runs.fetch_add(1, Ordering::Relaxed);
+        let name = self.text.bridge();
+        netns::in_netns(self.netns.as_fd(), || crate::program::run(program, args, name, input))
+            .map_err(Error::io("enter the network namespace of", name))?
+    }
+
+    fn state(&self, kind: Kind) -> Result<State, Error> {
+        Ok(State::parse(&self.run(kind.save(), &[], "")?))
+    }
+
+    /// Carries out `change` of what is there with each program.
+    fn change(&self, change: impl Fn(Kind, &State) -> Chains) -> Result<(), Error> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        for kind in self.kinds() {
+            let text = change(kind, &self.state(kind)?).render();
+            if !text.is_empty() {
+                let (program, args) = kind.restore();
+                self.run(program, args, &text)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Filter for Iptables {
+    fn establish(&self, rules: &Rules<'_>) -> Result<(), Error> {
+        let notes = Notes { ipv4: rules.forwarding_was_off, ipv6: rules.forwarding6_was_off };
+        self.change(|kind, state| self.text.base(kind, notes, state))
+    }
+
+    fn notes(&self) -> Result<Notes, Error> {
+        let state = self.state(Kind::Iptables)?;
+        let noted = |chain: String| state.has_chain("raw", &chain);
+        Ok(Notes { ipv4: noted(self.text.note4()), ipv6: noted(self.text.note6()) })
+    }
+
+    fn add(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
+        self.change(|kind, state| self.text.add(kind, ports, state))
+    }
+
+    fn remove(&self, port: &Confined<'_>) -> Result<(), Error> {
+        let gone = |link: &str| link == port.identity.link;
+        self.change(|kind, state| self.text.remove(kind, &gone, &|address| address == port.identity.ipv4, state))
+    }
+
+    fn missing(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        for kind in self.kinds() {
+            let state = self.state(kind)?;
+            if let Some(lacks) = self.text.base_missing(kind, &state) {
+                return Ok(Some((0, lacks)));
+            }
+            for (place, port) in ports.iter().enumerate() {
+                if let Some(lacks) = self.text.missing(kind, port, &state) {
+                    return Ok(Some((place, lacks)));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<Ipv4Addr>, Error> {
+        let state = self.state(Kind::Ebtables)?;
+        let ports = self.text.ports(&state);
+        let kept_addresses: BTreeSet<_> =
+            ports.iter().filter(|(link, _)| kept.contains(link)).filter_map(|&(_, address)| address).collect();
+        let swept = ports.into_iter().filter(|(link, _)| !kept.contains(link)).filter_map(|(_, address)| address);
+        let swept = swept.collect();
+        let stale = |link: &str| !kept.contains(link);
+        let stale_address = |address| !kept_addresses.contains(&address);
+        self.change(|kind, state| self.text.remove(kind, &stale, &stale_address, state))?;
+        Ok(swept)
+    }
+
+    fn close(&self) -> Result<(), Error> {
+        self.change(|kind, state| self.text.close(kind, state))
+    }
+
+    fn requests_sent(&self) -> u64 {
+        self.runs.load(Ordering::Relaxed)
+    }
+}
