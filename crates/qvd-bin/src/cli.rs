@@ -106,7 +106,7 @@ pub(crate) enum Image {
     },
     /// List the newest image of every flavour
     Ls,
-    /// Make a commit of a directory, a tar archive (gzip, xz, bzip2, zstd) or an OCI archive
+    /// Make a commit of a directory, a tar archive (gzip, xz, bzip2, zstd), an OCI archive, or a raw or qcow2 disk
     Import(Import),
     /// Show what a flavour's head came from, newest first
     Log {
@@ -236,7 +236,7 @@ impl Steps {
 
 #[derive(Debug, Args)]
 pub(crate) struct Import {
-    /// Directory or archive
+    /// Directory, archive or disk
     #[arg(value_hint = ValueHint::AnyPath)]
     pub(crate) source: PathBuf,
     /// Flavour that it is the next version of
@@ -251,7 +251,10 @@ pub(crate) struct Import {
     /// Recipe that says how it runs; without one it runs as the flavour's head does
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) recipe: Option<PathBuf>,
-    /// Most that an archive may hold
+    /// It is the plain content of a disk, which no name ending in .raw or .img says
+    #[arg(long)]
+    pub(crate) disk: bool,
+    /// Most that an archive or a disk may hold
     #[arg(long, value_name = "SIZE", default_value = "64G")]
     pub(crate) max_size: Bytes,
     /// Let desktops follow it at once: move the tag `default` too

@@ -12,7 +12,8 @@ use qvd_storage::{
     Error, Recipe, Repository,
     repository::{
         Change, Checked, Commit, CommitId, Content, Diff, Directory, Expect, Keep, Logged, NewCommit, Reference,
-        Revision, Rollout, Transferred, Wanted, archive::Format,
+        Revision, Rollout, Transferred, Tree, Wanted,
+        archive::{Format, is_disk},
     },
 };
 use serde::Serialize;
@@ -189,15 +190,21 @@ fn remote_dir(remote: &Path) -> PathBuf {
 fn import(repository: &Repository, import: Import) -> anyhow::Result<CommitId> {
     let recipe = import.recipe.as_ref().map(|path| anyhow::Ok(Recipe::parse(&read_recipe(path)?)?)).transpose()?;
     let staging = repository.stage()?;
-    let tree = staging.import(&import.source, import.max_size.get())?;
+    let max_bytes = import.max_size.get();
+    let disk = import.disk || is_disk(&import.source).map_err(|error| not_read(&import.source, error))?;
+    let made = match disk {
+        true => Made::Disk(staging.import_disk(&import.source, max_bytes)?),
+        false => Made::Tree(staging.import(&import.source, max_bytes)?),
+    };
     staging.settle()?;
-    let config = match recipe {
-        Some(recipe) if *recipe.flavour() != import.flavour => {
+    let config = match (recipe, &made) {
+        (Some(recipe), _) if *recipe.flavour() != import.flavour => {
             let what = format!("the recipe is of flavour {}, not of {}", recipe.flavour(), import.flavour);
             return Err(Refusal::new(Exit::Usage, what).into());
         }
-        Some(recipe) => recipe.config().clone(),
-        None => repository.config_for(&import.flavour, &tree)?,
+        (Some(recipe), _) => recipe.config().clone(),
+        (None, Made::Tree(tree)) => repository.config_for(&import.flavour, tree)?,
+        (None, Made::Disk(_)) => repository.config_of_head(&import.flavour)?,
     };
     let new = NewCommit {
         config,
@@ -207,7 +214,23 @@ fn import(repository: &Repository, import: Import) -> anyhow::Result<CommitId> {
         recipe: None,
         publish: import.publish,
     };
-    Ok(repository.commit_tree(&staging, &tree, new)?)
+    Ok(match made {
+        Made::Tree(tree) => repository.commit_tree(&staging, &tree, new)?,
+        Made::Disk(disk) => repository.commit_disk(&staging, disk, new)?,
+    })
+}
+
+/// What was imported, before it is committed.
+enum Made {
+    Tree(Tree),
+    Disk(Content),
+}
+
+fn not_read(source: &Path, error: io::Error) -> anyhow::Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => Refusal::new(Exit::NotFound, format!("there is no `{}`", source.display())).into(),
+        _ => error.into(),
+    }
 }
 
 /// A commit as a person gives it after a flavour: an id, or a tag.
@@ -292,6 +315,10 @@ fn show_diff(diff: &Diff) -> String {
         Change::Xattr => "xattr",
         _ => "differs",
     };
+    let blocks = diff.blocks.iter().map(|blocks| {
+        let bytes = mib(blocks.changed * u64::from(blocks.block_bytes));
+        format!("{} of {} blocks differ, {bytes} at most", blocks.changed, blocks.total)
+    });
     let files = diff.files.iter().map(|file| {
         let how: Vec<&str> = file.changes.iter().map(mark).collect();
         format!("{:<16} {}", how.join(","), one_line(&file.path.to_string_lossy()))
@@ -301,7 +328,7 @@ fn show_diff(diff: &Diff) -> String {
         (None, Some(to)) => format!("{:<16} {} {to}", "installed", package.name),
         (from, None) => format!("{:<16} {} {}", "uninstalled", package.name, from.as_deref().unwrap_or_default()),
     });
-    files.chain(packages.map(|line| one_line(&line))).collect::<Vec<_>>().join("\n")
+    blocks.chain(files).chain(packages.map(|line| one_line(&line))).collect::<Vec<_>>().join("\n")
 }
 
 fn show_made(repository: &Repository, id: CommitId, output: &Output) -> anyhow::Result<()> {

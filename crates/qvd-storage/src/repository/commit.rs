@@ -6,7 +6,7 @@ use qvd_core::{Digest, FlavourName};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::{CommitId, ObjectId, TreeId};
+use super::{CommitId, DISK_BLOCK_BYTES, DISK_MAX_BYTES, ObjectId, TreeId};
 use crate::ImageConfig;
 
 /// Largest commit that is read, in bytes: a recipe, a message and little else.
@@ -139,6 +139,11 @@ impl Commit {
             return Err(format!("it has {} bytes, more than {COMMIT_MAX_BYTES}", bytes.len()));
         }
         let commit: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        if let Content::Disk { block_bytes, size_bytes, .. } = commit.content
+            && (block_bytes != DISK_BLOCK_BYTES || !(1..=DISK_MAX_BYTES).contains(&size_bytes))
+        {
+            return Err(format!("its disk of {size_bytes} bytes in blocks of {block_bytes} cannot be kept"));
+        }
         Ok((Self::id_of(bytes), commit))
     }
 }

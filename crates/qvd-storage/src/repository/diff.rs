@@ -4,7 +4,7 @@ use std::{cmp::Ordering, path::PathBuf};
 
 use serde::Serialize;
 
-use super::{Commit, Entry, Node, Packages, Repository, Tree, tree::path_order};
+use super::{Commit, Content, Entry, Node, Packages, Repository, Tree, tree::path_order};
 use crate::Error;
 
 /// How a file differs. What differs in several ways has several.
@@ -46,9 +46,23 @@ pub struct PackageDiff {
     pub to: Option<String>,
 }
 
+/// How two disks differ.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct BlockDiff {
+    /// Blocks with another content, or that only one of them has.
+    pub changed: u64,
+    /// Blocks that either of them has.
+    pub total: u64,
+    /// Length of a block in bytes.
+    pub block_bytes: u32,
+}
+
 /// What differs between two commits.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Diff {
+    /// Of disks, their blocks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<BlockDiff>,
     /// Files, by path.
     pub files: Vec<FileDiff>,
     /// Packages, by name.
@@ -60,8 +74,18 @@ impl Repository {
     /// but the two lists is read.
     ///
     /// # Errors
-    /// One of them is damaged, or a disk.
+    /// One of them is damaged, or one is a tree and the other a disk.
     pub fn diff(&self, a: &Commit, b: &Commit) -> Result<Diff, Error> {
+        if let (Content::Disk { blocks: one, block_bytes, .. }, Content::Disk { blocks: other, block_bytes: same, .. }) =
+            (a.content, b.content)
+            && block_bytes == same
+        {
+            let (one, other) = (self.disk_blocks(one)?, self.disk_blocks(other)?);
+            let total = one.len().max(other.len());
+            let changed = (0..total).filter(|at| one.get(*at) != other.get(*at)).count();
+            let blocks = BlockDiff { changed: changed as u64, total: total as u64, block_bytes };
+            return Ok(Diff { blocks: Some(blocks), ..Diff::default() });
+        }
         let files = match a.content == b.content {
             true => Vec::new(),
             false => files(&self.tree_of(a)?, &self.tree_of(b)?),
@@ -70,7 +94,7 @@ impl Repository {
             true => Vec::new(),
             false => packages(self.packages(a)?.as_ref(), self.packages(b)?.as_ref()),
         };
-        Ok(Diff { files, packages })
+        Ok(Diff { blocks: None, files, packages })
     }
 }
 

@@ -193,10 +193,10 @@ impl Repository {
     /// # Errors
     /// Something is missing or damaged.
     pub fn config_for(&self, flavour: &FlavourName, tree: &Tree) -> Result<ImageConfig, Error> {
-        if let Some(head) = self.tagged(flavour, &Tag::head())? {
-            return Ok(self.commit(head)?.config);
+        let mut config = self.config_of_head(flavour)?;
+        if self.tagged(flavour, &Tag::head())?.is_some() {
+            return Ok(config);
         }
-        let mut config = ImageConfig::plain(flavour.clone());
         let passwd = packages::content(self, tree, "etc/passwd")?.unwrap_or_default();
         // Source: Debian policy 9.2.2, what ids mean; others give the same to people.
         let person = |line: &str| {
@@ -209,6 +209,17 @@ impl Repository {
             config.user = user;
         }
         Ok(config)
+    }
+
+    /// What the flavour's `head` runs with; a plain configuration if there is none.
+    ///
+    /// # Errors
+    /// Something is missing or damaged.
+    pub fn config_of_head(&self, flavour: &FlavourName) -> Result<ImageConfig, Error> {
+        match self.tagged(flavour, &Tag::head())? {
+            Some(head) => Ok(self.commit(head)?.config),
+            None => Ok(ImageConfig::plain(flavour.clone())),
+        }
     }
 
     /// Makes the content of an earlier commit the next version of its flavour:

@@ -46,7 +46,8 @@ use std::{
 };
 
 pub use commit::{COMMIT_MAX_BYTES, Commit, Content};
-pub use diff::{Change, Diff, FileDiff, PackageDiff};
+pub use diff::{BlockDiff, Change, Diff, FileDiff, PackageDiff};
+pub use disk::{DISK_BLOCK_BYTES, DISK_MAX_BYTES};
 pub use fsck::{Checked, Problem};
 pub use gc::{Collected, Keep};
 pub use history::{Logged, NewCommit};

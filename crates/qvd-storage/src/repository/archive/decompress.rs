@@ -41,6 +41,14 @@ pub(crate) fn open<'a>(from: impl Read + 'a, max: u64) -> io::Result<Box<dyn Rea
     Ok(Box::new(Bounded { from: plain, consumed: Some(consumed), produced: 0, max }))
 }
 
+/// Refuses what so few bytes should not have become.
+pub(crate) fn check_ratio(consumed: u64, produced: u64) -> io::Result<()> {
+    if produced > RATIO_FROM_BYTES && produced / RATIO_MAX > consumed {
+        return Err(bad(format!("it expands to more than {RATIO_MAX} times its size")));
+    }
+    Ok(())
+}
+
 struct Counted<R> {
     from: R,
     bytes: Arc<AtomicU64>,
@@ -69,11 +77,8 @@ impl<R: Read> Read for Bounded<R> {
         if self.produced > self.max {
             return Err(bad(format!("it has more than the {} bytes that are allowed", self.max)));
         }
-        if let Some(consumed) = &self.consumed
-            && self.produced > RATIO_FROM_BYTES
-            && self.produced / RATIO_MAX > consumed.load(Ordering::Relaxed)
-        {
-            return Err(bad(format!("it expands to more than {RATIO_MAX} times its size")));
+        if let Some(consumed) = &self.consumed {
+            check_ratio(consumed.load(Ordering::Relaxed), self.produced)?;
         }
         Ok(len)
     }

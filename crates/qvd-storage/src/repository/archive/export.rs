@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use super::{oci, write};
 use crate::{
     Error, fsio,
-    repository::{Commit, CommitId, Repository, Tree},
+    repository::{Commit, CommitId, Content, Repository, Tree},
 };
 
 /// What a commit is exported as.
@@ -54,12 +54,16 @@ impl Format {
 
 impl Repository {
     /// Writes the tree of a commit to `to`, which must not be there yet. It
-    /// appears when it is whole.
+    /// appears when it is whole. A disk is always written as it is, whatever
+    /// `format` says.
     ///
     /// # Errors
     /// Something is there, or it cannot be written.
     pub fn export(&self, id: CommitId, to: &Path, format: Format) -> Result<(), Error> {
         let commit = self.commit(id)?;
+        if matches!(commit.content, Content::Disk { .. }) {
+            return self.materialise(&commit, to);
+        }
         let tree = self.tree_of(&commit)?;
         if fs::symlink_metadata(to).is_ok() {
             return Err(Error::Refused(format!("`{}` is there already", to.display())));

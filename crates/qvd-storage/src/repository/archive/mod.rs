@@ -5,6 +5,7 @@ mod decompress;
 mod export;
 mod layers;
 mod oci;
+mod qcow2;
 mod tar;
 mod write;
 
@@ -14,7 +15,10 @@ use std::{
     path::Path,
 };
 
+pub(crate) use decompress::check_ratio;
 pub use export::Format;
+pub(crate) use qcow2::{MAGIC, Qcow2};
+pub(crate) use tar::bad;
 
 use super::{Staging, Tree};
 use crate::Error;
@@ -40,13 +44,7 @@ impl Staging<'_> {
             return self.scan(from, &|_| false);
         }
         let mut file = File::open(from).map_err(Error::io("open", from))?;
-        self.import_archive(&mut file, max_bytes).map_err(|error| match error {
-            Error::Io { source, .. } if refuses(&source) => {
-                Error::Import { from: from.to_path_buf(), reason: source.to_string() }
-            }
-            Error::Tree(error) => Error::Import { from: from.to_path_buf(), reason: error.to_string() },
-            other => other,
-        })
+        self.import_archive(&mut file, max_bytes).map_err(|error| refused_as(from, error))
     }
 
     /// As [`Staging::import`], from an open archive.
@@ -67,6 +65,32 @@ impl Staging<'_> {
         let entries = read().map_err(Error::io("read", "archive"))?;
         Ok(Tree::new(entries)?)
     }
+}
+
+/// An error that is about what is in `from` says so.
+pub(crate) fn refused_as(from: &Path, error: Error) -> Error {
+    match error {
+        Error::Io { source, .. } if refuses(&source) => {
+            Error::Import { from: from.to_path_buf(), reason: source.to_string() }
+        }
+        Error::Tree(error) => Error::Import { from: from.to_path_buf(), reason: error.to_string() },
+        other => other,
+    }
+}
+
+/// Whether a file holds a disk, as far as its first bytes and its name say: a
+/// qcow2, or the plain content of a disk.
+///
+/// # Errors
+/// It cannot be read.
+pub fn is_disk(from: &Path) -> io::Result<bool> {
+    if std::fs::metadata(from)?.is_dir() {
+        return Ok(false);
+    }
+    let mut start = Vec::new();
+    File::open(from)?.take(512).read_to_end(&mut start)?;
+    let named = from.extension().is_some_and(|name| ["raw", "img", "qcow2"].iter().any(|disk| name == *disk));
+    Ok(named || start.starts_with(MAGIC.as_slice()))
 }
 
 /// Whether an error is about what is in a file, not about reading it.
