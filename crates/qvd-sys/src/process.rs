@@ -21,6 +21,7 @@ mod plan;
 mod spawn;
 #[cfg(test)]
 mod tests;
+pub mod traced;
 
 pub use memfd::{memory_file, seal};
 pub use memory::page_out;

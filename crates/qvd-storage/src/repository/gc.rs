@@ -68,8 +68,12 @@ impl Repository {
             .commits()?
             .into_iter()
             .filter(|id| !marked.commits.contains(id))
-            .flat_map(|id| [self.novel_path(id), self.commit_path(id)])
+            .map(|id| self.commit_path(id))
             .collect();
+        // After their commits; those too whose commit went before a crash.
+        let lists = ids(&self.dir().join("commits"), |name| CommitId::from_hex(name.strip_suffix(".new")?))?;
+        let lists: Vec<PathBuf> =
+            lists.into_iter().filter(|id| !marked.commits.contains(id)).map(|id| self.novel_path(id)).collect();
         let trees =
             ids(&self.dir().join("trees"), |name| TreeId::from_hex(name.strip_suffix(".erofs").unwrap_or(name)))?;
         let trees: HashSet<TreeId> = trees.into_iter().filter(|id| !marked.trees.contains(id)).collect();
@@ -78,7 +82,7 @@ impl Repository {
         let all = self.objects.all().map_err(Error::io("read", self.objects.dir()))?;
         let objects: Vec<ObjectId> = all.iter().copied().filter(|id| !marked.objects.contains(id)).collect();
         let mut collected = Collected {
-            commits: commits.len() as u64 / 2,
+            commits: commits.len() as u64,
             trees: trees.len() as u64,
             objects: objects.len() as u64,
             bytes: 0,
@@ -86,6 +90,7 @@ impl Repository {
             kept_objects: (all.len() - objects.len()) as u64,
         };
         collected.bytes += self.sweep(&commits, &[&self.dir().join("commits")], dry_run)?;
+        collected.bytes += self.sweep(&lists, &[], dry_run)?;
         collected.bytes += self.sweep(&tree_files, &[&self.dir().join("trees")], dry_run)?;
         let paths: Vec<PathBuf> = objects.iter().map(|id| self.objects.dir().join(objects::name(*id))).collect();
         collected.bytes += self.sweep(&paths, &[], dry_run)?;

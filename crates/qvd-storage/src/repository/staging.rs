@@ -168,29 +168,47 @@ impl<'r> Staging<'r> {
             } else {
                 rustix::fs::syncfs(fsio::open_dir(self.dir.path())?)?;
             }
-            let mut dirs: Vec<&Path> = Vec::new();
-            for (to, from) in &waiting.files {
-                let Some(parent) = to.parent() else { continue };
-                // Of the objects: the others are there from the start.
-                if let Err(error) = fs::create_dir(parent)
-                    && error.kind() != io::ErrorKind::AlreadyExists
-                {
-                    return Err(error);
+            // What is needed has its name for good before what needs it.
+            let mut files: Vec<(&PathBuf, &PathBuf)> = waiting.files.iter().collect();
+            files.sort_unstable_by_key(|(to, _)| (self.rank(to), *to));
+            for group in files.chunk_by(|(one, _), (other, _)| self.rank(one) == self.rank(other)) {
+                let mut dirs: Vec<&Path> = Vec::new();
+                for (to, from) in group {
+                    let Some(parent) = to.parent() else { continue };
+                    // Of the objects: the others are there from the start.
+                    if let Err(error) = fs::create_dir(parent)
+                        && error.kind() != io::ErrorKind::AlreadyExists
+                    {
+                        return Err(error);
+                    }
+                    fs::rename(from, to)?;
+                    dirs.push(parent);
                 }
-                fs::rename(from, to)?;
-                dirs.push(parent);
-            }
-            if each {
+                if group.len() > SYNC_EACH_MAX {
+                    rustix::fs::syncfs(fsio::open_dir(self.dir.path())?)?;
+                    continue;
+                }
                 dirs.extend(dirs.clone().iter().filter_map(|dir| dir.parent()));
                 dirs.sort_unstable();
                 dirs.dedup();
-                return dirs.iter().try_for_each(|dir| fsio::sync_dir(dir));
+                dirs.iter().try_for_each(|dir| fsio::sync_dir(dir))?;
             }
-            Ok(rustix::fs::syncfs(fsio::open_dir(self.dir.path())?)?)
+            Ok(())
         };
         settle().map_err(Error::io("write below", self.repository.dir()))?;
         *waiting = Waiting::default();
         Ok(())
+    }
+
+    /// When in the order of names one is given: contents, what trees are mounted
+    /// from, trees, lists of what is new, commits.
+    fn rank(&self, to: &Path) -> u8 {
+        let derived = to.extension().is_some();
+        match to.parent().and_then(Path::file_name) {
+            Some(dir) if dir == "trees" => 2 - u8::from(derived),
+            Some(dir) if dir == "commits" => 4 - u8::from(derived),
+            _ => 0,
+        }
     }
 
     /// Adds a file under the name that it is to have, unless it is there.
