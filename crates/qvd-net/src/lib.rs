@@ -60,7 +60,7 @@ pub use mac::Mac;
 pub use netlink::NetlinkError;
 pub use network::{NetConfig, Network};
 pub use pool::{Subnet, SubnetError};
-pub use port::{Port, PortSpec, loopback_up};
+pub use port::{Port, PortSpec, TapSpec, loopback_up};
 pub use probe::probe;
 pub use qvd_core::ErrorKind;
 pub use subnet6::Subnet6;

@@ -112,6 +112,11 @@ pub(crate) fn create_pair(name: &str, bridge: u32, group: u32, mac: Mac, netns: 
     Request::new(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
+/// Puts a link that exists on the bridge, into the group.
+pub(crate) fn place(index: u32, bridge: u32, group: u32) -> Vec<Request> {
+    vec![set(index, LinkAttribute::Controller(bridge)), set_group(index, group)]
+}
+
 /// Gives a port of a bridge its flags. A request of its own: in the one that
 /// makes the port the kernel ignores them and reports success.
 pub(crate) fn set_port_flags(index: u32, flags: Vec<InfoBridgePort>) -> Request {

@@ -1,7 +1,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -11,7 +11,7 @@ use qvd_sys::netns;
 use rustix::io::Errno;
 
 use crate::{
-    Error, Mac, Port, PortSpec, Subnet, Subnet6, TeardownErrors,
+    Error, Mac, Port, PortSpec, Subnet, Subnet6, TapSpec, TeardownErrors,
     filter::{self, Backend, Filter, Notes},
     identity::Identity,
     links::{self, LinkFacts},
@@ -217,6 +217,15 @@ impl Network {
         Port::attach(&self.inner, spec)
     }
 
+    /// Connects a virtual machine by a tap. The descriptor is for whoever runs the
+    /// machine; the link lasts until it is closed, here and there.
+    ///
+    /// # Errors
+    /// As [`Network::attach`]; or this host has no taps.
+    pub fn attach_tap(&self, spec: &TapSpec) -> Result<(Port, OwnedFd), Error> {
+        Port::attach_tap(&self.inner, spec)
+    }
+
     /// Takes over the port that an earlier process made for a desktop, which
     /// still runs. Whatever its confinement lacks is put back.
     ///
@@ -271,6 +280,10 @@ impl Network {
 }
 
 impl Inner {
+    pub(crate) fn netns(&self) -> BorrowedFd<'_> {
+        self.netns.as_fd()
+    }
+
     pub(crate) fn route(&self) -> MutexGuard<'_, Netlink> {
         lock(&self.route)
     }

@@ -1,6 +1,6 @@
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
-    os::fd::BorrowedFd,
+    os::fd::{BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
@@ -33,6 +33,20 @@ pub struct PortSpec<'a> {
     pub policy: NetPolicy,
 }
 
+/// Which virtual machine to connect, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct TapSpec {
+    /// The desktop's number.
+    pub desktop: DesktopId,
+    /// Its address; `None` takes the one that this desktop gets each time,
+    /// unless another has it.
+    pub address: Option<Ipv4Addr>,
+    /// What it may reach.
+    pub policy: NetPolicy,
+    /// Whether each frame has a `virtio_net_hdr` before it, as QEMU wants it.
+    pub header: bool,
+}
+
 /// A desktop's connection to the bridge: link, MAC, address, rules.
 ///
 /// Dropping it disconnects the desktop, as [`Port::close`] does, but can only
@@ -54,6 +68,25 @@ impl Port {
         let mut port = Self::reserve(network, spec.desktop, spec.address, spec.policy)?;
         match port.make(spec.netns) {
             Ok(()) => Ok(port),
+            Err(error) => {
+                if let Err(left) = port.close() {
+                    tracing::warn!(error = %left, link = port.identity.link, "part of a port that could not be made is left");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    pub(crate) fn attach_tap(network: &Arc<Inner>, spec: &TapSpec) -> Result<(Self, OwnedFd), Error> {
+        let mut port = Self::reserve(network, spec.desktop, spec.address, spec.policy)?;
+        let made = port.create_tap(spec.header).and_then(|(tap, index)| {
+            port.index = Some(index);
+            port.confine(index)?;
+            port.raise(index)?;
+            Ok(tap)
+        });
+        match made {
+            Ok(tap) => Ok((port, tap)),
             Err(error) => {
                 if let Err(left) = port.close() {
                     tracing::warn!(error = %left, link = port.identity.link, "part of a port that could not be made is left");
@@ -157,7 +190,6 @@ impl Port {
 
     fn create(&self, netns: BorrowedFd<'_>) -> Result<(u32, u32), Error> {
         let network = &self.network;
-        let mut route = network.route();
         let request = || {
             links::create_pair(
                 &self.identity.link,
@@ -167,20 +199,43 @@ impl Port {
                 netns,
             )
         };
-        let made = match route.batch(vec![request()]) {
-            // A run before this one left it: the name is nobody else's.
+        let first = network.route().batch(vec![request()]);
+        let made = match first {
             Err(error) if error.is(Errno::EXIST) => {
-                if let Some(stale) = find(&mut route, &self.identity.link)? {
-                    let deleted = route.batch(vec![links::delete(stale.index)]).map(drop);
-                    gone_is_done(deleted).map_err(Error::netlink("delete the stale link", &self.identity.link))?;
-                }
-                route.batch(vec![request()])
+                self.delete_stale()?;
+                network.route().batch(vec![request()])
             }
             other => other,
         };
+        let mut route = network.route();
         made.map_err(Error::netlink("make the link", &self.identity.link))?;
         let found = find(&mut route, &self.identity.link)?;
         found.and_then(|link| Some((link.index, link.peer?))).ok_or_else(|| self.not_confined("the link is gone"))
+    }
+
+    /// A tap, down and on the bridge. Taps are made without netlink, and so in
+    /// the namespace of a thread.
+    fn create_tap(&self, header: bool) -> Result<(OwnedFd, u32), Error> {
+        let network = &self.network;
+        let link = &*self.identity.link;
+        self.delete_stale()?;
+        let tap = netns::in_netns(network.netns(), || qvd_sys::tap::create(link, header))
+            .and_then(|made| made)
+            .map_err(Error::io("make the tap", link))?;
+        let mut route = network.route();
+        let made = find(&mut route, link)?.ok_or_else(|| self.not_confined("the link is gone"))?;
+        let placed = route.batch(links::place(made.index, network.bridge, group(network.config.instance)));
+        placed.map_err(Error::netlink("put on the bridge", link))?;
+        Ok((tap, made.index))
+    }
+
+    /// Removes a link of this name: a run before this one left it, for the name
+    /// is nobody else's.
+    fn delete_stale(&self) -> Result<(), Error> {
+        let mut route = self.network.route();
+        let Some(stale) = find(&mut route, &self.identity.link)? else { return Ok(()) };
+        let deleted = route.batch(vec![links::delete(stale.index)]).map(drop);
+        gone_is_done(deleted).map_err(Error::netlink("delete the stale link", &self.identity.link))
     }
 
     /// Flags and rules, both read back.

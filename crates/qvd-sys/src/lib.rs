@@ -12,4 +12,5 @@ pub mod netns;
 pub mod packet;
 pub mod process;
 pub mod quota;
+pub mod tap;
 pub mod userns;

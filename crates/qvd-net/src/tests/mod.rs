@@ -12,6 +12,7 @@ mod property;
 mod reference;
 mod reference6;
 mod responder;
+mod tap;
 mod vectors;
 mod world;
 
