@@ -8,7 +8,7 @@ use std::{
 use qvd_core::{Digest, ErrorKind, FlavourName, Missing, Tag};
 use qvd_sys::mount::MountError;
 
-use crate::{RootId, TreeError};
+use crate::{DiskId, RootId, TreeError, qcow2::Fault};
 
 /// What this crate reports. `Display` is one line and never repeats the
 /// cause: that is what `source()` is for.
@@ -95,6 +95,30 @@ pub enum Error {
     OtherBase {
         /// Root in question.
         root: RootId,
+        /// Image that it was made on.
+        has: Digest,
+        /// Image that was asked for.
+        wanted: Digest,
+    },
+    /// The file of a disk, or one behind it, cannot be used as it is.
+    #[error("disk file `{}` is refused: {fault}", path.display())]
+    DiskFile {
+        /// File in question.
+        path: PathBuf,
+        /// What is wrong with it, and where.
+        fault: Fault,
+    },
+    /// A virtual machine, or somebody who works on the disk, has it.
+    #[error("disk {0} is in use")]
+    DiskBusy(DiskId),
+    /// As [`Error::DiskBusy`], for a file that is not a back end's.
+    #[error("disk file `{}` is in use", .0.display())]
+    DiskFileBusy(PathBuf),
+    /// A kept disk was made on another image.
+    #[error("disk {disk} was made on image {has}, not on {wanted}")]
+    OtherBaseDisk {
+        /// Disk in question.
+        disk: DiskId,
         /// Image that it was made on.
         has: Digest,
         /// Image that was asked for.
@@ -197,6 +221,8 @@ impl Error {
             Self::Recipe(_)
             | Self::NoSuchPackage { .. }
             | Self::OtherBase { .. }
+            | Self::OtherBaseDisk { .. }
+            | Self::DiskFile { .. }
             | Self::NoSuchBackend { .. }
             | Self::Tree(_)
             | Self::Import { .. }
@@ -207,7 +233,7 @@ impl Error {
             | Self::NoSuchRoot(_)
             | Self::NoSuchTag { .. }
             | Self::NoSuchCommit { .. } => ErrorKind::NotFound,
-            Self::StoreBusy(_) | Self::RootBusy(_) | Self::TagMoved { .. } => ErrorKind::Busy,
+            Self::StoreBusy(_) | Self::RootBusy(_) | Self::DiskBusy(_) | Self::DiskFileBusy(_) | Self::TagMoved { .. } => ErrorKind::Busy,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Io { .. }
             | Self::Build { .. }

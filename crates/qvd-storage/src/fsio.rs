@@ -64,6 +64,13 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     })
 }
 
+/// Whether what is in a directory is gone when the host restarts.
+pub(crate) fn in_memory(path: &Path) -> io::Result<bool> {
+    // Source: Linux `include/uapi/linux/magic.h`, `TMPFS_MAGIC` and `RAMFS_MAGIC`.
+    const IN_MEMORY: [rustix::fs::FsWord; 2] = [0x0102_1994, 0x8584_58f6];
+    Ok(IN_MEMORY.contains(&rustix::fs::statfs(path)?.f_type))
+}
+
 /// Makes the names in a directory survive a crash.
 pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     File::from(open_dir(path)?).sync_all()

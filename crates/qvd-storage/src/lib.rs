@@ -24,6 +24,7 @@ mod apt;
 mod backend;
 mod build;
 mod copytree;
+mod disk;
 mod error;
 mod fsio;
 mod glob;
@@ -48,6 +49,10 @@ pub use backend::{
     Overlayfs, Place, PlainCopy, Quota, Reflink, Root, RootBackend, RootId, RootIdError, RootOptions, Snapshots,
 };
 pub use build::BuildOptions;
+pub use disk::{
+    BaseDisk, Device, Disk, DiskBackend, DiskBackends, DiskCapabilities, DiskCapability, DiskDeviation, DiskFactory,
+    DiskFormat, DiskFormatError, DiskId, DiskIdError, DiskOptions, DiskReport, Qcow2, RawCopy, RawReflink, qcow2,
+};
 pub use error::{Error, RecipeError};
 pub use home::{Home, HomeId};
 pub use image::Image;

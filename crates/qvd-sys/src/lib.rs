@@ -9,6 +9,7 @@ pub mod loopdev;
 pub mod memory;
 pub mod mount;
 pub mod netns;
+pub mod ofd;
 pub mod packet;
 pub mod process;
 pub mod quota;

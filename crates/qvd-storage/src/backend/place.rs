@@ -22,10 +22,22 @@ impl Place {
     /// # Errors
     /// The directories cannot be made or read.
     pub fn open(dir: &Path) -> Result<Self, Error> {
+        Self::open_for(dir, "roots")
+    }
+
+    /// As [`Place::open`], for a back end that makes disks.
+    ///
+    /// # Errors
+    /// As [`Place::open`].
+    pub fn for_disks(dir: &Path) -> Result<Self, Error> {
+        Self::open_for(dir, "disks")
+    }
+
+    fn open_for(dir: &Path, what: &str) -> Result<Self, Error> {
         std::fs::create_dir_all(dir).map_err(Error::io("make", dir))?;
         let trash = Arc::new(Trash::open(&dir.join("trash"))?);
-        trash.take_temporary(&dir.join("roots"))?;
-        Self::below(&dir.join("roots"), trash)
+        trash.take_temporary(&dir.join(what))?;
+        Self::below(&dir.join(what), trash)
     }
 
     pub(crate) fn below(dir: &Path, trash: Arc<Trash>) -> Result<Self, Error> {

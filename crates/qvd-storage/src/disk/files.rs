@@ -1,0 +1,290 @@
+//! Disks that are files, each in a directory of its own: what all ways to make
+//! such files have in common.
+
+use std::{
+    fmt,
+    fs::{self, File},
+    io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use qvd_core::{Bytes, Missing, RootPolicy, Support};
+
+use super::{
+    BaseDisk, Device, Disk, DiskCapabilities, DiskCapability, DiskFormat, DiskId, DiskOptions, DiskReport, lock,
+    record::{self, Record},
+};
+use crate::{Error, Place, fsio};
+
+/// One way to make the file of a disk.
+pub(super) trait Make: fmt::Debug + Clone + Send + Sync + 'static {
+    /// Name of the file, in the disk's directory.
+    const FILE: &'static str;
+    /// Its format.
+    const FORMAT: DiskFormat;
+
+    /// Fills the empty file `to` with a disk on `base`. Nothing is synced.
+    fn make(&self, base: &BaseDisk, size: Option<Bytes>, to: &File, path: &Path) -> Result<(), Error>;
+
+    /// Opens what is needed to use the disk, and says how large it is in bytes.
+    fn size(&self, base: &BaseDisk, path: &Path) -> Result<u64, Error>;
+
+    /// Looks at what is inside; the space it takes is known already.
+    fn check(&self, base: &BaseDisk, path: &Path, report: &mut DiskReport) -> Result<(), Error>;
+
+    /// Makes it larger; it is not in use.
+    fn grow(&self, base: &BaseDisk, path: &Path, size: u64) -> Result<(), Error>;
+}
+
+/// The disks of one way, in a place.
+#[derive(Debug, Clone)]
+pub(super) struct Files<M> {
+    place: Place,
+    making: M,
+}
+
+/// One of them.
+#[derive(Debug)]
+struct FileDisk<M> {
+    id: DiskId,
+    base: BaseDisk,
+    options: DiskOptions,
+    files: Files<M>,
+    /// Just made and not attached yet: it is as its base.
+    fresh: AtomicBool,
+    closed: bool,
+}
+
+impl<M: Make> Files<M> {
+    pub(super) const fn new(place: Place, making: M) -> Self {
+        Self { place, making }
+    }
+
+    pub(super) const fn place(&self) -> &Place {
+        &self.place
+    }
+
+    fn dir(&self, id: &DiskId) -> PathBuf {
+        self.place.dir().join(id.as_str())
+    }
+
+    /// The file of a disk.
+    pub(super) fn file(&self, id: &DiskId) -> PathBuf {
+        self.dir(id).join(M::FILE)
+    }
+
+    pub(super) fn create(&self, base: &BaseDisk, id: &DiskId, options: &DiskOptions) -> Result<Box<dyn Disk>, Error> {
+        let dir = self.dir(id);
+        let fresh = match (record::find(&self.place, id)?, options.policy) {
+            (Some(RootPolicy::Persistent), RootPolicy::Persistent) => {
+                if let Some(record) = Record::read(&dir)? {
+                    record.expect_base(id, base)?;
+                }
+                self.expect_size(base, id, options)?;
+                false
+            }
+            // What runs keeps its disk; the next attachment takes the new size.
+            (Some(RootPolicy::Volatile), RootPolicy::Volatile) => false,
+            (had, policy) => {
+                if had.is_some() {
+                    self.remove(id)?;
+                }
+                self.make(base, &dir, options.size, policy)?;
+                true
+            }
+        };
+        Ok(Box::new(FileDisk {
+            id: id.clone(),
+            base: base.clone(),
+            options: *options,
+            files: self.clone(),
+            fresh: AtomicBool::new(fresh),
+            closed: false,
+        }))
+    }
+
+    pub(super) fn remove(&self, id: &DiskId) -> Result<(), Error> {
+        self.expect_unused(id)?;
+        self.place.discard(&self.dir(id))
+    }
+
+    pub(super) fn disks(&self) -> Result<Vec<(DiskId, RootPolicy)>, Error> {
+        record::list(&self.place)
+    }
+
+    pub(super) fn find(&self, id: &DiskId) -> Result<Option<RootPolicy>, Error> {
+        record::find(&self.place, id)
+    }
+
+    /// Makes a disk beside its place and renames it there: it is whole or absent.
+    fn make(&self, base: &BaseDisk, dir: &Path, size: Option<Bytes>, policy: RootPolicy) -> Result<(), Error> {
+        let io = |op| Error::io(op, dir);
+        let scratch = tempfile::Builder::new().prefix(".new-").tempdir_in(self.place.dir()).map_err(io("make disk"))?;
+        // Its own cleaning up would keep the caller waiting.
+        let scratch = scratch.keep();
+        let fill = || {
+            let path = scratch.join(M::FILE);
+            let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path);
+            let file = file.map_err(io("make disk"))?;
+            self.making.make(base, size, &file, &path)?;
+            if policy == RootPolicy::Persistent {
+                file.sync_all().map_err(io("make disk"))?;
+                Record::new(base).write(&scratch)?;
+            }
+            fs::rename(&scratch, dir).map_err(io("make disk"))?;
+            if policy == RootPolicy::Persistent {
+                fsio::sync_dir(self.place.dir()).map_err(io("make disk"))?;
+            }
+            Ok(())
+        };
+        fill().inspect_err(|_| {
+            if let Err(error) = self.place.discard(&scratch) {
+                tracing::warn!(path = %scratch.display(), %error, "disk left behind until the next start");
+            }
+        })
+    }
+
+    pub(super) fn expect_unused(&self, id: &DiskId) -> Result<(), Error> {
+        let file = self.file(id);
+        let used = lock::path_in_use(&file).map_err(Error::io("look who uses", &file))?;
+        if used { Err(Error::DiskBusy(id.clone())) } else { Ok(()) }
+    }
+
+    /// Refuses another size than a kept disk has.
+    fn expect_size(&self, base: &BaseDisk, id: &DiskId, options: &DiskOptions) -> Result<(), Error> {
+        let Some(wanted) = options.size else { return Ok(()) };
+        if wanted.get() == self.making.size(base, &self.file(id))? {
+            return Ok(());
+        }
+        let missing =
+            Missing::Design("a kept disk keeps its size until it is made larger by a call for that".to_owned());
+        Err(Error::Unsupported { op: "change the size of a disk", missing })
+    }
+}
+
+impl<M: Make> Disk for FileDisk<M> {
+    fn id(&self) -> &DiskId {
+        &self.id
+    }
+
+    fn attach(&self) -> Result<Device, Error> {
+        self.files.expect_unused(&self.id)?;
+        let volatile = self.options.policy == RootPolicy::Volatile;
+        if volatile && !self.fresh.swap(false, Ordering::Relaxed) {
+            let dir = self.files.dir(&self.id);
+            self.files.place.discard(&dir)?;
+            self.files.make(&self.base, &dir, self.options.size, RootPolicy::Volatile)?;
+        }
+        let path = self.files.file(&self.id);
+        let size = self.files.making.size(&self.base, &path)?;
+        Ok(Device::new(path, M::FORMAT, Bytes::new(size)))
+    }
+
+    fn check(&self) -> Result<DiskReport, Error> {
+        self.files.expect_unused(&self.id)?;
+        let path = self.files.file(&self.id);
+        let about = fs::metadata(&path).map_err(Error::io("check disk", &path))?;
+        // In units of 512 bytes, whatever the file system's blocks are.
+        let mut report = DiskReport { used: Bytes::new(about.blocks() * 512), ..DiskReport::default() };
+        self.files.making.check(&self.base, &path, &mut report)?;
+        Ok(report)
+    }
+
+    fn resize(&self, size: Bytes) -> Result<(), Error> {
+        self.files.expect_unused(&self.id)?;
+        let path = self.files.file(&self.id);
+        let has = self.files.making.size(&self.base, &path)?;
+        let refuse =
+            |why: &str| Err(Error::Unsupported { op: "resize a disk", missing: Missing::Design(why.to_owned()) });
+        match size.get() {
+            size if size < has => refuse("what is behind a disk's new end would be lost"),
+            size if !size.is_multiple_of(SECTOR) => refuse("a disk has a whole number of sectors of 512 bytes"),
+            size if size == has => Ok(()),
+            size => self.files.making.grow(&self.base, &path, size),
+        }
+    }
+
+    fn close(&mut self) -> Result<(), Error> {
+        if !self.closed && self.options.policy == RootPolicy::Volatile {
+            self.files.remove(&self.id)?;
+        }
+        self.closed = true;
+        Ok(())
+    }
+}
+
+/// A disk's size is a multiple of this, in bytes.
+const SECTOR: u64 = 512;
+
+/// How large a disk on a base is to be in bytes, given what was asked for.
+pub(super) fn size_on(base: u64, wanted: Option<Bytes>) -> Result<u64, Error> {
+    let base = base.next_multiple_of(SECTOR);
+    let size = wanted.map_or(base, Bytes::get);
+    let refuse = |why: String| Err(Error::Unsupported { op: "make a disk", missing: Missing::Design(why) });
+    if size < base {
+        return refuse(format!("a disk is at least as large as its base, {}", Bytes::new(base)));
+    }
+    if !size.is_multiple_of(SECTOR) {
+        return refuse(format!("a disk has a whole number of sectors of {SECTOR} bytes"));
+    }
+    Ok(size)
+}
+
+/// What disks that are files can do in a directory, apart from how they are made.
+pub(super) fn capabilities(place: &Place, works: &Support) -> Result<DiskCapabilities, Error> {
+    let mut found = DiskCapabilities::all(works);
+    if !works.is_yes() {
+        return Ok(found);
+    }
+    let dir = place.dir();
+    let io = |error: io::Error| Error::io("try disks below", dir)(error);
+    let file = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
+    let other = File::open(file.path()).map_err(io)?;
+    let noticed = match lock::claim(&other).and_then(|_| lock::in_use(file.as_file())) {
+        Ok(true) => Support::Yes,
+        Ok(false) => Support::No(Missing::Filesystem("locks that other processes see".to_owned())),
+        Err(_) => Support::No(Missing::Filesystem("locks of open files".to_owned())),
+    };
+    found.set(DiskCapability::NoticedUse, noticed);
+    if fsio::in_memory(dir).map_err(io)? {
+        found.set(DiskCapability::Durable, Support::No(Missing::Filesystem("storage: it is in memory".to_owned())));
+    }
+    Ok(found)
+}
+
+/// Passes the calls of [`DiskBackend`](super::DiskBackend) to the [`Files`] in a type.
+macro_rules! delegate {
+    ($type:ident, $name:literal, $deviations:expr) => {
+        impl super::DiskBackend for $type {
+            fn name(&self) -> &'static str {
+                $name
+            }
+            fn capabilities(&self) -> Result<super::DiskCapabilities, crate::Error> {
+                self.probe()
+            }
+            fn deviations(&self) -> &'static [super::DiskDeviation] {
+                $deviations
+            }
+            fn create(
+                &self,
+                base: &super::BaseDisk,
+                id: &super::DiskId,
+                options: &super::DiskOptions,
+            ) -> Result<Box<dyn super::Disk>, crate::Error> {
+                self.0.create(base, id, options)
+            }
+            fn remove(&self, id: &super::DiskId) -> Result<(), crate::Error> {
+                self.0.remove(id)
+            }
+            fn disks(&self) -> Result<Vec<(super::DiskId, qvd_core::RootPolicy)>, crate::Error> {
+                self.0.disks()
+            }
+            fn find(&self, id: &super::DiskId) -> Result<Option<qvd_core::RootPolicy>, crate::Error> {
+                self.0.find(id)
+            }
+        }
+    };
+}
+pub(super) use delegate;
