@@ -106,8 +106,11 @@ impl Options {
                 "--backend" => options.backend = value()?,
                 "--base" => options.base = value()?.into(),
                 "--store" => options.store = value()?.into(),
-                "--size" => options.size = Some(value()?.parse()?),
-                "--count" => options.count = value()?.parse()?,
+                "--size" => {
+                    let bytes = value()?.parse().context("`--size` is a number of bytes")?;
+                    options.size = Some(Bytes::new(bytes));
+                }
+                "--count" => options.count = value()?.parse().context("`--count` is a number")?,
                 "--keep" => options.keep = true,
                 _ => bail!("unknown argument `{arg}`; {usage}"),
             }

@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
-    os::fd::AsFd as _,
+    os::{fd::AsFd as _, unix::fs::FileExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -97,6 +97,85 @@ fn rootfs_says_what_is_wrong() {
             assert!(!output.status.success() && said.contains(says), "{said}");
         }
     });
+}
+
+/// On a raw base that begins with a line of text.
+fn disk(backend: &str, dir: &Path) -> Command {
+    let base = dir.join("base.raw");
+    let file = fs::File::create(&base).unwrap();
+    file.set_len(4 << 20).unwrap();
+    file.write_all_at(b"from the base", 0).unwrap();
+    let mut command = Command::new(example("disk"));
+    command.args(["--backend", backend, "--base"]).arg(base).arg("--store").arg(dir.join("store"));
+    command
+}
+
+fn device(disk: &Value) -> PathBuf {
+    disk["device"].as_str().unwrap().into()
+}
+
+/// Lets QEMU execute a command on a disk, as a virtual machine would.
+fn qemu_io(disk: &Value, command: &str) -> String {
+    let format = disk["format"].as_str().unwrap();
+    let output = Command::new("qemu-io").args(["-f", format, "-c", command]).arg(device(disk)).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    said
+}
+
+#[test]
+fn disk_makes_disks_that_are_apart_and_removes_them() {
+    privileged(&[Need::Program("qemu-io")], || {
+        for backend in ["qcow2", "copy"] {
+            let dir = tempfile::tempdir().unwrap();
+            with_roots(disk(backend, dir.path()).args(["--count", "2", "--size", "8388608"]), 2, |disks| {
+                for (number, disk) in disks.iter().enumerate() {
+                    assert_eq!(disk["id"], (number + 1).to_string());
+                    assert_eq!(disk["size"], 8 << 20);
+                    assert!(disk["create_us"].is_u64() && disk["capabilities"].is_object(), "{disk}");
+                    // 0x66 is the `f` of what the base begins with.
+                    let said = qemu_io(disk, "read -P 0x66 0 1");
+                    assert!(!said.contains("failed"), "{backend}: {said}");
+                    qemu_io(disk, "write -P 1 0 4k");
+                }
+            });
+            assert!(fs::read(dir.path().join("base.raw")).unwrap().starts_with(b"from the base"), "{backend}");
+            assert_eq!(fs::read_dir(dir.path().join("store/disks")).unwrap().count(), 0, "{backend}");
+            assert_eq!(fs::read_dir(dir.path().join("store/trash")).unwrap().count(), 0, "{backend}");
+        }
+    });
+}
+
+#[test]
+fn disk_keeps_what_it_is_told_to() {
+    privileged(&[Need::Program("qemu-io")], || {
+        let dir = tempfile::tempdir().unwrap();
+        let mut kept = disk("qcow2", dir.path());
+        kept.arg("--keep");
+        with_roots(&mut kept, 1, |disks| drop(qemu_io(&disks[0], "write -P 5 1M 4k")));
+        with_roots(&mut kept, 1, |disks| {
+            assert!(!qemu_io(&disks[0], "read -P 5 1M 4k").contains("failed"));
+        });
+    });
+}
+
+#[test]
+fn disk_says_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("hostile.qcow2");
+    fs::write(&text, b"QFI\xfb and nothing that goes with it").unwrap();
+    for (backend, args, says) in [
+        ("absent", &[][..], "qcow2"),
+        ("qcow2", &["--base", "/absent"], "/absent"),
+        ("qcow2", &["--size", "512"], "at least as large as its base"),
+        ("qcow2", &["--size", "many"], "--size"),
+        ("qcow2", &["--base", text.to_str().unwrap()], "version (byte 4 of the header)"),
+        ("qcow2", &["--colour"], "usage: disk"),
+    ] {
+        let output = disk(backend, dir.path()).args(args).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(says), "{args:?}: {said}");
+    }
 }
 
 #[test]

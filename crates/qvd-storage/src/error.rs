@@ -233,7 +233,11 @@ impl Error {
             | Self::NoSuchRoot(_)
             | Self::NoSuchTag { .. }
             | Self::NoSuchCommit { .. } => ErrorKind::NotFound,
-            Self::StoreBusy(_) | Self::RootBusy(_) | Self::DiskBusy(_) | Self::DiskFileBusy(_) | Self::TagMoved { .. } => ErrorKind::Busy,
+            Self::StoreBusy(_)
+            | Self::RootBusy(_)
+            | Self::DiskBusy(_)
+            | Self::DiskFileBusy(_)
+            | Self::TagMoved { .. } => ErrorKind::Busy,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Io { .. }
             | Self::Build { .. }

@@ -2,12 +2,11 @@
 
 use std::{
     fs::File,
-    io::{Seek, SeekFrom},
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
-use super::{BackingPolicy, Fault, Image, Mapping, policy::Behind, read_padded};
+use super::{BackingPolicy, Fault, Image, Mapping, length_of, policy::Behind, read_padded};
 use crate::{Error, disk::DiskFormat};
 
 /// How much is copied at once, and what becomes a hole when it is zero, in bytes.
@@ -134,12 +133,11 @@ impl Chain {
 }
 
 impl Layer {
-    fn open(mut file: File, path: PathBuf, format: DiskFormat) -> Result<Self, Error> {
+    fn open(file: File, path: PathBuf, format: DiskFormat) -> Result<Self, Error> {
         Ok(match format {
             DiskFormat::Qcow2 => Self::Qcow2(Box::new(Image::open(file, path)?)),
             DiskFormat::Raw => {
-                // A block device has no length, but an end.
-                let size = file.seek(SeekFrom::End(0)).map_err(Error::io("read disk", &path))?;
+                let size = length_of(&file).map_err(Error::io("read disk", &path))?;
                 Self::Raw(Raw { file, path, size })
             }
         })

@@ -92,7 +92,7 @@ impl Header {
     /// # Errors
     /// The file cannot be read; inside, what is wrong with its header.
     pub(super) fn read(file: &File) -> io::Result<Result<Self, Fault>> {
-        let length = file.metadata()?.len();
+        let length = super::length_of(file)?;
         let mut bytes = read_up_to(file, FIRST_READ)?;
         if let Ok(bits) = u32_at(&bytes, 20, "the header")
             && CLUSTER_BITS.contains(&bits)

@@ -10,7 +10,7 @@ use miniz_oxide::inflate::{
     core::{DecompressorOxide, decompress, inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF},
 };
 
-use super::{Fault, Header, read_full, read_padded, table::Tables};
+use super::{Fault, Header, length_of, read_full, read_padded, table::Tables};
 use crate::Error;
 
 /// The parts of an entry of a first- or second-level table.
@@ -56,7 +56,7 @@ impl Image {
         let path = path.into();
         let header = Header::read(&file).map_err(Error::io("read disk", &path))?;
         let header = header.map_err(|fault| Error::DiskFile { path: path.clone(), fault })?;
-        let length = file.metadata().map_err(Error::io("read disk", &path))?.len();
+        let length = length_of(&file).map_err(Error::io("read disk", &path))?;
         Ok(Self { tables: Tables::new(header.cluster()), file, path, header, length, unpacked: None })
     }
 

@@ -30,7 +30,11 @@ mod image;
 mod policy;
 mod table;
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io::{self, Seek, SeekFrom},
+    os::unix::fs::FileExt,
+};
 
 pub(in crate::disk) use self::create::write_new;
 pub use self::{
@@ -41,6 +45,11 @@ pub use self::{
     image::{Image, Mapping},
     policy::BackingPolicy,
 };
+
+/// How many bytes there are. A block device has no length, but an end.
+fn length_of(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
 
 /// Fills `buffer` from the file; returns how much there was of it.
 fn read_full(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
