@@ -183,6 +183,32 @@ pub(crate) enum Image {
         #[arg(long)]
         format: Option<ExportFormat>,
     },
+    /// Make a pair of keys: FILE, to be kept secret, and FILE.pub
+    Key {
+        /// File of the secret key
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
+    /// Sign a commit
+    Sign {
+        /// FLAVOUR, FLAVOUR:TAG or FLAVOUR@ID
+        image: Reference,
+        /// Secret key of minisign
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        key: PathBuf,
+        /// Read the key's password from the first line of standard input
+        #[arg(long)]
+        password_stdin: bool,
+    },
+    /// Show or set whose commits may be used
+    Policy {
+        /// Public key of minisign: only commits signed by such a key may be used
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        require: Vec<PathBuf>,
+        /// Let all commits be used
+        #[arg(long, conflicts_with = "require")]
+        none: bool,
+    },
     /// Read everything and compare it with its digest
     Fsck {
         /// Repository to take from what is damaged or missing here

@@ -25,17 +25,22 @@ use crate::{
     image::read_recipe,
     output::{Output, age, one_line},
     paths::Paths,
+    signing,
 };
 
 /// Carries out a command about the history of images.
 pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Result<()> {
     let at = paths.root.join("images");
     // What only looks must not make a repository where there is none.
+    if let Image::Key { file } = &command {
+        return signing::key(file, output);
+    }
     let makes = matches!(command, Image::Import(_) | Image::Pull(_) | Image::Clone { .. });
     let repository = if makes { Repository::open(&at).map_err(Into::into) } else { existing(&at) };
     let repository = repository.with_context(|| format!("cannot open the images of `{}`", paths.root.display()))?;
     match command {
-        Image::Build { .. } | Image::Ls => Ok(()),
+        // Done before.
+        Image::Build { .. } | Image::Ls | Image::Key { .. } => Ok(()),
         Image::Import(import) => {
             let what = format!("cannot import `{}`", import.source.display());
             let id = self::import(&repository, import).context(what)?;
@@ -123,6 +128,8 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
             };
             export(&repository, &image, &to, format, output)
         }
+        Image::Sign { image, key, password_stdin } => signing::sign(&repository, &image, &key, password_stdin, output),
+        Image::Policy { require, none } => signing::policy(&repository, &require, none, output),
         Image::Fsck { repair } => fsck(&repository, repair.as_deref(), output),
         Image::Gc { dry_run, keep_days } => {
             let cannot = "cannot collect what is not needed";
@@ -269,6 +276,8 @@ struct Shown {
     commit: Commit,
     flavour: FlavourName,
     package_count: usize,
+    /// Ids of the keys that it is signed by.
+    signers: Vec<String>,
 }
 
 fn show(repository: &Repository, image: &Reference, output: &Output) -> anyhow::Result<()> {
@@ -278,7 +287,8 @@ fn show(repository: &Repository, image: &Reference, output: &Output) -> anyhow::
         let flavour = commit.flavour().clone();
         let tags = repository.tags_by_commit(&flavour)?.remove(&id).unwrap_or_default();
         let package_count = repository.packages(&commit)?.map_or(0, |packages| packages.versions.len());
-        Ok::<_, Error>(Shown { id, tags, commit, flavour, package_count })
+        let signers = repository.signers(id)?;
+        Ok::<_, Error>(Shown { id, tags, commit, flavour, package_count, signers })
     };
     let shown = show().with_context(|| format!("cannot show {image}"))?;
     output.result(&shown, |shown| {
@@ -299,6 +309,7 @@ fn show(repository: &Repository, image: &Reference, output: &Output) -> anyhow::
             ("content", content),
             ("packages", shown.package_count.to_string()),
             ("recipe", commit.recipe.as_ref().map_or("none", |_| "kept with it; --json shows it").to_owned()),
+            ("signed by", list(shown.signers.clone())),
             ("message", one_line(&commit.message)),
         ];
         lines.iter().map(|(name, value)| format!("{name:<10} {value}")).collect::<Vec<_>>().join("\n")

@@ -14,6 +14,7 @@ mod output;
 mod password;
 mod paths;
 mod remote;
+mod signing;
 mod terminal;
 mod up;
 

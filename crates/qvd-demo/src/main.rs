@@ -74,6 +74,11 @@ struct Figures {
 }
 
 #[derive(Debug, Deserialize)]
+struct Built {
+    flavour: String,
+}
+
+#[derive(Debug, Deserialize)]
 struct Created {
     id: u32,
 }
@@ -126,7 +131,7 @@ fn main() -> anyhow::Result<()> {
     let began = Instant::now();
     let recipe = args.recipe.to_str().context("the recipe's path is no text")?;
     eprintln!("building the image of {recipe} (the first time takes some minutes)");
-    let _image: serde_json::Value = server.json(&["image", "build", recipe])?;
+    let image: Built = server.json(&["image", "build", recipe])?;
     let image_build_s = round(began.elapsed().as_secs_f64());
 
     let password = password()?;
@@ -135,7 +140,7 @@ fn main() -> anyhow::Result<()> {
     // A user of an earlier demonstration has an unknown password.
     let _absent = server.run(["user", "rm", user, "--with-desktops"])?;
     server.add_user(user, &password)?;
-    let desktop: Created = server.json(&["desktop", "create", user, "icewm"])?;
+    let desktop: Created = server.json(&["desktop", "create", user, &image.flavour])?;
 
     if let Some(before) = before {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -8,7 +8,7 @@ use std::{
 use qvd_core::{Digest, ErrorKind, FlavourName, Missing, Tag};
 use qvd_sys::mount::MountError;
 
-use crate::{DiskId, RootId, TreeError, qcow2::Fault};
+use crate::{DiskId, RootId, TreeError, qcow2::Fault, repository::CommitId};
 
 /// What this crate reports. `Display` is one line and never repeats the
 /// cause: that is what `source()` is for.
@@ -176,6 +176,14 @@ pub enum Error {
         /// Tag in question.
         tag: Tag,
     },
+    /// The policy of the repository does not let a commit be used.
+    #[error("commit {commit} is refused by the policy of its repository: {reason}")]
+    Untrusted {
+        /// Commit in question.
+        commit: CommitId,
+        /// What is missing.
+        reason: String,
+    },
     /// A tree cannot be as it was given.
     #[error(transparent)]
     Tree(#[from] TreeError),
@@ -246,6 +254,7 @@ impl Error {
             | Self::ServerDied { .. }
             | Self::Damaged { .. }
             | Self::DamagedPart { .. }
+            | Self::Untrusted { .. }
             | Self::Mount { .. } => ErrorKind::Failed,
         }
     }

@@ -15,7 +15,8 @@ use qvd_core::Tag;
 use qvd_storage::{
     Error, ImageConfig, Repository,
     repository::{
-        Change, CommitId, Content, Directory, Due, Expect, Keep, NewCommit, Reference, Rollout, Wanted,
+        Change, CommitId, Content, Directory, Due, Expect, Keep, NewCommit, Policy, Reference, Rollout, SigningKey,
+        VerifyingKey, Wanted,
         archive::{Format, IMPORT_MAX_BYTES},
     },
 };
@@ -417,4 +418,90 @@ fn a_rollout_gives_a_new_commit_to_some_first() {
     for wrong in [rollout(101), Rollout { hard_after_s: Some(1), ..rollout(5) }] {
         assert!(matches!(repository.publish(&flavour, &tag, two, wrong, by), Err(Error::Refused(_))));
     }
+}
+
+#[test]
+fn what_the_policy_does_not_trust_cannot_be_used() {
+    let (dir, at, repository) = bed();
+    let one = commit(&repository, &at, "first");
+    fs::write(at.join("etc/motd"), "new\n").unwrap();
+    let two = commit(&repository, &at, "second");
+    let (key, public, text) = SigningKey::generate().unwrap();
+    let (other, ..) = SigningKey::generate().unwrap();
+    assert_eq!(VerifyingKey::read(&public.to_line()).unwrap(), public);
+    let refused = |repository: &Repository, id| -> Option<String> {
+        let to = dir.path().join("checked-out");
+        let refused = repository.base(id).err().map(|error| error.to_string());
+        let exported = repository.export(id, &to, Format::Directory).err().map(|error| error.to_string());
+        assert_eq!(refused, exported);
+        if refused.is_none() {
+            fs::remove_dir_all(to).unwrap();
+        }
+        refused
+    };
+    assert_eq!(refused(&repository, one), None);
+    repository.set_policy(Some(&Policy { keys: vec![public.clone()] })).unwrap();
+    assert!(refused(&repository, one).unwrap().contains("it is not signed"));
+    repository.sign(one, &other).unwrap();
+    assert!(refused(&repository, one).unwrap().contains("does not know"));
+    repository.sign(one, &SigningKey::read(&text, None).unwrap()).unwrap();
+    assert_eq!(refused(&repository, one), None);
+    assert_eq!(repository.signers(one).unwrap().len(), 2);
+    // The signature of another commit is none.
+    let files = || fs::read_dir(repository.dir().join("signatures")).unwrap().map(|entry| entry.unwrap().path());
+    let signed = files().find(|file| file.to_str().unwrap().ends_with(&public.id())).unwrap();
+    let forged = signed.with_file_name(format!("{}.{}", two.hex(), public.id()));
+    fs::copy(&signed, &forged).unwrap();
+    assert!(refused(&repository, two).unwrap().contains("is wrong"));
+    let found = repository.fsck(None).unwrap();
+    assert_eq!(found.problems.len(), 1, "{found:?}");
+    assert!(found.problems[0].what.contains("signature of commit"));
+    fs::remove_file(&forged).unwrap();
+    // Signatures travel, and count where they arrive.
+    let there = Repository::open(&dir.path().join("there")).unwrap();
+    there.set_policy(Some(&Policy { keys: vec![public.clone()] })).unwrap();
+    let source = || Directory::new(Repository::open(repository.dir()).unwrap());
+    let wanted = Wanted { flavour: "tiny".parse().unwrap(), tag: None, force: false };
+    there.pull(&source(), &wanted, "ana", &mut |_| {}).unwrap();
+    assert_eq!(refused(&there, one), None);
+    assert!(refused(&there, two).is_some());
+    repository.sign(two, &key).unwrap();
+    there.pull(&source(), &wanted, "ana", &mut |_| {}).unwrap();
+    assert_eq!(refused(&there, two), None);
+    // Nothing is let out when nobody knows what may be.
+    fs::write(there.dir().join("policy.json"), "{").unwrap();
+    assert!(refused(&there, two).unwrap().contains("policy"));
+    assert!(there.set_policy(Some(&Policy { keys: Vec::new() })).is_err());
+    there.set_policy(None).unwrap();
+    assert_eq!(refused(&there, two), None);
+}
+
+/// Where it is installed, `minisign` itself agrees.
+#[test]
+fn signatures_are_those_of_minisign() {
+    privileged(&[Need::Program("minisign")], || {
+        let (dir, at, repository) = bed();
+        let one = commit(&repository, &at, "first");
+        let (key, public, _) = SigningKey::generate().unwrap();
+        repository.sign(one, &key).unwrap();
+        let signature = repository.dir().join("signatures").join(format!("{}.{}", one.hex(), public.id()));
+        let commit = repository.dir().join("commits").join(one.hex());
+        let run = |args: &[&std::ffi::OsStr]| std::process::Command::new("minisign").args(args).output().unwrap();
+        let line = public.to_line();
+        let verify = ["-V".as_ref(), "-P".as_ref(), line.as_ref(), "-m".as_ref(), commit.as_ref(), "-x".as_ref()];
+        let output = run(&[&verify[..], &[signature.as_ref()]].concat());
+        assert!(output.status.success(), "{output:?}");
+        // And the other way round: what it signs counts here.
+        let (secret, file) = (dir.path().join("key"), dir.path().join("key.pub"));
+        let made = run(&["-G".as_ref(), "-W".as_ref(), "-s".as_ref(), secret.as_ref(), "-p".as_ref(), file.as_ref()]);
+        assert!(made.status.success(), "{made:?}");
+        let theirs = VerifyingKey::read(&fs::read_to_string(file).unwrap()).unwrap();
+        let signature = signature.with_extension(theirs.id());
+        repository.set_policy(Some(&Policy { keys: vec![theirs] })).unwrap();
+        assert!(repository.base(one).is_err());
+        let sign = ["-S".as_ref(), "-s".as_ref(), secret.as_ref(), "-m".as_ref(), commit.as_ref(), "-x".as_ref()];
+        let signed = run(&[&sign[..], &[signature.as_ref()]].concat());
+        assert!(signed.status.success(), "{signed:?}");
+        repository.base(one).unwrap();
+    });
 }

@@ -15,7 +15,7 @@ use qvd_core::Digest;
 use rustix::{fs::SeekFrom, io::Errno};
 
 use super::{
-    Commit, CommitId, Content, NewCommit, ObjectId, Repository, Staging,
+    CommitId, Content, NewCommit, ObjectId, Repository, Staging,
     archive::{MAGIC, Qcow2, bad, check_ratio, refused_as},
 };
 use crate::{Error, fsio};
@@ -146,8 +146,11 @@ impl Repository {
     /// system can. It is what a qcow2 overlay can stand on.
     ///
     /// # Errors
-    /// The commit holds a tree, something is missing, or `to` cannot be written.
-    pub fn materialise(&self, commit: &Commit, to: &Path) -> Result<(), Error> {
+    /// The commit holds a tree or is refused by the policy, something is missing,
+    /// or `to` cannot be written.
+    pub fn materialise(&self, id: CommitId, to: &Path) -> Result<(), Error> {
+        self.expect_trusted(id)?;
+        let commit = self.commit(id)?;
         let Content::Disk { blocks, block_bytes, size_bytes } = commit.content else {
             return Err(Error::Refused("the commit holds a tree, not a disk".to_owned()));
         };

@@ -106,6 +106,7 @@ impl Repository {
             };
             check.checked.problems.push(Problem { what, reason, repaired });
         }
+        check.signatures(from)?;
         check.tags()?;
         Ok(check.checked)
     }
@@ -295,6 +296,26 @@ impl Check<'_> {
         self.found.extend(missing.map(|id| (Part::Object(*id), "it is missing".to_owned())));
         self.checked.objects = all.len() as u64;
         self.checked.bytes = bytes.into_inner();
+        Ok(())
+    }
+
+    /// Signatures: one that is wrong is replaced by that of the other repository.
+    fn signatures(&mut self, from: Option<&Repository>) -> Result<(), Error> {
+        for (id, path, reason) in self.repository.wrong_signatures()? {
+            let mut repaired = false;
+            for text in from.map_or_else(|| Ok(Vec::new()), |from| from.signatures(id))? {
+                if self.repository.place_for_signature(id, &text).as_ref() == Some(&path) {
+                    fsio::replace(&path, text.as_bytes()).map_err(Error::io("repair", &path))?;
+                    repaired = !self.repository.wrong_signatures()?.iter().any(|(_, wrong, _)| *wrong == path);
+                }
+            }
+            let key = path.extension().unwrap_or_default().to_string_lossy().into_owned();
+            self.checked.problems.push(Problem {
+                what: format!("signature of commit {id} by {key}"),
+                reason,
+                repaired,
+            });
+        }
         Ok(())
     }
 

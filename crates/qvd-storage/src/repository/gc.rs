@@ -90,6 +90,9 @@ impl Repository {
             kept_objects: (all.len() - objects.len()) as u64,
         };
         collected.bytes += self.sweep(&commits, &[&self.dir().join("commits")], dry_run)?;
+        let signatures = self.signature_files()?.into_iter().filter(|(id, _)| !marked.commits.contains(id));
+        let signatures: Vec<PathBuf> = signatures.map(|(_, path)| path).collect();
+        collected.bytes += self.sweep(&signatures, &[], dry_run)?;
         collected.bytes += self.sweep(&lists, &[], dry_run)?;
         collected.bytes += self.sweep(&tree_files, &[&self.dir().join("trees")], dry_run)?;
         let paths: Vec<PathBuf> = objects.iter().map(|id| self.objects.dir().join(objects::name(*id))).collect();

@@ -33,6 +33,7 @@ mod packages;
 mod reference;
 mod rollout;
 mod scan;
+mod signing;
 mod staging;
 mod tags;
 mod transfer;
@@ -55,6 +56,7 @@ pub use id::{CommitId, ObjectId, TreeId};
 pub use packages::{PackageKind, Packages};
 pub use reference::{Reference, ReferenceError, Revision};
 pub use rollout::{Due, Rollout};
+pub use signing::{Policy, Signatures, SigningKey, VerifyingKey};
 pub use staging::{Added, Staging};
 pub use tags::{Expect, Move};
 pub use transfer::{Directory, Source, Transferred, Wanted};
@@ -184,9 +186,11 @@ impl Repository {
     /// Opening it costs the same whatever the tree's size.
     ///
     /// # Errors
-    /// There is no such commit, it holds a disk, or its EROFS is missing.
+    /// There is no such commit, it holds a disk, its EROFS is missing, or the
+    /// repository's policy refuses it.
     pub fn base(&self, id: CommitId) -> Result<BaseTree, Error> {
         let commit = self.commit(id)?;
+        self.expect_trusted(id)?;
         let Content::Tree { id: tree, .. } = commit.content else {
             return Err(Error::Refused(format!("commit {id} holds a disk, not a tree")));
         };

@@ -16,10 +16,11 @@ use qvd_core::{FlavourName, Tag};
 use serde::Serialize;
 
 use super::{
-    Commit, CommitId, Content, Expect, ObjectId, Repository, Staging, Tree, TreeId,
+    Commit, CommitId, Content, Expect, ObjectId, Repository, Signatures, Staging, Tree, TreeId,
+    signing::SIGNATURES_MAX,
     wire::{Channel, Remote, answer},
 };
-use crate::Error;
+use crate::{Error, fsio};
 
 /// Most batches that travel at once.
 const AT_ONCE: usize = 4;
@@ -53,6 +54,12 @@ pub trait Source: fmt::Debug + Send + Sync {
     /// # Errors
     /// As [`Source::flavours`]; also if there is no such commit.
     fn commit(&self, id: CommitId) -> Result<Vec<u8>, Error>;
+
+    /// The signatures of those of these commits that have any.
+    ///
+    /// # Errors
+    /// As [`Source::flavours`].
+    fn signatures(&self, commits: &[CommitId]) -> Result<Signatures, Error>;
 
     /// The encoding of a tree. The caller has the tree `like`, if any: a source
     /// may send what differs.
@@ -119,6 +126,10 @@ impl Source for Directory {
 
     fn commit(&self, id: CommitId) -> Result<Vec<u8>, Error> {
         self.0.commit(id)
+    }
+
+    fn signatures(&self, commits: &[CommitId]) -> Result<Signatures, Error> {
+        self.0.signatures(commits)
     }
 
     fn tree(&self, id: TreeId, like: Option<&Tree>) -> Result<Vec<u8>, Error> {
@@ -207,7 +218,10 @@ impl Repository {
         let staging = self.stage()?;
         let before = source.received_bytes();
         let job = Job { source, staging: &staging, told: Mutex::new((Transferred::default(), progress)) };
-        for commit in job.missing(tags.values().copied().collect(), flavour)? {
+        let missing = job.missing(tags.values().copied().collect(), flavour)?;
+        // Those of what is here already too: it may have been signed since.
+        job.signatures(missing.iter().map(|(id, _)| *id).chain(tags.values().copied()).collect())?;
+        for commit in missing {
             job.commit(commit)?;
         }
         let mut done = job.told.into_inner().unwrap_or_else(PoisonError::into_inner).0;
@@ -258,6 +272,27 @@ impl Job<'_, '_> {
             todo.extend(commit.parents.into_iter().map(|parent| (parent, None)));
         }
         Ok(found)
+    }
+
+    /// Gets signatures, which are on disk before their commits.
+    fn signatures(&self, mut commits: Vec<CommitId>) -> Result<(), Error> {
+        let here = self.staging.repository();
+        commits.sort_unstable();
+        commits.dedup();
+        let mut found = self.source.signatures(&commits)?;
+        found.retain(|id, texts| commits.binary_search(id).is_ok() && !texts.is_empty());
+        if found.is_empty() {
+            return Ok(());
+        }
+        fsio::ensure_private_dir(&here.signatures_dir()).map_err(Error::io("use", here.signatures_dir()))?;
+        for (id, texts) in found {
+            for text in texts.iter().take(SIGNATURES_MAX) {
+                if let Some(place) = here.place_for_signature(id, text) {
+                    self.staging.add(place, text.as_bytes()).map_err(Error::io("write below", here.dir()))?;
+                }
+            }
+        }
+        self.staging.settle()
     }
 
     fn commit(&self, (id, bytes): (CommitId, Vec<u8>)) -> Result<(), Error> {

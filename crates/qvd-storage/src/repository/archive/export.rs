@@ -58,11 +58,13 @@ impl Repository {
     /// `format` says.
     ///
     /// # Errors
-    /// Something is there, or it cannot be written.
+    /// Something is there, it cannot be written, or the policy of the repository
+    /// refuses the commit.
     pub fn export(&self, id: CommitId, to: &Path, format: Format) -> Result<(), Error> {
         let commit = self.commit(id)?;
+        self.expect_trusted(id)?;
         if matches!(commit.content, Content::Disk { .. }) {
-            return self.materialise(&commit, to);
+            return self.materialise(id, to);
         }
         let tree = self.tree_of(&commit)?;
         if fs::symlink_metadata(to).is_ok() {

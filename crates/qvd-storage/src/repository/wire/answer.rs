@@ -10,7 +10,7 @@ use zstd::stream::write::Encoder;
 use super::{DIFFERENCE, GIVEN, Question, REFUSED, Refusal, WHOLE, WINDOW_LOG_MAX};
 use crate::{
     Error,
-    repository::{ObjectId, Repository, TreeId},
+    repository::{ObjectId, Repository, Signatures, TreeId},
 };
 
 /// Up to this many bytes the better compression takes no time that anybody
@@ -58,6 +58,16 @@ fn prepare(repository: &Repository, question: Question) -> Result<Prepared, Erro
     match question {
         Question::Flavours => json(serde_json::to_vec(&repository.flavours()?)),
         Question::Tags(flavour) => json(serde_json::to_vec(&repository.tags(&flavour)?)),
+        Question::Signatures(commits) => {
+            let mut found = Signatures::new();
+            for id in commits {
+                let signatures = repository.signatures(id)?;
+                if !signatures.is_empty() {
+                    found.insert(id, signatures);
+                }
+            }
+            json(serde_json::to_vec(&found))
+        }
         Question::Commit(id) => repository.commit_bytes(id).map(Prepared::Bytes),
         Question::Tree { id, like } => {
             let bytes = tree(repository, id)?;

@@ -5,8 +5,8 @@
 //! or a pipe to a thread of this process. Neither side trusts the other.
 //!
 //! An answer begins with one byte. `0`: what was asked for follows. `1`: an
-//! [`Refusal`] in JSON follows. Lists and commits follow as they are; a tree
-//! and contents as below.
+//! [`Refusal`] in JSON follows. Lists, signatures (JSON) and commits follow as they
+//! are; a tree and contents as below.
 //!
 //! - A tree is one byte, then a zstd frame of its encoding. The byte is `1` if
 //!   the frame refers to the encoding of the tree that the question named as
@@ -29,7 +29,7 @@ pub use remote::Remote;
 
 /// Longest question in bytes: it names at most [`OBJECTS_MAX`] contents.
 pub const QUESTION_MAX_BYTES: u64 = 1 << 17;
-/// Most contents that one question may ask for.
+/// Most contents or signatures that one question may ask for.
 pub const OBJECTS_MAX: usize = 1024;
 /// Largest window of a frame, as a power of two of bytes: what a receiver has
 /// to have in memory. 128 MiB.
@@ -51,6 +51,8 @@ pub enum Question {
     Tags(FlavourName),
     /// The encoding of a commit.
     Commit(CommitId),
+    /// The signatures of commits.
+    Signatures(Vec<CommitId>),
     /// The encoding of a tree.
     Tree {
         /// Tree that is asked for.
@@ -81,12 +83,15 @@ impl Question {
         }
         let question: Self = serde_json::from_slice(line).map_err(|error| format!("not a question: {error}"))?;
         match &question {
-            Self::Objects(ids) if ids.len() > OBJECTS_MAX => {
-                Err(format!("a question asks for {} contents, more than {OBJECTS_MAX}", ids.len()))
-            }
+            Self::Objects(ids) if ids.len() > OBJECTS_MAX => Err(too_many(ids.len())),
+            Self::Signatures(ids) if ids.len() > OBJECTS_MAX => Err(too_many(ids.len())),
             _ => Ok(question),
         }
     }
+}
+
+fn too_many(count: usize) -> String {
+    format!("a question asks for {count} things, more than {OBJECTS_MAX}")
 }
 
 /// Why a question is not answered.
@@ -123,7 +128,7 @@ mod tests {
             assert_eq!(Question::decode(&question.encode().unwrap()).unwrap(), question);
         }
         let many = Question::Objects(vec![id(2); OBJECTS_MAX + 1]).encode().unwrap();
-        assert!(Question::decode(&many).unwrap_err().contains("1025 contents"));
+        assert!(Question::decode(&many).unwrap_err().contains("1025 things"));
         for bad in [r#"{"tags":"../x"}"#, r#"{"commit":"sha256:../../x"}"#, r#""everything""#, "", "{"] {
             Question::decode(bad.as_bytes()).unwrap_err();
         }

@@ -10,10 +10,10 @@ use std::{
 use qvd_core::{Digest, FlavourName, Tag};
 use zstd::stream::read::Decoder;
 
-use super::{Channel, DIFFERENCE, GIVEN, Question, REFUSED, Refusal, WHOLE, WINDOW_LOG_MAX};
+use super::{Channel, DIFFERENCE, GIVEN, OBJECTS_MAX, Question, REFUSED, Refusal, WHOLE, WINDOW_LOG_MAX};
 use crate::{
     Error,
-    repository::{COMMIT_MAX_BYTES, CommitId, ObjectId, Source, TREE_MAX_BYTES, Tree, TreeId},
+    repository::{COMMIT_MAX_BYTES, CommitId, ObjectId, Signatures, Source, TREE_MAX_BYTES, Tree, TreeId},
 };
 
 /// Largest list of flavours or tags that is read, in bytes.
@@ -75,6 +75,18 @@ impl<C: Channel> Source for Remote<C> {
 
     fn commit(&self, id: CommitId) -> Result<Vec<u8>, Error> {
         self.ask(&Question::Commit(id), |from| all(from, COMMIT_MAX_BYTES))
+    }
+
+    fn signatures(&self, commits: &[CommitId]) -> Result<Signatures, Error> {
+        let mut found = Signatures::new();
+        for some in commits.chunks(OBJECTS_MAX) {
+            let question = Question::Signatures(some.to_vec());
+            found.append(
+                &mut self
+                    .ask(&question, |from| Ok(serde_json::from_slice::<Signatures>(&all(from, LIST_MAX_BYTES)?)?))?,
+            );
+        }
+        Ok(found)
     }
 
     fn tree(&self, id: TreeId, like: Option<&Tree>) -> Result<Vec<u8>, Error> {
