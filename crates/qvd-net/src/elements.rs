@@ -1,12 +1,14 @@
 //! Elements of nf_tables sets over netlink: microseconds where starting `nft`
 //! takes ten milliseconds.
 
+use std::collections::{BTreeMap, HashMap};
+
 use netlink_packet_core::NLM_F_CREATE;
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     nftables::{
         DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
-        TableAttribute, TableMessage,
+        TableAttribute, TableMessage, Verdict, VerdictAttribute,
     },
     none::ControlMessage,
 };
@@ -20,7 +22,7 @@ use crate::netlink::{Netlink, NetlinkError, Request};
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 
 /// Version of netfilter's header. Source: as above, `NFNETLINK_V0`.
-const NFNETLINK_V0: u8 = 0;
+pub(crate) const NFNETLINK_V0: u8 = 0;
 
 /// Where a set is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +33,7 @@ pub(crate) enum Family {
 }
 
 impl Family {
-    const fn protocol(self) -> NetfilterProtoFamily {
+    pub(crate) const fn protocol(self) -> NetfilterProtoFamily {
         match self {
             Self::Bridge => NetfilterProtoFamily::Bridge,
             Self::Inet => NetfilterProtoFamily::Inet,
@@ -46,15 +48,56 @@ pub(crate) struct Element {
     pub(crate) family: Family,
     pub(crate) set: &'static str,
     pub(crate) key: Vec<u8>,
+    /// The chain that decides, if the set is a map to such.
+    pub(crate) goto: Option<String>,
+}
+
+impl Element {
+    /// An element of a set that is no map.
+    pub(crate) const fn new(family: Family, set: &'static str, key: Vec<u8>) -> Self {
+        Self { family, set, key, goto: None }
+    }
+
+    fn is(&self, shown: &Shown) -> bool {
+        self.key == shown.key && self.goto == shown.goto
+    }
+}
+
+/// Most bytes of elements in one message: the length of a list has 16 bits.
+const LIST_MAX: usize = 48 * 1024;
+
+/// What an element takes in a message beside its key, at most.
+const ELEMENT_OVERHEAD: usize = 64;
+
+/// `elements` as few messages: each of one set.
+fn grouped(elements: &[Element]) -> Vec<(Family, &'static str, Vec<&Element>)> {
+    let mut groups: Vec<(Family, &'static str, Vec<&Element>)> = Vec::new();
+    let mut open: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    for element in elements {
+        let length = element.key.len() + ELEMENT_OVERHEAD;
+        match open.get_mut(element.set) {
+            Some((place, used)) if *used + length <= LIST_MAX => {
+                *used += length;
+                if let Some((_, _, group)) = groups.get_mut(*place) {
+                    group.push(element);
+                }
+            }
+            _ => {
+                open.insert(element.set, (groups.len(), length));
+                groups.push((element.family, element.set, vec![element]));
+            }
+        }
+    }
+    groups
 }
 
 /// Adds `elements` to `table`, all or none. Those that are there stay.
 pub(crate) fn add(netlink: &mut Netlink, table: &str, elements: &[Element]) -> Result<(), NetlinkError> {
     transaction(
         netlink,
-        elements.iter().map(|element| {
-            let message = list(table, element.set, Some(&element.key));
-            Request::new(nf_tables(element.family, NfTablesMessage::NewSetElement(message)), NLM_F_CREATE)
+        grouped(elements).into_iter().map(|(family, set, group)| {
+            let message = list(table, set, &group);
+            Request::new(nf_tables(family, NfTablesMessage::NewSetElement(message)), NLM_F_CREATE)
         }),
     )
 }
@@ -64,9 +107,9 @@ pub(crate) fn remove(netlink: &mut Netlink, table: &str, elements: &[Element]) -
     let all = |netlink: &mut Netlink, elements: &[Element]| {
         transaction(
             netlink,
-            elements.iter().map(|element| {
-                let message = list(table, element.set, Some(&element.key));
-                Request::new(nf_tables(element.family, NfTablesMessage::DeleteSetElement(message)), 0)
+            grouped(elements).into_iter().map(|(family, set, group)| {
+                let message = list(table, set, &group);
+                Request::new(nf_tables(family, NfTablesMessage::DeleteSetElement(message)), 0)
             }),
         )
     };
@@ -79,24 +122,40 @@ pub(crate) fn remove(netlink: &mut Netlink, table: &str, elements: &[Element]) -
     }
 }
 
-/// The first of `elements` that the kernel does not show.
-pub(crate) fn missing<'a>(
-    netlink: &mut Netlink,
-    table: &str,
-    elements: &'a [Element],
-) -> Result<Option<&'a Element>, NetlinkError> {
+/// Most elements that are asked for one by one. The answers to all questions of
+/// a batch wait in the socket's buffer, which would run over at some hundreds;
+/// and from there on a look at everything is quicker.
+const ASK_MAX: usize = 64;
+
+/// The place of the first of `elements` that the kernel does not show.
+pub(crate) fn missing(netlink: &mut Netlink, table: &str, elements: &[Element]) -> Result<Option<usize>, NetlinkError> {
+    if elements.len() > ASK_MAX {
+        return missing_of_many(netlink, table, elements);
+    }
+    let requests = elements.iter().map(|element| {
+        let message = list(table, element.set, &[element]);
+        Request::new(nf_tables(element.family, NfTablesMessage::GetSetElement(message)), 0)
+    });
+    let answers = match netlink.batch(requests.collect()) {
+        Err(error) if error.is(Errno::NOENT) => return Ok(Some(error.index)),
+        other => other?,
+    };
+    let shown: Vec<_> = answers.iter().flat_map(shown).collect();
+    Ok(elements.iter().position(|element| !shown.iter().any(|shown| element.is(shown))))
+}
+
+fn missing_of_many(netlink: &mut Netlink, table: &str, elements: &[Element]) -> Result<Option<usize>, NetlinkError> {
+    let mut sets: BTreeMap<&str, HashMap<Vec<u8>, Option<String>>> = BTreeMap::new();
     for element in elements {
-        let message = list(table, element.set, Some(&element.key));
-        let request = Request::new(nf_tables(element.family, NfTablesMessage::GetSetElement(message)), 0);
-        let answers = match netlink.batch(vec![request]) {
-            Err(error) if error.is(Errno::NOENT) => return Ok(Some(element)),
-            other => other?,
-        };
-        if !answers.iter().flat_map(keys).any(|key| key == element.key) {
-            return Ok(Some(element));
+        if !sets.contains_key(element.set) {
+            let all = all_shown(netlink, table, element.family, element.set)?.unwrap_or_default();
+            sets.insert(element.set, all.into_iter().map(|shown| (shown.key, shown.goto)).collect());
         }
     }
-    Ok(None)
+    let is_there = |element: &Element| {
+        sets.get(element.set).is_some_and(|set| set.get(&element.key).is_some_and(|goto| *goto == element.goto))
+    };
+    Ok(elements.iter().position(|element| !is_there(element)))
 }
 
 /// The keys of all elements of a set; `None` when there is no such set.
@@ -106,8 +165,17 @@ pub(crate) fn all(
     family: Family,
     set: &str,
 ) -> Result<Option<Vec<Vec<u8>>>, NetlinkError> {
-    match netlink.dump(nf_tables(family, NfTablesMessage::GetSetElement(list(table, set, None)))) {
-        Ok(answers) => Ok(Some(answers.iter().flat_map(keys).collect())),
+    Ok(all_shown(netlink, table, family, set)?.map(|all| all.into_iter().map(|shown| shown.key).collect()))
+}
+
+fn all_shown(
+    netlink: &mut Netlink,
+    table: &str,
+    family: Family,
+    set: &str,
+) -> Result<Option<Vec<Shown>>, NetlinkError> {
+    match netlink.dump(nf_tables(family, NfTablesMessage::GetSetElement(list(table, set, &[])))) {
+        Ok(answers) => Ok(Some(answers.iter().flat_map(shown).collect())),
         Err(error) if error.is(Errno::NOENT) => Ok(None),
         Err(error) => Err(error),
     }
@@ -140,16 +208,30 @@ fn nf_tables(family: Family, message: NfTablesMessage) -> NetfilterMessage {
     NetfilterMessage::new(NetfilterHeader::new(family.protocol(), NFNETLINK_V0, 0), message)
 }
 
-fn list(table: &str, set: &str, key: Option<&[u8]>) -> SetElementMessage {
+fn list(table: &str, set: &str, elements: &[&Element]) -> SetElementMessage {
     let mut attributes = vec![SetElementList::Table(table.to_owned()), SetElementList::Set(set.to_owned())];
-    if let Some(key) = key {
-        let element = vec![SetElementAttribute::Key(DataAttribute::Value(key.to_vec()))];
-        attributes.push(SetElementList::Elements(vec![ListAttribute::Element(element)]));
+    if !elements.is_empty() {
+        attributes.push(SetElementList::Elements(elements.iter().map(|element| described(element)).collect()));
     }
     SetElementMessage { attributes }
 }
 
-fn keys(message: &NetfilterMessage) -> Vec<Vec<u8>> {
+fn described(element: &Element) -> ListAttribute<SetElementAttribute> {
+    let mut attributes = vec![SetElementAttribute::Key(DataAttribute::Value(element.key.clone()))];
+    if let Some(chain) = &element.goto {
+        let verdict = vec![VerdictAttribute::Code(Verdict::Goto), VerdictAttribute::Chain(chain.clone())];
+        attributes.push(SetElementAttribute::Data(DataAttribute::Verdict(verdict)));
+    }
+    ListAttribute::Element(attributes)
+}
+
+/// An element as the kernel shows it.
+struct Shown {
+    key: Vec<u8>,
+    goto: Option<String>,
+}
+
+fn shown(message: &NetfilterMessage) -> Vec<Shown> {
     let NetfilterMessageInner::NfTables(NfTablesMessage::NewSetElement(message)) = &message.inner else {
         return Vec::new();
     };
@@ -159,12 +241,22 @@ fn keys(message: &NetfilterMessage) -> Vec<Vec<u8>> {
     });
     elements
         .flatten()
-        .filter_map(|element| match element {
-            ListAttribute::Element(attributes) => attributes.iter().find_map(|attribute| match attribute {
-                SetElementAttribute::Key(DataAttribute::Value(key)) => Some(key.clone()),
-                _ => None,
-            }),
-            _ => None,
+        .filter_map(|element| {
+            let ListAttribute::Element(attributes) = element else { return None };
+            let (mut key, mut goto) = (None, None);
+            for attribute in attributes {
+                match attribute {
+                    SetElementAttribute::Key(DataAttribute::Value(value)) => key = Some(value.clone()),
+                    SetElementAttribute::Data(DataAttribute::Verdict(verdict)) => {
+                        goto = verdict.iter().find_map(|part| match part {
+                            VerdictAttribute::Chain(chain) => Some(chain.clone()),
+                            _ => None,
+                        });
+                    }
+                    _ => {}
+                }
+            }
+            Some(Shown { key: key?, goto })
         })
         .collect()
 }

@@ -53,8 +53,8 @@ impl Identity {
 
     /// Its elements of the sets, and its way out if it has one.
     pub(crate) fn elements(&self, internet: bool) -> Vec<Element> {
-        let bridge = |set, key| Element { family: Family::Bridge, set, key };
-        let inet = |set, address| Element { family: Family::Inet, set, key: rules::address_key(address) };
+        let bridge = |set, key| Element::new(Family::Bridge, set, key);
+        let inet = |set, address| Element::new(Family::Inet, set, rules::address_key(address));
         let (link, mac) = (&*self.link, self.mac);
         let mut elements = vec![bridge(rules::LINK, rules::link_key(link, mac))];
         // No address is the sender of who asks for one, or whether it is in

@@ -37,9 +37,11 @@
 mod elements;
 mod error;
 mod filter;
+mod guard;
 mod identity;
 mod links;
 mod mac;
+mod mend;
 mod netlink;
 mod network;
 mod pool;
@@ -56,7 +58,9 @@ mod tests;
 
 pub use error::{Error, TeardownErrors};
 pub use filter::Backend;
+pub use guard::{Guard, Report};
 pub use mac::Mac;
+pub use mend::Mended;
 pub use netlink::NetlinkError;
 pub use network::{NetConfig, Network};
 pub use pool::{Subnet, SubnetError};

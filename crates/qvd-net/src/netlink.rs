@@ -13,11 +13,11 @@ use rustix::net::{RecvFlags, sockopt};
 /// or after the RCU grace periods of a deletion, which take milliseconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Most bytes of one send: what the default send buffer of a socket takes.
-///
-/// Source: Linux `include/net/sock.h`, `SK_WMEM_DEFAULT` is 212992 on 64-bit
-/// with 4 KiB pages, overhead counted.
-const SEND_MAX: usize = 96 * 1024;
+/// Most bytes of one send: the rules of the 1023 ports that a bridge can have.
+const SEND_MAX: usize = 1 << 20;
+
+/// What a send buffer has to hold for that, the kernel's own overhead counted.
+const SEND_BUFFER: usize = 2 * SEND_MAX;
 
 /// One datagram of answers.
 ///
@@ -25,7 +25,7 @@ const SEND_MAX: usize = 96 * 1024;
 const RECV_MAX: usize = 64 * 1024;
 
 /// Length of `struct nlmsghdr`. Source: Linux `include/uapi/linux/netlink.h`.
-const HEADER_LEN: usize = 16;
+pub(crate) const HEADER_LEN: usize = 16;
 
 /// Text of an extended acknowledgement. Source: as above, `NLMSGERR_ATTR_MSG`.
 const NLMSGERR_ATTR_MSG: u16 = 1;
@@ -124,6 +124,7 @@ impl Netlink {
         socket.connect(&SocketAddr::new(0, 0))?;
         socket.set_ext_ack(true)?;
         socket.set_cap_ack(true)?;
+        sockopt::set_socket_send_buffer_size_force(&socket, SEND_BUFFER)?;
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(ANSWER_TIMEOUT))?;
         Ok(Self { socket, sequence: 0, buffer: vec![0; RECV_MAX], sent: 0 })
     }
@@ -185,16 +186,42 @@ impl Netlink {
     where
         M: NetlinkSerializable + NetlinkDeserializable + fmt::Debug + Clone,
     {
+        self.dump_as(message, |raw| match NetlinkMessage::<M>::deserialize(raw).map_err(malformed)?.payload {
+            NetlinkPayload::InnerMessage(message) => Ok(Some(message)),
+            _ => Ok(None),
+        })
+    }
+
+    /// The same, each message as the kernel wrote it, behind its header.
+    pub(crate) fn dump_raw<M>(&mut self, message: M) -> Result<Vec<Vec<u8>>, NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + fmt::Debug + Clone,
+    {
+        self.dump_as(message, |raw| Ok(raw.get(HEADER_LEN..).map(<[u8]>::to_vec)))
+    }
+
+    fn dump_as<M, T>(
+        &mut self,
+        message: M,
+        read: impl Fn(&[u8]) -> Result<Option<T>, NetlinkError>,
+    ) -> Result<Vec<T>, NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + fmt::Debug + Clone,
+    {
         const TRIES: usize = 5;
         for _ in 0..TRIES {
-            if let Some(all) = self.dump_once(message.clone())? {
+            if let Some(all) = self.dump_once(message.clone(), &read)? {
                 return Ok(all);
             }
         }
         Err(io::Error::new(io::ErrorKind::ResourceBusy, "it changed each time it was listed").into())
     }
 
-    fn dump_once<M>(&mut self, message: M) -> Result<Option<Vec<M>>, NetlinkError>
+    fn dump_once<M, T>(
+        &mut self,
+        message: M,
+        read: &impl Fn(&[u8]) -> Result<Option<T>, NetlinkError>,
+    ) -> Result<Option<Vec<T>>, NetlinkError>
     where
         M: NetlinkSerializable + NetlinkDeserializable + fmt::Debug,
     {
@@ -209,12 +236,16 @@ impl Netlink {
                     continue;
                 }
                 interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
+                // Types below this are netlink's own: NLMSG_MIN_TYPE.
+                if header.kind >= 0x10 {
+                    all.extend(read(raw)?);
+                    continue;
+                }
                 match NetlinkMessage::<M>::deserialize(raw).map_err(malformed)?.payload {
                     NetlinkPayload::Error(error) if error.code.is_some() => {
                         return Err(refusal(&error, header.flags, 0));
                     }
                     NetlinkPayload::Done(_) | NetlinkPayload::Error(_) => return Ok((!interrupted).then_some(all)),
-                    NetlinkPayload::InnerMessage(message) => all.push(message),
                     _ => {}
                 }
             }
@@ -256,20 +287,25 @@ impl Netlink {
 }
 
 /// Header of a message, as far as needed before its payload is looked at.
-struct Header {
+pub(crate) struct Header {
+    pub(crate) kind: u16,
     flags: u16,
     sequence_number: u32,
 }
 
-fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (Header, &[u8])> {
+pub(crate) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (Header, &[u8])> {
     std::iter::from_fn(move || {
         let (header, _) = datagram.split_first_chunk::<HEADER_LEN>()?;
-        let [l0, l1, l2, l3, _, _, f0, f1, s0, s1, s2, s3, ..] = *header;
+        let [l0, l1, l2, l3, k0, k1, f0, f1, s0, s1, s2, s3, ..] = *header;
         let length = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).ok().filter(|&l| l >= HEADER_LEN)?;
         let message = datagram.get(..length)?;
         datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((
-            Header { flags: u16::from_ne_bytes([f0, f1]), sequence_number: u32::from_ne_bytes([s0, s1, s2, s3]) },
+            Header {
+                kind: u16::from_ne_bytes([k0, k1]),
+                flags: u16::from_ne_bytes([f0, f1]),
+                sequence_number: u32::from_ne_bytes([s0, s1, s2, s3]),
+            },
             message,
         ))
     })

@@ -1,5 +1,5 @@
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -15,6 +15,7 @@ use crate::{
     filter::{self, Backend, Filter, Notes},
     identity::Identity,
     links::{self, LinkFacts},
+    mend::Record,
     netlink::Netlink,
     pool::Pool,
     rules::{Protection, Rules},
@@ -66,6 +67,11 @@ pub(crate) struct Inner {
     route: Mutex<Netlink>,
     pub(crate) filter: Box<dyn Filter>,
     pub(crate) pool: Mutex<Pool>,
+    /// The ports that this process has open.
+    pub(crate) open: Mutex<BTreeMap<DesktopId, Record>>,
+    /// Whether they are cut, because their rules could not be put back.
+    pub(crate) cut: Mutex<bool>,
+    notes: Notes,
     pub(crate) without: Vec<Protection>,
 }
 
@@ -119,7 +125,7 @@ impl Network {
         refuse_clash(&mut route, config.subnet, old.as_ref())?;
         let filter = filter::open(&config, netns.as_fd())?;
         let opened = Self::establish(config, without, &mut route, &*filter);
-        let bridge = opened.inspect_err(|_| {
+        let (bridge, notes) = opened.inspect_err(|_| {
             if old.is_none() {
                 let undone = remove(config, &mut route, &*filter);
                 if let Err(error) = undone {
@@ -128,7 +134,9 @@ impl Network {
             }
         })?;
         let (pool, route) = (Mutex::new(Pool::new(config.subnet)), Mutex::new(route));
-        Ok(Self { inner: Arc::new(Inner { config, bridge, netns, route, filter, pool, without: without.to_vec() }) })
+        let (open, cut, without) = (Mutex::default(), Mutex::default(), without.to_vec());
+        let inner = Inner { config, bridge, netns, route, filter, pool, open, cut, notes, without };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     fn establish(
@@ -136,7 +144,7 @@ impl Network {
         without: &[Protection],
         route: &mut Netlink,
         filter: &dyn Filter,
-    ) -> Result<u32, Error> {
+    ) -> Result<(u32, Notes), Error> {
         let NetConfig { instance, subnet, subnet6, internet, backend } = config;
         let name = instance.bridge_name();
         let refused = |op| Error::netlink(op, name.clone());
@@ -145,10 +153,11 @@ impl Network {
         // that forwarding was off is written before it is switched on.
         let noted = filter.notes()?;
         let is_off = |now: &str| Ok::<_, Error>(internet && sysctl::read(now)? == "0");
-        let forwarding_was_off = noted.ipv4 || is_off("ipv4/ip_forward")?;
-        let forwarding6_was_off = subnet6.is_some() && (noted.ipv6 || is_off(FORWARDING6)?);
-        let rules = Rules { instance, subnet, subnet6, internet, forwarding_was_off, forwarding6_was_off, without };
-        filter.establish(&rules)?;
+        let notes = Notes {
+            ipv4: noted.ipv4 || is_off("ipv4/ip_forward")?,
+            ipv6: subnet6.is_some() && (noted.ipv6 || is_off(FORWARDING6)?),
+        };
+        filter.establish(&Rules::of(&config, notes, without))?;
 
         let reserved = if without.contains(&Protection::ReservedGroups) { 0 } else { links::RESERVED_GROUPS_TO_RULES };
         let made = links::ensure_bridge(&name, Mac::of(instance, subnet.gateway()), group(instance), reserved, backend);
@@ -182,10 +191,14 @@ impl Network {
         if internet {
             sysctl::write("ipv4/ip_forward", "1")?;
         }
-        if forwarding6_was_off {
+        if notes.ipv6 {
             forward_ipv6()?;
         }
-        Ok(bridge)
+        Ok((bridge, notes))
+    }
+
+    pub(crate) const fn inner(&self) -> &Arc<Inner> {
+        &self.inner
     }
 
     /// Name of the bridge.
@@ -282,6 +295,13 @@ impl Network {
 impl Inner {
     pub(crate) fn netns(&self) -> BorrowedFd<'_> {
         self.netns.as_fd()
+    }
+
+    /// Loads the rules that do not depend on ports.
+    pub(crate) fn load(&self) -> Result<(), Error> {
+        let load = || self.filter.establish(&Rules::of(&self.config, self.notes, &self.without));
+        let name = self.config.instance.bridge_name();
+        netns::in_netns(self.netns(), load).map_err(Error::io("enter the network namespace of", name))?
     }
 
     pub(crate) fn route(&self) -> MutexGuard<'_, Netlink> {

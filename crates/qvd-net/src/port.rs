@@ -14,6 +14,7 @@ use crate::{
     filter::Confined,
     identity::Identity,
     links,
+    mend::Record,
     netlink::Netlink,
     network::{Inner, find, forget_neighbour, group, lock, no_ipv6_address},
     rules::Protection,
@@ -67,7 +68,10 @@ impl Port {
     pub(crate) fn attach(network: &Arc<Inner>, spec: &PortSpec<'_>) -> Result<Self, Error> {
         let mut port = Self::reserve(network, spec.desktop, spec.address, spec.policy)?;
         match port.make(spec.netns) {
-            Ok(()) => Ok(port),
+            Ok(()) => {
+                port.register();
+                Ok(port)
+            }
             Err(error) => {
                 if let Err(left) = port.close() {
                     tracing::warn!(error = %left, link = port.identity.link, "part of a port that could not be made is left");
@@ -86,7 +90,10 @@ impl Port {
             Ok(tap)
         });
         match made {
-            Ok(tap) => Ok((port, tap)),
+            Ok(tap) => {
+                port.register();
+                Ok((port, tap))
+            }
             Err(error) => {
                 if let Err(left) = port.close() {
                     tracing::warn!(error = %left, link = port.identity.link, "part of a port that could not be made is left");
@@ -104,7 +111,10 @@ impl Port {
     ) -> Result<Self, Error> {
         let mut port = Self::reserve(network, desktop, Some(address), policy)?;
         match port.readopt() {
-            Ok(()) => Ok(port),
+            Ok(()) => {
+                port.register();
+                Ok(port)
+            }
             Err(error) => {
                 // Not ours to remove, yet not to be left open either.
                 if let Some(index) = port.index {
@@ -139,6 +149,13 @@ impl Port {
             internet: policy.internet,
             open: true,
         })
+    }
+
+    /// From now on it is watched.
+    fn register(&self) {
+        let Some(index) = self.index else { return };
+        let record = Record { identity: self.identity.clone(), internet: self.internet, index };
+        lock(&self.network.open).insert(self.desktop, record);
     }
 
     /// Address inside.
@@ -285,6 +302,9 @@ impl Port {
     /// [`Error::NotConfined`] says what is missing; opening the network anew
     /// and adopting the port puts it back, closing the port is safe.
     pub fn verify(&self) -> Result<(), Error> {
+        if let Some(differs) = self.network.filter.differs()? {
+            return Err(self.not_confined(&differs));
+        }
         self.index.map_or_else(|| Err(Error::NoPort(self.desktop)), |index| self.read_back(index))
     }
 
@@ -356,6 +376,7 @@ impl Port {
             return Ok(());
         }
         let network = &self.network;
+        lock(&network.open).remove(&self.desktop);
         let mut errors = Vec::new();
         errors.extend(network.filter.remove(&self.confined()).err());
         let mut route = network.route();
@@ -377,6 +398,7 @@ impl Port {
     /// its network, and a later [`Network::adopt`](crate::Network::adopt)
     /// takes it over.
     pub fn leave(mut self) {
+        lock(&self.network.open).remove(&self.desktop);
         lock(&self.network.pool).give_back(self.desktop, self.identity.ipv4);
         self.open = false;
     }

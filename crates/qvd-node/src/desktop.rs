@@ -16,7 +16,7 @@ use qvd_core::{
     UidRange, Virtualizer,
 };
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
-use qvd_net::{Network, Port, PortSpec, loopback_up};
+use qvd_net::{Guard, Mended, Network, Port, PortSpec, loopback_up};
 use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Root, RootId, Store};
 use qvd_virt::{Container, ContainerMount, ContainerSpec, Exit, InheritedFd, Program, Runtime, seal};
 
@@ -129,6 +129,8 @@ pub(crate) struct Parts {
     runtime: Runtime,
     /// `None` once it was closed.
     network: Mutex<Option<Network>>,
+    /// Watches over the network's rules.
+    guard: Mutex<Guard>,
     records: Records,
     /// The init program, sealed: one copy in memory for all desktops.
     init: OwnedFd,
@@ -164,6 +166,24 @@ where
     move |source| HostError::because(kind, what.to_string(), source)
 }
 
+/// Pause between two looks at the rules that nobody is known to have changed.
+const RULES_CHECKED_EVERY: Duration = Duration::from_secs(60);
+
+/// Somebody else's change of our rules is for the log, mended or not.
+fn report_rules(mended: &Result<Mended, qvd_net::Error>) {
+    match mended {
+        Ok(Mended { differed, cut, .. }) => {
+            tracing::warn!(differed, cut, "network rules had been changed by others and were put back");
+        }
+        Err(error) => {
+            tracing::error!(
+                error = error as &dyn StdError,
+                "network rules could not be put back: desktops are cut off"
+            );
+        }
+    }
+}
+
 impl Parts {
     /// Opens everything, adopts what runs, removes what nobody owns.
     pub(crate) fn open(config: &NodeConfig) -> Result<(Self, Vec<Desktop>), HostError> {
@@ -185,7 +205,10 @@ impl Parts {
             HostErrorKind::Failed,
             format!("cannot open the records below `{}`", config.run.display()),
         ))?;
-        let parts = Self { store, runtime, network: Mutex::new(Some(network)), records, init, slots: Mutex::default() };
+        let guard =
+            network.guard(RULES_CHECKED_EVERY, Box::new(report_rules)).map_err(net("cannot watch the rules"))?;
+        let (network, guard, slots) = (Mutex::new(Some(network)), Mutex::new(guard), Mutex::default());
+        let parts = Self { store, runtime, network, guard, records, init, slots };
         let adopted = parts.adopt_all()?;
         Ok((parts, adopted))
     }
@@ -366,6 +389,7 @@ impl Parts {
     }
 
     pub(crate) fn close_network(&self) -> Result<(), HostError> {
+        lock(&self.guard).close().map_err(net("cannot end the watch over the rules"))?;
         let mut network = lock(&self.network);
         if let Some(open) = network.as_mut() {
             open.close().map_err(net("cannot remove the network"))?;

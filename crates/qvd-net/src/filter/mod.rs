@@ -1,6 +1,7 @@
 //! What keeps a port to its identity and policy, behind one trait: nf_tables,
 //! or the older ebtables and iptables.
 
+mod fingerprint;
 mod iptables;
 mod nft;
 
@@ -87,6 +88,9 @@ pub(crate) trait Filter: fmt::Debug + Send + Sync {
 
     /// What [`Filter::establish`] noted.
     fn notes(&self) -> Result<Notes, Error>;
+
+    /// What differs from what [`Filter::establish`] has loaded, if anything.
+    fn differs(&self) -> Result<Option<String>, Error>;
 
     /// Lets ports send as themselves, all at once. What an earlier process gave
     /// to these links or addresses beyond that is taken back first.

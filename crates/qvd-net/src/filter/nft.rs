@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Confined, Filter, Notes};
+use super::{Confined, Filter, Notes, fingerprint::fingerprint};
 use crate::{
     Error, NetConfig, TeardownErrors,
     elements::{self, Element, Family},
@@ -24,6 +24,8 @@ pub(super) struct Nft {
     /// What an earlier process left in the sets. Whoever takes over one of
     /// these names or addresses first takes back what it does not mean to give.
     inherited: Mutex<Vec<Element>>,
+    /// The rules as the kernel showed them when they had been loaded.
+    loaded: Mutex<Vec<u8>>,
 }
 
 /// Also after a panic elsewhere: each call leaves these whole.
@@ -36,11 +38,21 @@ impl Nft {
         let name = config.instance.bridge_name();
         let netfilter = Netlink::netfilter().map_err(Error::io("open netfilter netlink for", name))?;
         let table = rules::table_name(config.instance);
-        Ok(Self { config, table, netfilter: Mutex::new(netfilter), inherited: Mutex::default() })
+        Ok(Self {
+            config,
+            table,
+            netfilter: Mutex::new(netfilter),
+            inherited: Mutex::default(),
+            loaded: Mutex::default(),
+        })
     }
 
     fn netfilter(&self) -> MutexGuard<'_, Netlink> {
         lock(&self.netfilter)
+    }
+
+    fn shown(&self) -> Result<Vec<u8>, Error> {
+        fingerprint(&mut self.netfilter(), &self.table).map_err(Error::netlink("read back the rules of", &self.table))
     }
 
     /// Every element of our sets.
@@ -50,7 +62,7 @@ impl Nft {
         for (family, set) in rules::PORT_SETS.into_iter().chain(rules::ADDRESS_SETS) {
             let keys = elements::all(&mut netfilter, &self.table, family, set);
             let keys = keys.map_err(Error::netlink("list the rules of", &self.table))?.unwrap_or_default();
-            every.extend(keys.into_iter().map(|key| Element { family, set, key }));
+            every.extend(keys.into_iter().map(|key| Element::new(family, set, key)));
         }
         Ok(every)
     }
@@ -84,7 +96,18 @@ impl Filter for Nft {
     fn establish(&self, rules: &Rules<'_>) -> Result<(), Error> {
         program::run(program::NFT, &["-f", "-"], &self.table, &rules.render())?;
         *lock(&self.inherited) = self.every_element()?;
+        *lock(&self.loaded) = self.shown()?;
         Ok(())
+    }
+
+    fn differs(&self) -> Result<Option<String>, Error> {
+        let shown = self.shown()?;
+        let differs = if shown.is_empty() {
+            Some("its rules are gone")
+        } else {
+            (shown != *lock(&self.loaded)).then_some("its rules are not those that were loaded")
+        };
+        Ok(differs.map(str::to_owned))
     }
 
     fn notes(&self) -> Result<Notes, Error> {
@@ -112,15 +135,16 @@ impl Filter for Nft {
     }
 
     fn missing(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error> {
+        let (mut places, mut all) = (Vec::new(), Vec::new());
         for (place, port) in ports.iter().enumerate() {
-            let elements = port.identity.elements(port.internet);
-            let missing = elements::missing(&mut self.netfilter(), &self.table, &elements);
-            let missing = missing.map_err(Error::netlink("read back the rules of", &*port.identity.link))?;
-            if let Some(element) = missing {
-                return Ok(Some((place, format!("set {} lacks its element", element.set))));
-            }
+            all.extend(port.identity.elements(port.internet));
+            places.resize(all.len(), place);
         }
-        Ok(None)
+        let of = ports.first().map_or(&*self.table, |port| &*port.identity.link);
+        let missing = elements::missing(&mut self.netfilter(), &self.table, &all);
+        let missing = missing.map_err(Error::netlink("read back the rules of", of))?;
+        let lacks = missing.and_then(|at| Some((*places.get(at)?, all.get(at)?.set)));
+        Ok(lacks.map(|(place, set)| (place, format!("set {set} lacks its element"))))
     }
 
     fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<Ipv4Addr>, Error> {

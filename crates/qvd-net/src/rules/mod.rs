@@ -34,7 +34,7 @@ use qvd_core::Instance;
 pub(crate) use self::keys::{
     address_key, arp_key, identity_key, identity6_key, link_key, port_of_key, target_key, v4_of_key, v6_of_key,
 };
-use crate::{Mac, Subnet, Subnet6, elements::Family};
+use crate::{Mac, NetConfig, Subnet, Subnet6, elements::Family, filter::Notes};
 
 /// Set of (port, source MAC, source IPv4) that may send.
 pub(crate) const IDENTITY: &str = "identity";
@@ -168,7 +168,13 @@ pub(crate) fn table_name(instance: Instance) -> String {
     format!("qvd-{instance}")
 }
 
-impl Rules<'_> {
+impl<'a> Rules<'a> {
+    pub(crate) const fn of(config: &NetConfig, notes: Notes, without: &'a [Protection]) -> Self {
+        let NetConfig { instance, subnet, subnet6, internet, .. } = *config;
+        let (forwarding_was_off, forwarding6_was_off) = (notes.ipv4, notes.ipv6);
+        Self { instance, subnet, subnet6, internet, forwarding_was_off, forwarding6_was_off, without }
+    }
+
     fn on(&self, protection: Protection) -> bool {
         !self.without.contains(&protection)
     }

@@ -5,6 +5,7 @@
 mod attacks;
 mod confinement;
 mod frames;
+mod guard;
 mod internet;
 mod iptables;
 mod lifecycle;

@@ -121,7 +121,7 @@ impl Mouth {
 
 /// Two desktops on one host.
 pub(crate) struct World {
-    _network: Network,
+    pub(crate) network: Network,
     pub(crate) a: Desktop,
     pub(crate) b: Desktop,
     from_a: Mouth,
@@ -164,14 +164,7 @@ impl World {
         let on_port = |ethertype| PacketSocket::open(a.port.link(), ethertype).unwrap();
         let at_b = b.socket();
         let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
-        let gateway = Station::new(crate::Mac::of(INSTANCE, subnet().gateway()), subnet().gateway());
-        let (own, other) = (a.station(), b.station());
-        let arp =
-            |to: [u8; 6], from: Station| frames::ethernet(to, from.mac, frames::ARP, &frames::arp(1, from, gateway.ip));
-        connected_by(&|frame| from_a.send(frame), &arp(frames::BROADCAST, own), &bridge);
-        connected(&at_b, &arp(frames::BROADCAST, other), &bridge);
-        connected(&bridge, &arp(other.mac, gateway), &at_b);
-        Self {
+        let world = Self {
             from_a,
             at_b,
             bridge,
@@ -183,9 +176,25 @@ impl World {
                 program
             },
             next_mark: 0,
-            _network: network,
+            network,
             a,
             b,
+        };
+        world.connect();
+        world
+    }
+
+    /// Waits until each end hears the others.
+    pub(crate) fn connect(&self) {
+        let (own, other, gateway) = (self.a.station(), self.b.station(), self.gateway());
+        let arp =
+            |to: [u8; 6], from: Station| frames::ethernet(to, from.mac, frames::ARP, &frames::arp(1, from, gateway.ip));
+        connected_by(&|frame| self.from_a.send(frame), &arp(frames::BROADCAST, own), &self.bridge);
+        connected(&self.at_b, &arp(frames::BROADCAST, other), &self.bridge);
+        connected(&self.bridge, &arp(other.mac, gateway), &self.at_b);
+        for socket in &self.past_bridge {
+            // Each is told once that its link was down.
+            let _told = socket.receive(Duration::ZERO);
         }
     }
 

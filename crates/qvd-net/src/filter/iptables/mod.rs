@@ -125,6 +125,17 @@ impl Filter for Iptables {
         Ok(Notes { ipv4: noted(self.text.note4()), ipv6: noted(self.text.note6()) })
     }
 
+    fn differs(&self) -> Result<Option<String>, Error> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        for kind in self.kinds() {
+            let differs = self.text.base_missing(kind, &self.state(kind)?);
+            if differs.is_some() {
+                return Ok(differs);
+            }
+        }
+        Ok(None)
+    }
+
     fn add(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
         self.change(|kind, state| self.text.add(kind, ports, state))
     }
@@ -138,9 +149,6 @@ impl Filter for Iptables {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         for kind in self.kinds() {
             let state = self.state(kind)?;
-            if let Some(lacks) = self.text.base_missing(kind, &state) {
-                return Ok(Some((0, lacks)));
-            }
             for (place, port) in ports.iter().enumerate() {
                 if let Some(lacks) = self.text.missing(kind, port, &state) {
                     return Ok(Some((place, lacks)));

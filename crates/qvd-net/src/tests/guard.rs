@@ -1,0 +1,110 @@
+//! Somebody else changes the rules: they come back, and ports are cut meanwhile.
+
+use std::{process::Command, sync::mpsc, time::Duration};
+
+use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
+use qvd_testkit::privileged;
+
+use super::{
+    NEEDS,
+    world::{Desktop, INSTANCE, PATIENCE, Seen, World, config, on_a_host},
+};
+use crate::{Backend, Error, Mended, NetConfig, Network, links, netlink::Netlink, rules};
+
+fn tool(program: &str, args: &[&str]) {
+    let status = Command::new(program).args(args).status().unwrap();
+    assert!(status.success(), "{program} {args:?}");
+}
+
+/// Ways to take rules away or to get around them.
+fn changes() -> Vec<(Backend, &'static str, Vec<String>)> {
+    let table = rules::table_name(INSTANCE);
+    let words = |text: String| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let nft = |text: String| (Backend::Nft, "nft", words(text));
+    let older = |program, text: &str| (Backend::Iptables, program, words(text.to_owned()));
+    vec![
+        nft("flush ruleset".to_owned()),
+        nft(format!("delete table bridge {table}")),
+        nft(format!("flush table bridge {table}")),
+        nft(format!("flush chain inet {table} to_host")),
+        nft(format!("flush set bridge {table} identity")),
+        nft(format!("insert rule bridge {table} from_port accept")),
+        nft(format!("chain bridge {table} from_port {{ policy accept ; }}")),
+        nft(format!("add table bridge {table} {{ flags dormant ; }}")),
+        older("iptables", "-t raw -F PREROUTING"),
+        older("ip6tables", "-F qvd7e57-host"),
+        older("ebtables", "-t nat -F qvd7e57-7"),
+    ]
+}
+
+#[test]
+fn what_others_change_is_put_back() {
+    privileged(NEEDS, || {
+        for (backend, program, args) in changes() {
+            on_a_host(|| {
+                let network = Network::open(NetConfig { internet: true, backend, ..config() }).unwrap();
+                let desktop = Desktop::new(&network, 7, true);
+                assert_eq!(network.mend().unwrap(), Mended::default());
+                tool(program, &args.iter().map(|arg| &**arg).collect::<Vec<_>>());
+                let verified = desktop.port.verify();
+                assert!(matches!(verified, Err(Error::NotConfined { .. })), "{args:?}: {verified:?}");
+                let mended = network.mend().unwrap();
+                assert!(mended.differed.is_some() && mended.cut == 1, "{args:?}: {mended:?}");
+                desktop.port.verify().unwrap();
+                assert_eq!(network.mend().unwrap(), Mended::default(), "{args:?}");
+            });
+        }
+    });
+}
+
+/// The watch does so by itself, and what it lets through afterwards is right.
+#[test]
+fn flushed_rules_are_back_without_being_asked_for() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let mut world = World::new(&[], true);
+            let (told, heard) = mpsc::channel();
+            let report = move |mended: &Result<Mended, Error>| told.send(format!("{mended:?}")).unwrap();
+            let mut guard = world.network.guard(Duration::from_secs(3600), Box::new(report)).unwrap();
+            tool("nft", &["flush", "ruleset"]);
+            let mended = heard.recv_timeout(PATIENCE).unwrap();
+            assert!(mended.contains("gone") && mended.contains("cut: 2"), "{mended}");
+            guard.close().unwrap();
+            world.connect();
+            let reached: Vec<_> = world
+                .hostile()
+                .into_iter()
+                .map(|(name, frame)| (name, world.send(&frame)))
+                .filter(|(_, seen)| *seen != Seen::default())
+                .collect();
+            assert!(reached.is_empty(), "{reached:?}");
+        });
+    });
+}
+
+/// While the rules cannot be put back, nothing leaves a port.
+#[test]
+fn a_port_whose_rules_cannot_be_put_back_stays_cut() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let network = Network::open(config()).unwrap();
+            let desktop = Desktop::new(&network, 7, false);
+            let table = rules::table_name(INSTANCE);
+            let up = || {
+                let answers = Netlink::route().unwrap().batch(vec![links::show_name(desktop.port.link())]).unwrap();
+                let RouteNetlinkMessage::NewLink(link) = &answers[0] else { panic!("{answers:?}") };
+                link.header.flags.contains(LinkFlags::Up)
+            };
+            // A set of another type under one of our names.
+            tool("nft", &["flush", "ruleset"]);
+            tool("nft", &["add", "table", "bridge", &table]);
+            tool("nft", &["add", "set", "bridge", &table, "identity", "{ type mark ; }"]);
+            let failed = network.mend();
+            assert!(failed.is_err(), "{failed:?}");
+            assert!(!up());
+            tool("nft", &["delete", "table", "bridge", &table]);
+            network.mend().unwrap();
+            assert!(up());
+        });
+    });
+}
