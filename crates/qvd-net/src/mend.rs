@@ -4,7 +4,7 @@ use qvd_core::DesktopId;
 use rustix::io::Errno;
 
 use crate::{
-    Error, Network,
+    Error, Network, Port,
     filter::Confined,
     identity::Identity,
     links,
@@ -46,6 +46,38 @@ impl Network {
     /// stay so until a later call succeeds.
     pub fn mend(&self) -> Result<Mended, Error> {
         self.inner().mend()
+    }
+
+    /// Takes the rules of some of its ports away, in one transaction: nothing of
+    /// them passes until [`Network::unblock`]. Their links and addresses stay.
+    ///
+    /// # Errors
+    /// The rules could not be removed; all are still in force.
+    pub fn block(&self, ports: &[&Port]) -> Result<(), Error> {
+        let mut open = self.inner().ports();
+        let confined: Vec<_> = ports.iter().map(|port| port.confined()).collect();
+        self.inner().filter.remove(&confined)?;
+        for port in ports {
+            open.remove(&port.desktop());
+        }
+        Ok(())
+    }
+
+    /// Gives blocked ports their rules again, in one transaction, and reads them
+    /// back.
+    ///
+    /// # Errors
+    /// They could not be added, or the kernel does not show them; the ports stay
+    /// as they are.
+    pub fn unblock(&self, ports: &[&Port]) -> Result<(), Error> {
+        let confined: Vec<_> = ports.iter().map(|port| port.confined()).collect();
+        self.inner().filter.add(&confined)?;
+        if let Some((place, differs)) = self.inner().filter.missing(&confined)? {
+            let object = ports.get(place).map_or_else(|| self.bridge_name(), |port| port.link().to_owned());
+            return Err(Error::NotConfined { object, differs });
+        }
+        ports.iter().for_each(|port| port.register());
+        Ok(())
     }
 }
 

@@ -152,7 +152,7 @@ impl Port {
     }
 
     /// From now on it is watched.
-    fn register(&self) {
+    pub(crate) fn register(&self) {
         let Some(index) = self.index else { return };
         let record = Record { identity: self.identity.clone(), internet: self.internet, index };
         lock(&self.network.open).insert(self.desktop, record);
@@ -308,7 +308,7 @@ impl Port {
         self.index.map_or_else(|| Err(Error::NoPort(self.desktop)), |index| self.read_back(index))
     }
 
-    const fn confined(&self) -> Confined<'_> {
+    pub(crate) const fn confined(&self) -> Confined<'_> {
         Confined { identity: &self.identity, internet: self.internet }
     }
 
@@ -378,7 +378,7 @@ impl Port {
         let network = &self.network;
         lock(&network.open).remove(&self.desktop);
         let mut errors = Vec::new();
-        errors.extend(network.filter.remove(&self.confined()).err());
+        errors.extend(network.filter.remove(&[self.confined()]).err());
         let mut route = network.route();
         for address in self.identity.addresses() {
             errors.extend(forget_neighbour(&mut route, network.bridge, address).err());

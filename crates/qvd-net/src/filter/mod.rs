@@ -97,7 +97,7 @@ pub(crate) trait Filter: fmt::Debug + Send + Sync {
     fn add(&self, ports: &[Confined<'_>]) -> Result<(), Error>;
 
     /// Takes that back. What is not there is removed.
-    fn remove(&self, port: &Confined<'_>) -> Result<(), Error>;
+    fn remove(&self, ports: &[Confined<'_>]) -> Result<(), Error>;
 
     /// What the kernel does not show of the rules of the first port that lacks
     /// something.

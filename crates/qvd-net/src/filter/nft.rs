@@ -129,9 +129,10 @@ impl Filter for Nft {
         elements::add(&mut self.netfilter(), &self.table, &all).map_err(Error::netlink("add the rules of", of))
     }
 
-    fn remove(&self, port: &Confined<'_>) -> Result<(), Error> {
-        elements::remove(&mut self.netfilter(), &self.table, &port.identity.elements(port.internet))
-            .map_err(Error::netlink("remove the rules of", &*port.identity.link))
+    fn remove(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
+        let all: Vec<_> = ports.iter().flat_map(|port| port.identity.elements(port.internet)).collect();
+        let of = ports.first().map_or(&*self.table, |port| &*port.identity.link);
+        elements::remove(&mut self.netfilter(), &self.table, &all).map_err(Error::netlink("remove the rules of", of))
     }
 
     fn missing(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error> {

@@ -108,3 +108,23 @@ fn a_port_whose_rules_cannot_be_put_back_stays_cut() {
         });
     });
 }
+
+/// A blocked port sends nothing, its neighbour goes on, and the watch leaves it.
+#[test]
+fn a_blocked_port_is_silent_until_it_is_unblocked() {
+    privileged(NEEDS, || {
+        for backend in Backend::ALL {
+            on_a_host(|| {
+                let mut world = World::with(NetConfig { internet: true, backend, ..config() }, &[]);
+                world.network.block(&[&world.a.port]).unwrap();
+                assert!(world.a.port.verify().is_err());
+                world.b.port.verify().unwrap();
+                assert_eq!(world.network.mend().unwrap(), Mended::default());
+                world.network.unblock(&[&world.a.port]).unwrap();
+                world.a.port.verify().unwrap();
+                let (name, frame) = super::vectors::honest(&world.cast()).swap_remove(0);
+                assert!(world.send(&frame).host, "{name}");
+            });
+        }
+    });
+}

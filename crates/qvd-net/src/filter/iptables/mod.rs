@@ -140,9 +140,11 @@ impl Filter for Iptables {
         self.change(|kind, state| self.text.add(kind, ports, state))
     }
 
-    fn remove(&self, port: &Confined<'_>) -> Result<(), Error> {
-        let gone = |link: &str| link == port.identity.link;
-        self.change(|kind, state| self.text.remove(kind, &gone, &|address| address == port.identity.ipv4, state))
+    fn remove(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
+        let links: BTreeSet<_> = ports.iter().map(|port| &*port.identity.link).collect();
+        let addresses: BTreeSet<_> = ports.iter().map(|port| port.identity.ipv4).collect();
+        let gone = |link: &str| links.contains(link);
+        self.change(|kind, state| self.text.remove(kind, &gone, &|address| addresses.contains(&address), state))
     }
 
     fn missing(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error> {
