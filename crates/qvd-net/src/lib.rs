@@ -36,6 +36,7 @@
 
 mod elements;
 mod error;
+mod explain;
 mod filter;
 mod guard;
 mod identity;
@@ -57,6 +58,7 @@ mod sysctl;
 mod tests;
 
 pub use error::{Error, TeardownErrors};
+pub use explain::Decision;
 pub use filter::Backend;
 pub use guard::{Guard, Report};
 pub use mac::Mac;

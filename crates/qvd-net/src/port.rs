@@ -10,7 +10,7 @@ use qvd_sys::netns;
 use rustix::io::Errno;
 
 use crate::{
-    Error, Mac, NetlinkError, TeardownErrors,
+    Error, Mac, NetConfig, NetlinkError, TeardownErrors,
     filter::Confined,
     identity::Identity,
     links,
@@ -156,6 +156,10 @@ impl Port {
         let Some(index) = self.index else { return };
         let record = Record { identity: self.identity.clone(), internet: self.internet, index };
         lock(&self.network.open).insert(self.desktop, record);
+    }
+
+    pub(crate) fn config(&self) -> &NetConfig {
+        &self.network.config
     }
 
     /// Address inside.

@@ -10,8 +10,6 @@ mod internet;
 mod iptables;
 mod lifecycle;
 mod property;
-mod reference;
-mod reference6;
 mod responder;
 mod tap;
 mod vectors;

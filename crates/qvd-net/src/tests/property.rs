@@ -9,10 +9,11 @@ use proptest::{
 };
 use qvd_testkit::privileged;
 
+use crate::explain::{Party, explain};
+
 use super::{
     NEEDS,
     frames::{self, Station, ethernet, tagged},
-    reference::{self, Party},
     vectors,
     world::{Seen, World, on_a_host, subnet},
 };
@@ -124,17 +125,25 @@ fn the_rules_decide_as_the_reference_does() {
         on_a_host(|| {
             let world = World::new(&[], true);
             let cast = world.cast();
-            let party = Party::new(&cast, subnet().broadcast());
+            let party = Party {
+                mac: cast.own.mac,
+                ipv4: cast.own.ip,
+                gateway_mac: cast.gateway.mac,
+                broadcast: subnet().broadcast(),
+                global: Some(cast.own6.global),
+                link_local: cast.own6.link_local,
+            };
             let (world, passed) = (RefCell::new(world), RefCell::new(0_u32));
             let frames =
                 (seed(cast), vec(change(cast), 0..3)).prop_map(|(frame, changes)| changes.iter().fold(frame, changed));
             let config = Config { cases: CASES, failure_persistence: None, ..Config::default() };
             let outcome = TestRunner::new(config).run(&frames, |frame| {
                 let (sent, seen) = world.borrow_mut().send_marked(&frame);
-                let expected = reference::reaches_host(&party, &sent);
+                let decision = explain(&party, &sent);
+                let expected = decision.passes;
                 *passed.borrow_mut() += u32::from(expected);
                 if seen.host != expected || seen.neighbour {
-                    return Err(TestCaseError::fail(format!("expected {expected}, {seen:?}: {sent:02x?}")));
+                    return Err(TestCaseError::fail(format!("{decision}, {seen:?}: {sent:02x?}")));
                 }
                 Ok(())
             });
@@ -143,6 +152,25 @@ fn the_rules_decide_as_the_reference_does() {
             let passed = passed.into_inner();
             assert!((CASES / 20..CASES * 19 / 20).contains(&passed), "{passed} of {CASES} passed");
             let _no_frame_is_left: Seen = world.into_inner().send(&[0; 14]);
+        });
+    });
+}
+
+/// The port's own answer agrees with where the frame goes, and names a rule.
+#[test]
+fn a_port_explains_what_becomes_of_a_frame() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let mut world = World::new(&[], true);
+            let hostile = vectors::hostile(&world.cast()).into_iter().map(|named| (named, false));
+            let all: Vec<_> =
+                hostile.chain(vectors::honest(&world.cast()).into_iter().map(|named| (named, true))).collect();
+            for ((name, frame), passes) in all {
+                let (sent, _) = world.send_marked(&frame);
+                let decision = world.a.port.explain(&sent);
+                assert_eq!(decision.passes, passes, "{name}: {decision}");
+                assert!(!decision.rule.is_empty());
+            }
         });
     });
 }
