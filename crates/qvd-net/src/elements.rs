@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use netlink_packet_core::NLM_F_CREATE;
+use netlink_packet_core::{NLM_F_CREATE, NlasIterator};
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     nftables::{
@@ -23,6 +23,13 @@ const NFNL_SUBSYS_NFTABLES: u16 = 10;
 
 /// Version of netfilter's header. Source: as above, `NFNETLINK_V0`.
 pub(crate) const NFNETLINK_V0: u8 = 0;
+
+/// What of an attribute's kind is not flags. Source: Linux
+/// `include/uapi/linux/netlink.h`, `NLA_TYPE_MASK`.
+const NLA_TYPE: u16 = 0x3fff;
+
+/// Length of `struct nlattr`. Source: as above.
+const NLA_HEADER_LEN: usize = 4;
 
 /// Where a set is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,8 +181,10 @@ fn all_shown(
     family: Family,
     set: &str,
 ) -> Result<Option<Vec<Shown>>, NetlinkError> {
-    match netlink.dump(nf_tables(family, NfTablesMessage::GetSetElement(list(table, set, &[])))) {
-        Ok(answers) => Ok(Some(answers.iter().flat_map(shown).collect())),
+    // The crate's parser takes time by the square of a message's length: seconds
+    // for the elements of some hundred ports.
+    match netlink.dump_raw(nf_tables(family, NfTablesMessage::GetSetElement(list(table, set, &[])))) {
+        Ok(answers) => Ok(Some(answers.iter().flat_map(|answer| raw_elements(answer)).collect())),
         Err(error) if error.is(Errno::NOENT) => Ok(None),
         Err(error) => Err(error),
     }
@@ -229,6 +238,36 @@ fn described(element: &Element) -> ListAttribute<SetElementAttribute> {
 struct Shown {
     key: Vec<u8>,
     goto: Option<String>,
+}
+
+/// The value of the first attribute of `kind` in `attributes`.
+fn attribute(attributes: &[u8], kind: u16) -> Option<&[u8]> {
+    NlasIterator::new(attributes).filter_map(Result::ok).find(|nla| nla.kind() & NLA_TYPE == kind).map(|nla| {
+        let (start, length) = (NLA_HEADER_LEN, nla.value_length());
+        nla.into_inner().get(start..start + length).unwrap_or_default()
+    })
+}
+
+/// The elements in a message of the kernel, behind netlink's header.
+///
+/// Source of the numbers: Linux `include/uapi/linux/netfilter/nf_tables.h`.
+fn raw_elements(message: &[u8]) -> Vec<Shown> {
+    const SET_ELEM_LIST_ELEMENTS: u16 = 3;
+    const SET_ELEM_KEY: u16 = 1;
+    const SET_ELEM_DATA: u16 = 2;
+    const DATA_VALUE: u16 = 1;
+    const DATA_VERDICT: u16 = 2;
+    const VERDICT_CHAIN: u16 = 2;
+    let behind_header = message.get(4..).unwrap_or_default();
+    let elements = attribute(behind_header, SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+    let element = |element: &[u8]| {
+        let key = attribute(attribute(element, SET_ELEM_KEY)?, DATA_VALUE)?.to_vec();
+        let verdict = attribute(element, SET_ELEM_DATA).and_then(|data| attribute(data, DATA_VERDICT));
+        let chain = verdict.and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
+        let goto = chain.map(|chain| String::from_utf8_lossy(chain).trim_end_matches('\0').to_owned());
+        Some(Shown { key, goto })
+    };
+    NlasIterator::new(elements).filter_map(Result::ok).filter_map(|nla| element(nla.value())).collect()
 }
 
 fn shown(message: &NetfilterMessage) -> Vec<Shown> {
