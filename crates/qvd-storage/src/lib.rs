@@ -23,6 +23,8 @@
 mod apt;
 mod backend;
 mod build;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod copytree;
 mod disk;
 mod error;

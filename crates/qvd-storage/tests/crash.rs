@@ -93,11 +93,17 @@ impl World {
 
     /// Kills `work` on a copy of `name` after each of its calls. Each time what
     /// is left is sound, and `work` once more leads to what `done` demands.
-    fn killed_anywhere(&self, name: &str, work: impl Fn(&Path) + Sync, done: impl Fn(&Repository)) -> u32 {
+    fn killed_anywhere(
+        &self,
+        name: &str,
+        work: impl Fn(&Path) + Clone + Send + 'static,
+        done: impl Fn(&Repository),
+    ) -> u32 {
         for after in 1..CALLS_MAX {
             let copy = self.copy(name);
-            let run = traced::run(Some(after), Counted::Lasting, LIMIT, || {
-                work(&copy);
+            let (theirs, at) = (work.clone(), copy.clone());
+            let run = traced::run(Some(after), Counted::Lasting, LIMIT, move || {
+                theirs(&at);
                 0
             });
             let ended = run.unwrap().end;
@@ -131,7 +137,7 @@ fn a_commit_is_there_or_not() {
         let source = world.at("source");
         let calls = world.killed_anywhere(
             "here",
-            |at| {
+            move |at| {
                 commit(&Repository::open(at).unwrap(), &source, "third");
             },
             |repository| {
@@ -152,7 +158,7 @@ fn a_tag_is_here_or_there_and_the_reflog_knows() {
     privileged(&[Need::Root], || {
         let world = World::new();
         let (one, two) = (world.commits[0], world.commits[1]);
-        let to = |at: &Path| {
+        let to = move |at: &Path| {
             let repository = Repository::open(at).unwrap();
             let tag = Tag::default_tag();
             repository.move_tag(&flavour(), &tag, Expect::Anything, Some(one), ("ana", "moved")).unwrap();
@@ -166,7 +172,7 @@ fn a_tag_is_here_or_there_and_the_reflog_knows() {
             assert_eq!(last[1].2, "back");
         });
         assert!(calls > 5, "{calls}");
-        let publish = |at: &Path| {
+        let publish = move |at: &Path| {
             let repository = Repository::open(at).unwrap();
             let rollout = Rollout { canary_percent: 0, ..Rollout::default() };
             repository.publish(&flavour(), &Tag::default_tag(), one, rollout, ("ana", "slowly")).unwrap();
@@ -194,7 +200,7 @@ fn a_pull_is_whole_or_not_seen() {
         let here = world.at("here");
         let calls = world.killed_anywhere(
             "there",
-            |at| pull(&here, at),
+            move |at| pull(&here, at),
             |repository| {
                 for tag in [Tag::head(), Tag::default_tag()] {
                     assert_eq!(tagged(repository, &tag), Some(world.commits[1]));
@@ -249,13 +255,15 @@ fn garbage_collection_beside_a_pull_loses_nothing() {
         for after in (1..40).step_by(3) {
             let copy = world.copy("there");
             // Something to collect here too: what a cut pull had brought.
-            let cut = || {
-                pull(&here, &copy);
+            let (from, to) = (here.clone(), copy.clone());
+            let cut = move || {
+                pull(&from, &to);
                 0
             };
             traced::run(Some(after * 2), Counted::Lasting, LIMIT, cut).unwrap();
-            let gc = || {
-                Repository::open(&copy).unwrap().gc(&now(), false).unwrap();
+            let at = copy.clone();
+            let gc = move || {
+                Repository::open(&at).unwrap().gc(&now(), false).unwrap();
                 0
             };
             let mut beside = Command::new(std::env::current_exe().unwrap());

@@ -6,7 +6,7 @@
 pub mod btrfs;
 pub mod init;
 pub mod loopdev;
-pub mod memory;
+pub mod map;
 pub mod mount;
 pub mod netns;
 pub mod ofd;

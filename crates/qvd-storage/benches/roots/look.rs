@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_sys::memory::Mapping;
+use qvd_sys::map::SharedMap;
 use rustix::fs::{Advice, fadvise, statvfs, syncfs};
 use walkdir::WalkDir;
 
@@ -92,7 +92,7 @@ pub(crate) fn sharing(subject: &dyn Subject) -> Outcome<Option<Sharing>> {
         std::io::copy(&mut (&mut one).take(SHARED_BYTES as u64), &mut std::io::sink())?;
         let whole = SHARED_BYTES as f64;
         // A file system in user space may not be mapped.
-        match (Mapping::new(one.as_fd(), SHARED_BYTES), Mapping::new(other.as_fd(), SHARED_BYTES)) {
+        match (SharedMap::new(one.as_fd(), SHARED_BYTES, false), SharedMap::new(other.as_fd(), SHARED_BYTES, false)) {
             (Ok(one), Ok(other)) => {
                 let resident = other.resident_bytes()? as f64 / whole;
                 one.touch();

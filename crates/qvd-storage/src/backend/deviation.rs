@@ -39,7 +39,8 @@ pub enum Deviation {
     NoNotify,
     /// Two names cannot be exchanged in one step.
     NoExchange,
-    /// Holes in files of the base are filled when they are first written.
+    /// Holes in files of the base are filled, at least in part, when they are
+    /// first written.
     FilledHoles,
     /// Some directories of the base cannot be written to.
     ReadOnlyParts,
@@ -86,7 +87,7 @@ impl Deviation {
             Self::NoXattrs => "no extended attributes",
             Self::NoNotify => "changes are not notified",
             Self::NoExchange => "names cannot be exchanged",
-            Self::FilledHoles => "holes of an image's file are filled when first written",
+            Self::FilledHoles => "holes of an image's file are filled in part when first written",
             Self::ReadOnlyParts => "parts of the image cannot be written to",
             Self::UnnoticedUse => "a root in use is not noticed",
         }

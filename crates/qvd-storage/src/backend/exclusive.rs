@@ -16,7 +16,7 @@ use rustix::{
 
 use super::{
     Layer, RootId,
-    overlayfs::{self, OverlayOptions, UPPER, WORK},
+    overlayfs::{self, How, OverlayOptions, UPPER, WORK},
 };
 use crate::{Error, trash::Trash};
 
@@ -49,7 +49,17 @@ pub(super) fn mount(
     idmap: Option<BorrowedFd<'_>>,
     volatile: bool,
 ) -> Result<OwnedFd, Error> {
-    overlayfs::mount_overlay(base, own, idmap, OPTIONS, volatile).map_err(|error| {
+    mount_as(id, base, own, idmap, How { options: OPTIONS, volatile, top_of_base: true })
+}
+
+fn mount_as(
+    id: &RootId,
+    base: &[Layer],
+    own: BorrowedFd<'_>,
+    idmap: Option<BorrowedFd<'_>>,
+    how: How,
+) -> Result<OwnedFd, Error> {
+    overlayfs::mount_overlay(base, own, idmap, how).map_err(|error| {
         match (Errno::from_io_error(error.io()), overlayfs::support(&error, Path::new(id.as_str()))) {
             (Some(Errno::BUSY), _) => Error::RootBusy(id.clone()),
             (_, Ok(Support::No(missing))) => Error::Unsupported { op: "mount roots", missing },
@@ -66,13 +76,15 @@ pub(super) fn mount_alone(
     volatile: bool,
 ) -> Result<OwnedFd, Error> {
     let own = mount::open_dir_path(dir).map_err(Error::io("open root", dir))?;
-    mount(id, &[Layer::Dir(dir.join(LOWER))], own.as_fd(), idmap, volatile)
+    let how = How { options: OPTIONS, volatile, top_of_base: false };
+    mount_as(id, &[Layer::Dir(dir.join(LOWER))], own.as_fd(), idmap, how)
 }
 
 /// Whether the files in `dir/upper` can be mounted.
 pub(super) fn probe(dir: &Path, idmap: Option<BorrowedFd<'_>>, volatile: bool) -> Result<Support, Error> {
     let own = mount::open_dir_path(dir).map_err(Error::io("probe overlayfs below", dir))?;
-    match overlayfs::mount_overlay(&[Layer::Dir(dir.join(LOWER))], own.as_fd(), idmap, OPTIONS, volatile) {
+    let how = How { options: OPTIONS, volatile, top_of_base: false };
+    match overlayfs::mount_overlay(&[Layer::Dir(dir.join(LOWER))], own.as_fd(), idmap, how) {
         Ok(_mount) => Ok(Support::Yes),
         Err(error) => overlayfs::support(&error, dir),
     }
@@ -81,7 +93,8 @@ pub(super) fn probe(dir: &Path, idmap: Option<BorrowedFd<'_>>, volatile: bool) -
 /// Whether an overlay works whose upper layer is on the mount `own`, prepared,
 /// and whose base is the directory `lower`.
 pub(super) fn probe_on(lower: &Path, own: BorrowedFd<'_>) -> Result<Support, Error> {
-    match overlayfs::mount_overlay(&[Layer::Dir(lower.to_path_buf())], own, None, OPTIONS, true) {
+    let how = How { options: OPTIONS, volatile: true, top_of_base: false };
+    match overlayfs::mount_overlay(&[Layer::Dir(lower.to_path_buf())], own, None, how) {
         Ok(_mount) => Ok(Support::Yes),
         Err(error) => overlayfs::support(&error, lower),
     }

@@ -44,7 +44,9 @@ pub struct Traced {
 /// and children, once it has made `kill_after` of the system calls that are
 /// counted. Threads of the child count too; processes that it starts do not.
 ///
-/// For tests: the child is a copy of this process by `fork`. If another thread
+/// For tests: the child is a copy of this process by `fork`, with one thread. `f`
+/// borrows nothing, since in the child the C library gives the memory of the other
+/// threads' stacks to new ones. If another thread
 /// of this process holds a lock just then that `f` takes, such as that of the
 /// standard output, the child waits for it in vain until `limit` has passed.
 ///
@@ -54,25 +56,21 @@ pub fn run(
     kill_after: Option<u32>,
     counted: Counted,
     limit: Duration,
-    f: impl FnOnce() -> u8 + Send,
+    f: impl FnOnce() -> u8 + Send + 'static,
 ) -> io::Result<Traced> {
     // A thread of its own: what it waits for are its own children and never
     // those of somebody else in this process.
-    thread::scope(|scope| {
-        let tracer = thread::Builder::new().name("tracer".to_owned()).spawn_scoped(scope, || {
-            // SAFETY: the C library makes its allocator usable in the child;
-            // other locks are the caller's care, as the documentation says. The
-            // child leaves by `_exit` alone and never returns to this stack.
-            match unsafe { libc::fork() } {
-                -1 => Err(io::Error::last_os_error()),
-                0 => child(limit, f),
-                pid => {
-                    Tracer { child: pid, kill_after, counted, calls: 0, current: HashMap::new(), killed: None }.run()
-                }
-            }
-        })?;
-        tracer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    let tracer = thread::Builder::new().name("tracer".to_owned()).spawn(move || {
+        // SAFETY: the C library makes its allocator usable in the child;
+        // other locks are the caller's care, as the documentation says. The
+        // child leaves by `_exit` alone and never returns to this stack.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => child(limit, f),
+            pid => Tracer { child: pid, kill_after, counted, calls: 0, current: HashMap::new(), killed: None }.run(),
+        }
+    })?;
+    tracer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn child(limit: Duration, f: impl FnOnce() -> u8) -> ! {
@@ -356,25 +354,26 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("qvd-traced-{}", std::process::id()));
         fs::create_dir(&dir).unwrap();
         let names = ["a", "b", "c"];
-        let work = || {
+        let at = dir.clone();
+        let work = move || {
             thread::scope(|scope| {
                 // What a thread does counts like the rest.
-                scope.spawn(|| fs::create_dir(dir.join(names[0])).unwrap());
+                scope.spawn(|| fs::create_dir(at.join(names[0])).unwrap());
             });
-            fs::read_dir(&dir).unwrap().for_each(drop);
+            fs::read_dir(&at).unwrap().for_each(drop);
             // What another process does, does not.
             assert!(Command::new("true").status().unwrap().success());
-            fs::create_dir(dir.join(names[1])).unwrap();
-            fs::create_dir(dir.join(names[2])).unwrap();
+            fs::create_dir(at.join(names[1])).unwrap();
+            fs::create_dir(at.join(names[2])).unwrap();
             7
         };
         let clean = || names.iter().filter(|name| fs::remove_dir(dir.join(name)).is_ok()).count();
-        let whole = run(None, Counted::Lasting, LIMIT, work).unwrap();
+        let whole = run(None, Counted::Lasting, LIMIT, work.clone()).unwrap();
         assert_eq!(whole.end, End::Returned(7));
         assert_eq!(clean(), 3);
         let mut made = Vec::new();
         for after in 1..=whole.calls {
-            let killed = run(Some(after), Counted::Lasting, LIMIT, work).unwrap();
+            let killed = run(Some(after), Counted::Lasting, LIMIT, work.clone()).unwrap();
             assert!(matches!(killed.end, End::Killed(_)), "{killed:?}");
             assert_eq!(killed.calls, after);
             made.push(clean());

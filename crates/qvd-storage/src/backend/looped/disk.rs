@@ -14,7 +14,10 @@ use qvd_sys::{
     loopdev::{self, LoopDevice},
     mount::{FsContext, MountError, Restrictions},
 };
-use rustix::io::Errno;
+use rustix::{
+    fs::{Mode, OFlags, mkdirat, openat},
+    io::Errno,
+};
 
 use crate::{
     Error,
@@ -32,6 +35,19 @@ const MADE_WITHIN: Duration = Duration::from_secs(120);
 
 /// Where templates are, in the place; no root has a name in capital letters.
 const TEMPLATES: &str = "TEMPLATES";
+
+/// The template that is being made, among them.
+const NEW: &str = "new";
+
+/// Where the files are that take what a limit forbids, beside the root's own.
+const RESERVED: &str = "reserved";
+
+/// Files of a work directory: `work`, `index` and the three of a volatile mount,
+/// with some to spare.
+const OVERLAY_INODES: u64 = 8;
+
+/// Each takes some microseconds, and a few bytes of the disk for its name.
+const MOST_RESERVED: u64 = 1 << 16;
 
 /// What distinguishes one empty file system from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,25 +102,56 @@ impl Templates {
             return Ok(template);
         }
         fsio::ensure_private_dir(&dir).map_err(Error::io("use", &dir))?;
-        let scratch = tempfile::Builder::new().prefix("new-").tempdir_in(&dir).map_err(Error::io("make in", &dir))?;
-        let new = scratch.path().join("disk");
         let io = |error: io::Error| Error::io("make disk", &template)(error);
+        // One at a time, in a file of one name: what a killed process left of
+        // it is overwritten by the next, and its lock is gone.
+        let lock = File::open(&dir).and_then(|dir| dir.lock().map(|()| dir)).map_err(io)?;
+        if template.try_exists().map_err(Error::io("read", &template))? {
+            return Ok(template);
+        }
+        let new = dir.join(NEW);
         make(shape, &new)?;
         {
             let own = mount(&new)?;
             exclusive::prepare(own.as_fd(), &template)?;
+            if let Some(inodes) = shape.inodes {
+                reserve(&own, inodes, &template)?;
+            }
             let top = fsio::open_dir_below(&own, ".").map_err(io)?;
             rustix::fs::syncfs(top).map_err(io::Error::from).map_err(io)?;
         }
         File::open(&new).and_then(|file| file.sync_all()).map_err(io)?;
-        // Two that make the same at once make it alike.
         fs::rename(&new, &template).and_then(|()| fsio::sync_dir(&dir)).map_err(io)?;
+        drop(lock);
         Ok(template)
     }
 }
 
+/// Leaves no more than `inodes` files to be made, and what the kernel makes for
+/// an overlay: the tool that makes the file system rounds up, by some for each
+/// 128 MiB of its size. The rest is taken by empty files beside the root.
+fn reserve(own: &OwnedFd, inodes: u64, template: &Path) -> Result<(), Error> {
+    let io = |error: Errno| Error::io("limit the files of disk", template)(io::Error::from(error));
+    mkdirat(own, RESERVED, Mode::RWXU).map_err(io)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let reserved = openat(own, RESERVED, flags, Mode::empty()).map_err(io)?;
+    let free = rustix::fs::fstatvfs(own).map_err(io)?.f_ffree;
+    let surplus = free.saturating_sub(inodes.saturating_add(OVERLAY_INODES));
+    if surplus > MOST_RESERVED {
+        let least = free - MOST_RESERVED;
+        let missing = Missing::Design(format!("a file system of that size has room for {least} files or more"));
+        return Err(Error::Unsupported { op: "limit the files of a root", missing });
+    }
+    for number in 0..surplus {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        openat(&reserved, number.to_string(), flags, Mode::empty()).map_err(io)?;
+    }
+    Ok(())
+}
+
 fn make(shape: Shape, path: &Path) -> Result<(), Error> {
-    let file = File::options().write(true).create_new(true).open(path).map_err(Error::io("make disk", path))?;
+    let file =
+        File::options().write(true).create(true).truncate(true).open(path).map_err(Error::io("make disk", path))?;
     file.set_len(shape.bytes.get()).map_err(Error::io("make disk", path))?;
     let mut args: Vec<String> = ["-q", "-F", "-m", "0"].map(str::to_owned).to_vec();
     // Nothing is kept back for growing, and nothing is written that a hole
@@ -112,8 +159,8 @@ fn make(shape: Shape, path: &Path) -> Result<(), Error> {
     let features = if shape.journal { "^resize_inode" } else { "^resize_inode,^has_journal" };
     args.extend(["-O", features, "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"].map(str::to_owned));
     if let Some(inodes) = shape.inodes {
-        // Ten are the file system's own, and the overlay's directories count.
-        args.extend(["-N".to_owned(), inodes.saturating_add(16).to_string()]);
+        // Ten are the file system's own, and what an overlay has counts.
+        args.extend(["-N".to_owned(), inodes.saturating_add(24).to_string()]);
     }
     args.push(path.to_string_lossy().into_owned());
     MKFS.run("make a file system for roots", args, Stdio::null(), MADE_WITHIN).map(drop)

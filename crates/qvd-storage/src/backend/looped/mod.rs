@@ -127,7 +127,7 @@ impl RootBackend for Looped {
     fn deviations(&self) -> &'static [Deviation] {
         // Those of the overlay that its file system is the upper layer of.
         use Deviation as D;
-        &[D::StaleReaders, D::StaleMaps, D::WritableText, D::FrozenAccessTimes]
+        &[D::StaleMaps, D::FrozenAccessTimes, D::FilledHoles]
     }
 
     fn create(&self, base: &BaseTree, id: &RootId, options: &RootOptions) -> Result<Box<dyn Root>, Error> {

@@ -18,7 +18,7 @@ use self::{options::Scratch, root::Overlay};
 pub(crate) use self::{
     options::support,
     root::{check_unused, note_base},
-    stack::{UPPER, WORK, mount_overlay},
+    stack::{How, UPPER, WORK, mount_overlay},
 };
 use crate::{
     Error,
@@ -114,18 +114,17 @@ impl RootBackend for Overlayfs {
         use Deviation as D;
         match self.options() {
             Ok(OverlayOptions { userxattr: true, index: true, .. }) => {
-                &[D::StaleReaders, D::StaleMaps, D::WritableText, D::FrozenAccessTimes, D::NoDirectoryRename]
+                &[D::StaleMaps, D::FrozenAccessTimes, D::FilledHoles, D::NoDirectoryRename]
             }
             Ok(OverlayOptions { userxattr: true, .. }) => &[
-                D::StaleReaders,
                 D::StaleMaps,
-                D::WritableText,
                 D::FrozenAccessTimes,
+                D::FilledHoles,
                 D::BrokenHardLinks,
                 D::NoDirectoryRename,
                 D::UnnoticedUse,
             ],
-            _ => &[D::StaleReaders, D::StaleMaps, D::WritableText, D::FrozenAccessTimes],
+            _ => &[D::StaleMaps, D::FrozenAccessTimes, D::FilledHoles],
         }
     }
 

@@ -11,7 +11,7 @@ use qvd_sys::mount::{self, MountError};
 use rustix::{fs::XattrFlags, io::Errno};
 use serde::Serialize;
 
-use super::stack::{UPPER, WORK, mount_overlay};
+use super::stack::{How, UPPER, WORK, mount_overlay};
 use crate::{Error, backend::Layer};
 
 /// How overlays are made on this host and file system.
@@ -100,7 +100,7 @@ impl Scratch {
         volatile: bool,
     ) -> Result<OwnedFd, MountError> {
         let own = mount::open_dir_path(self.dir.path()).map_err(|e| MountError::new("open a directory", e))?;
-        mount_overlay(&self.base, own.as_fd(), idmap, options, volatile)
+        mount_overlay(&self.base, own.as_fd(), idmap, How { options, volatile, top_of_base: false })
     }
 }
 

@@ -10,14 +10,14 @@ use std::{
 use qvd_core::{RootPolicy, Support};
 use qvd_sys::mount::{self, MountError};
 use rustix::{
-    fs::{AtFlags, Mode, mkdirat, unlinkat},
+    fs::{AtFlags, Mode, mkdirat},
     io::Errno,
 };
 
 use super::{
     OverlayOptions,
     options::support,
-    stack::{UPPER, WORK, mount_overlay},
+    stack::{How, UPPER, VOLATILE_MARK, WORK, mount_overlay, unmark_volatile},
 };
 use crate::{
     Error,
@@ -113,8 +113,8 @@ impl Root for Overlay {
         }
         let images = layer::images(self.base.layers()).map_err(|error| self.explain(error))?;
         *self.images.lock().unwrap_or_else(PoisonError::into_inner) = images;
-        mount_overlay(self.base.layers(), own.as_fd(), idmap, self.options, volatile)
-            .map_err(|error| self.explain(error))
+        let how = How { options: self.options, volatile, top_of_base: true };
+        mount_overlay(self.base.layers(), own.as_fd(), idmap, how).map_err(|error| self.explain(error))
     }
 
     fn close(&mut self) -> Result<(), Error> {
@@ -152,30 +152,18 @@ pub(crate) fn check_unused(id: &RootId, dir: &Path, options: OverlayOptions, tra
     // it has answered the question; that is the way out when the base is gone.
     let base = noted_base(dir).unwrap_or_else(|| Layer::Dir(dir.to_path_buf()));
     // Volatile, or else its end would sync the whole file system.
-    match mount_overlay(&[base], own.as_fd(), None, options, true) {
+    let how = How { options, volatile: true, top_of_base: false };
+    match mount_overlay(&[base], own.as_fd(), None, how) {
         Err(error) if Errno::from_io_error(error.io()) == Some(Errno::BUSY) => Err(Error::RootBusy(id.clone())),
         Ok(_) | Err(_) => clear_volatile_marker(&own, trash).map_err(Error::io("clean root", dir)),
     }
 }
 
-/// Takes away what a volatile mount leaves, which forbids to mount its remains.
-/// Source: Linux `Documentation/filesystems/overlayfs.rst`, "Volatile mount".
-fn clear_volatile_marker(own: impl AsFd, trash: &Trash) -> io::Result<()> {
-    match trash.set_aside_at(&own, "work/work/incompat") {
+/// Takes away what a volatile mount leaves, in one step where that can be.
+fn clear_volatile_marker(own: &OwnedFd, trash: &Trash) -> io::Result<()> {
+    match trash.set_aside_at(own, VOLATILE_MARK) {
         // The root is a file system of its own, or a subvolume.
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::XDEV) => {
-            for (name, flags) in [
-                ("work/work/incompat/volatile/dirty", AtFlags::empty()),
-                ("work/work/incompat/volatile", AtFlags::REMOVEDIR),
-                ("work/work/incompat", AtFlags::REMOVEDIR),
-            ] {
-                match unlinkat(&own, name, flags) {
-                    Ok(()) | Err(Errno::NOENT) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Ok(())
-        }
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::XDEV) => unmark_volatile(own.as_fd()),
         done => done,
     }
 }

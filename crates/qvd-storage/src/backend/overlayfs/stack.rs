@@ -8,7 +8,10 @@ use std::{
 
 use qvd_sys::mount::{self, FsContext, MountError, Restrictions};
 use rustix::{
-    fs::{Mode, OFlags, StatVfsMountFlags, fstatvfs, mkdirat, openat},
+    fs::{
+        AtFlags, Gid, Mode, OFlags, StatVfsMountFlags, Timespec, Timestamps, Uid, chmodat, chownat, fstat, fstatvfs,
+        mkdirat, openat, statat, unlinkat, utimensat,
+    },
     io::Errno,
 };
 
@@ -21,16 +24,37 @@ use crate::backend::{
 /// The directories of a root, in its own.
 pub(crate) const UPPER: &str = "upper";
 pub(crate) const WORK: &str = "work";
+/// What a volatile mount leaves in its root's own directory.
+pub(super) const VOLATILE_MARK: &str = "work/work/incompat";
+
+/// How an overlay is mounted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct How {
+    pub(crate) options: OverlayOptions,
+    /// Nothing of it has to outlive a crash.
+    pub(crate) volatile: bool,
+    /// Its `/` shows as that of the base until somebody changes it. Otherwise
+    /// the upper layer has its own already.
+    pub(crate) top_of_base: bool,
+}
 
 /// Stacks `own/upper` on the base's layers and returns the detached mount.
 pub(crate) fn mount_overlay(
     base: &[Layer],
     own: BorrowedFd<'_>,
     idmap: Option<BorrowedFd<'_>>,
-    options: OverlayOptions,
-    volatile: bool,
+    how: How,
 ) -> Result<OwnedFd, MountError> {
+    let How { options, volatile, top_of_base } = how;
+    if !volatile {
+        // Left by a process that was killed while it asked whether the root is
+        // in use: what was mounted so was not written to.
+        unmark_volatile(own).map_err(|e| MountError::new("clean the work directory of an overlay", e))?;
+    }
     let layers = Layers::new(base, own, idmap)?;
+    if top_of_base {
+        layers.show_top_of_base(own).map_err(|e| MountError::new("give an overlay the attributes of its base", e))?;
+    }
     let stack = || match layers.stack(options, volatile) {
         // The layers' file handles changed, as when a store was copied to
         // another disk. Content is verified by digest, not by handle; only
@@ -42,7 +66,7 @@ pub(crate) fn mount_overlay(
         done => done,
     };
     // What the map makes of root, whose the upper is on disk.
-    let root = rustix::fs::fstat(&layers.upper).map_err(|e| MountError::new("read the upper layer", e.into()))?;
+    let root = fstat(&layers.upper).map_err(|e| MountError::new("read the upper layer", e.into()))?;
     match idmap {
         None => stack(),
         Some(_) => mount::with_fs_ids(root.st_uid, root.st_gid, stack)
@@ -72,6 +96,35 @@ impl Layers {
         };
         let (own, upper, work) = open().map_err(|e| MountError::new("clone the upper layer of an overlay", e))?;
         Ok(Self { lowers, own, upper, work })
+    }
+
+    /// Gives an upper layer that was never mounted the owner, mode and times of
+    /// the uppermost layer's top: the kernel shows the upper's own.
+    fn show_top_of_base(&self, own: BorrowedFd<'_>) -> io::Result<()> {
+        let [top, ..] = &*self.lowers else { return Ok(()) };
+        // The kernel makes it when it mounts.
+        match statat(own, format!("{WORK}/work"), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+            Ok(_) => return Ok(()),
+        }
+        let (base, upper) = (fstat(&top.mount)?, fstat(&self.upper)?);
+        if (base.st_uid, base.st_gid) != (upper.st_uid, upper.st_gid) {
+            let ids = (Uid::from_raw(base.st_uid), Gid::from_raw(base.st_gid));
+            chownat(&self.upper, "", Some(ids.0), Some(ids.1), AtFlags::EMPTY_PATH)?;
+        }
+        if base.st_mode != upper.st_mode {
+            chmodat(&self.own, UPPER, Mode::from_raw_mode(base.st_mode), AtFlags::empty())?;
+        }
+        let time = |seconds, nanoseconds: u64| Timespec {
+            tv_sec: seconds,
+            tv_nsec: i64::try_from(nanoseconds).unwrap_or_default(),
+        };
+        let times = Timestamps {
+            last_access: time(base.st_atime, base.st_atime_nsec),
+            last_modification: time(base.st_mtime, base.st_mtime_nsec),
+        };
+        Ok(utimensat(&self.own, UPPER, &times, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
     fn stack(&self, options: OverlayOptions, volatile: bool) -> Result<OwnedFd, MountError> {
@@ -138,6 +191,24 @@ impl Layers {
         };
         mount::in_private_namespace(by_path).map_err(|e| MountError::new("make a private mount namespace", e)).flatten()
     }
+}
+
+/// Takes away what a volatile mount leaves, which forbids to mount its remains.
+/// Source: Linux `Documentation/filesystems/overlayfs.rst`, "Volatile mount".
+pub(super) fn unmark_volatile(own: BorrowedFd<'_>) -> io::Result<()> {
+    match statat(own, VOLATILE_MARK, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(()),
+        found => found.map(drop)?,
+    }
+    for (inner, flags) in
+        [("/volatile/dirty", AtFlags::empty()), ("/volatile", AtFlags::REMOVEDIR), ("", AtFlags::REMOVEDIR)]
+    {
+        match unlinkat(own, format!("{VOLATILE_MARK}{inner}"), flags) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 fn attach_below(stage: &OwnedFd, name: &str, layer: BorrowedFd<'_>) -> io::Result<()> {
