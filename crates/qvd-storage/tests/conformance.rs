@@ -71,6 +71,18 @@ fn looped() {
 }
 
 #[test]
+fn fuse_overlayfs() {
+    let needs = [NEEDS, &[Need::Filesystem("fuse"), Need::Program("fuse-overlayfs")]].concat();
+    privileged(&needs, || on("ext4", &[], |at| check("fuse", BaseForm::Directory, at)));
+}
+
+#[test]
+fn unionfs_fuse() {
+    let needs = [NEEDS, &[Need::Filesystem("fuse"), Need::Program("unionfs")]].concat();
+    privileged(&needs, || on("ext4", &[], |at| check("unionfs-fuse", BaseForm::Directory, at)));
+}
+
+#[test]
 fn reflink_on_xfs() {
     let needs = [NEEDS, &[Need::Filesystem("xfs"), Need::Program("mkfs.xfs")]].concat();
     privileged(&needs, || on("xfs", &[], |at| check("reflink", BaseForm::Directory, at)));

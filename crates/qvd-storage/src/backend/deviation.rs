@@ -47,10 +47,13 @@ pub enum Deviation {
     /// A root that is mounted can be mounted again, closed or removed under
     /// its user: the caller has to know.
     UnnoticedUse,
+    /// The case of this name of the conformance suite is not passed: for what a
+    /// program of others gets wrong and nobody else does.
+    Case(&'static str),
 }
 
 impl Deviation {
-    /// All of them.
+    /// All of them that have a name of their own.
     pub const ALL: [Self; 16] = [
         Self::StaleReaders,
         Self::StaleMaps,
@@ -90,12 +93,16 @@ impl Deviation {
             Self::FilledHoles => "holes of an image's file are filled in part when first written",
             Self::ReadOnlyParts => "parts of the image cannot be written to",
             Self::UnnoticedUse => "a root in use is not noticed",
+            Self::Case(_) => "does something else than a plain directory",
         }
     }
 }
 
 impl fmt::Display for Deviation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.text())
+        match self {
+            Self::Case(name) => write!(f, "{} in the case `{name}`", self.text()),
+            _ => f.write_str(self.text()),
+        }
     }
 }

@@ -34,6 +34,10 @@ const NOTE: &str = "server.json";
 /// It has nothing to write then, so ending it loses nothing.
 const LETS_GO_WITHIN: Duration = Duration::from_secs(1);
 
+/// How long after the last unmount a program may still be there and the root
+/// not count as used.
+const ENDS_WITHIN: Duration = Duration::from_millis(300);
+
 /// How long the kernel may take to end it.
 const KILLED_WITHIN: Duration = Duration::from_secs(10);
 
@@ -157,7 +161,8 @@ impl Server {
             return Ok(false);
         }
         match self.note.connection {
-            Some(connection) if is_connected(connection).map_err(failed)? => return Ok(true),
+            // The kernel ends a connection some time after its last mount.
+            Some(connection) if is_connected(connection).map_err(failed)? => return Ok(!self.wait(ENDS_WITHIN)),
             Some(_) if self.wait(LETS_GO_WITHIN) => return Ok(false),
             // It does not end, or was never of use.
             _ => {}

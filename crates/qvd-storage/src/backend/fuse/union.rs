@@ -79,8 +79,68 @@ impl Union {
 
     pub(super) const fn deviations(self) -> &'static [Deviation] {
         match self {
-            Self::Overlay => &[],
-            Self::Unionfs => &[],
+            Self::Overlay => OVERLAY_DEVIATIONS,
+            Self::Unionfs => UNIONFS_DEVIATIONS,
         }
     }
 }
+
+/// Seen with version 1.10.
+const OVERLAY_DEVIATIONS: &[Deviation] = &[
+    Deviation::NoDirectoryRename,
+    Deviation::FrozenAccessTimes,
+    Deviation::FilledHoles,
+    Deviation::NoTmpfile,
+    // Its own names for what is removed are longer than the name.
+    Deviation::Case("long-names"),
+    // It goes by paths, which have an end.
+    Deviation::Case("deep-tree"),
+    Deviation::Case("remade-base-directory"),
+    // What a directory hands down to its new files is lost on the way.
+    Deviation::Case("access-control-lists"),
+    Deviation::Case("modes"),
+    // It opens what it is to change, and these cannot be opened.
+    Deviation::Case("sockets"),
+    Deviation::Case("fifos"),
+    Deviation::Case("sparse-files"),
+    Deviation::Case("removed-but-open"),
+    // Attributes of the `trusted` namespace are hidden from it.
+    Deviation::Case("base-is-shown-whole"),
+    Deviation::Case("roots-are-apart"),
+    Deviation::Case("volatile-roots-begin-anew"),
+    Deviation::Case("kept-roots-survive"),
+    // It takes names of one file of the base for one after it was written by one.
+    Deviation::Case("random-operations"),
+    Deviation::Case("crash-in-create-kept"),
+    Deviation::Case("crash-in-remove"),
+];
+
+/// Seen with version 1.0.
+const UNIONFS_DEVIATIONS: &[Deviation] = &[
+    Deviation::BrokenHardLinks,
+    Deviation::ChangingInodes,
+    Deviation::NoXattrs,
+    Deviation::NoAcls,
+    Deviation::NoFileCapabilities,
+    Deviation::FrozenAccessTimes,
+    Deviation::FilledHoles,
+    Deviation::StaleMaps,
+    Deviation::StaleReaders,
+    Deviation::NoTmpfile,
+    Deviation::NoExchange,
+    Deviation::Case("rename-refused"),
+    Deviation::Case("long-names"),
+    Deviation::Case("deep-tree"),
+    Deviation::Case("hard-links-made-inside"),
+    Deviation::Case("modes"),
+    // Its times have whole seconds.
+    Deviation::Case("timestamps"),
+    Deviation::Case("sparse-files"),
+    // Without attributes and with times of its own, a root is not as its base.
+    Deviation::Case("base-is-shown-whole"),
+    Deviation::Case("roots-are-apart"),
+    Deviation::Case("kept-roots-survive"),
+    Deviation::Case("volatile-roots-begin-anew"),
+    Deviation::Case("random-operations"),
+    Deviation::Case("crash-in-create-kept"),
+];

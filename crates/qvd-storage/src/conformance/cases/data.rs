@@ -127,7 +127,8 @@ fn stale_readers(bench: &Bench) -> Checked {
         tree.write("var/file", "changed")?;
         let mut text = String::new();
         reader.read_to_string(&mut text).step("it can be read")?;
-        if text == TEXT {
+        // Some see the new size already.
+        if !text.is_empty() && TEXT.starts_with(&text) {
             return Ok(Seen::Deviates("it reads what was there before the first write".to_owned()));
         }
         equal("who opened it before reads", &*text, "changed")?;

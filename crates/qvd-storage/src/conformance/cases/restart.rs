@@ -24,7 +24,7 @@ pub(super) const CASES: &[Listed] = &[
 ];
 
 fn kept(bench: &Bench) -> Checked {
-    let opened = bench.site.open("restart")?;
+    let opened = bench.site.open("restart-kept")?;
     let name = id("kept");
     let mut root = create(&*opened.backend, &bench.site.base, &name, RootPolicy::Persistent)?;
     let tree = mount(&*root)?;
@@ -47,7 +47,7 @@ fn kept(bench: &Bench) -> Checked {
     root.close().step("it can be closed")?;
     drop((root, opened));
     for _ in 0..2 {
-        let opened = bench.site.open("restart")?;
+        let opened = bench.site.open("restart-kept")?;
         let found = opened.backend.roots().step("roots can be listed")?;
         equal("the roots are", found, vec![(name.clone(), RootPolicy::Persistent)])?;
         let root = create(&*opened.backend, &bench.site.base, &name, RootPolicy::Persistent)?;
@@ -55,7 +55,7 @@ fn kept(bench: &Bench) -> Checked {
         before.expect("a kept root is as it was", &Manifest::of(&tree.dir(), Detail::Times)?)?;
         // The second time, nobody closes it: its process was killed.
     }
-    let opened = bench.site.open("restart")?;
+    let opened = bench.site.open("restart-kept")?;
     opened.backend.remove(&name).step("it can be removed")?;
     equal("the roots are", opened.backend.roots().step("roots can be listed")?, Vec::new())?;
     Ok(Seen::Plain)
@@ -112,7 +112,7 @@ fn anew(bench: &Bench) -> Checked {
 fn swept(bench: &Bench) -> Checked {
     let names = ["one", "two"].map(id);
     {
-        let opened = bench.site.open("restart")?;
+        let opened = bench.site.open("restart-swept")?;
         for name in &names {
             let root = create(&*opened.backend, &bench.site.base, name, RootPolicy::Volatile)?;
             let tree = mount(&*root)?;
@@ -120,7 +120,7 @@ fn swept(bench: &Bench) -> Checked {
             // The process dies: neither the root nor the back end is closed.
         }
     }
-    let opened = bench.site.open("restart")?;
+    let opened = bench.site.open("restart-swept")?;
     let found = opened.backend.roots().step("roots can be listed")?;
     let expected: Vec<_> = names.iter().map(|name| (name.clone(), RootPolicy::Volatile)).collect();
     equal("the roots are", found, expected)?;
@@ -138,7 +138,7 @@ fn swept(bench: &Bench) -> Checked {
 fn removed(bench: &Bench) -> Checked {
     let name = id("removed");
     {
-        let opened = bench.site.open("restart")?;
+        let opened = bench.site.open("restart-removed")?;
         let root = create(&*opened.backend, &bench.site.base, &name, RootPolicy::Persistent)?;
         let tree = mount(&*root)?;
         tree.write("var/file", "gone")?;
@@ -146,7 +146,7 @@ fn removed(bench: &Bench) -> Checked {
         opened.backend.remove(&name).step("it can be removed")?;
         equal("removed, it is", opened.backend.find(&name).step("it can be asked for")?, None)?;
     }
-    let opened = bench.site.open("restart")?;
+    let opened = bench.site.open("restart-removed")?;
     equal("after a restart, it is", opened.backend.find(&name).step("it can be asked for")?, None)?;
     let mut root = create(&*opened.backend, &bench.site.base, &name, RootPolicy::Persistent)?;
     let tree = mount(&*root)?;
@@ -157,9 +157,9 @@ fn removed(bench: &Bench) -> Checked {
     drop(opened);
     // What is of no use to anybody is deleted, in the end.
     super::super::bench::settle(|| {
-        let trash = bench.site.dir("restart").join("trash");
+        let trash = bench.site.dir("restart-removed").join("trash");
         let left = fs::read_dir(&trash).step("the trash can be listed")?.count();
-        let emptied = bench.site.open("restart")?.place.trash().empty().step("the trash can be emptied");
+        let emptied = bench.site.open("restart-removed")?.place.trash().empty().step("the trash can be emptied");
         emptied.and_then(|()| equal("the trash holds so many", left, 0))
     })?;
     Ok(Seen::Plain)
