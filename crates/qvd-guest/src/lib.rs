@@ -29,7 +29,7 @@ pub use channel::{Channel, ChannelError, MAX_FDS, MAX_FRAME};
 pub use frame::{LinkError, frames_of};
 pub use link::{Carrier, GuestLink, Link, carry_in_guest};
 pub use message::{
-    ExecRequest, Exit, GuestError, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION,
+    ExecRequest, Exit, GuestError, GuestMemory, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION,
 };
 
 /// Descriptors that the init inherits besides standard input, output and error.

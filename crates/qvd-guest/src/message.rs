@@ -79,6 +79,9 @@ pub enum Request {
         /// Number of the signal.
         signal: i32,
     },
+    /// Becomes another: the machine is a clone from here on. Answered by
+    /// [`Reply::Done`]; a container refuses.
+    Identify(crate::Identity),
     /// Ends everything inside: SIGTERM, then after the grace SIGKILL.
     /// Answered by [`Reply::Stopping`]; then the init exits.
     Stop {
@@ -129,6 +132,8 @@ pub enum Reply {
     },
     /// The program ended.
     Exited(Exit),
+    /// It was done.
+    Done,
     /// The desktop is going down.
     Stopping,
     /// The request could not be carried out.
@@ -181,4 +186,21 @@ pub struct Stats {
     pub processes: u32,
     /// Clients attached to the display at the moment.
     pub clients: u32,
+    /// Memory of a machine as its kernel counts it; `None` in a container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<GuestMemory>,
+}
+
+/// Memory of a machine, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestMemory {
+    /// All that its kernel manages.
+    pub total: u64,
+    /// What nothing uses.
+    pub free: u64,
+    /// What programs can have without anything being written out.
+    pub available: u64,
+    /// What it keeps of files.
+    pub cached: u64,
 }

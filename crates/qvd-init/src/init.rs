@@ -23,14 +23,14 @@ use rustix::{
 };
 
 use crate::{
-    desktop,
+    boot, desktop,
     exec::Exec,
     graphical::{self, Graphical},
     log::Log,
     options::{HEAD_DISPLAY, SESSION_DISPLAY},
     reap, session,
     session::{Action, Client, Event, Moment, Role, Session},
-    spawn::{Identity, Program},
+    spawn::{self, Identity, Program},
     stats, x11,
 };
 
@@ -49,7 +49,7 @@ pub(crate) fn run() -> ExitCode {
     let begin = Instant::now();
     let outcome = qvd_sys::init::inherited([qvd_guest::fds::CONTROL, qvd_guest::fds::CONFIG].map(i32::from))
         .map_err(|e| format!("cannot take over the descriptors of the node: {e}"))
-        .and_then(|[control, config]| Init::new(begin, control, &fs::File::from(config)))
+        .and_then(|[control, config]| Init::new(begin, control, read_config(&fs::File::from(config))?, None))
         .and_then(|mut init| init.serve().map_err(|e| format!("cannot wait for events: {e}")));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -58,6 +58,18 @@ pub(crate) fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs as the first process of a machine whose port is `port`, until it is
+/// told to stop.
+pub(crate) fn run_in_machine(
+    begin: Instant,
+    control: OwnedFd,
+    config: InitConfig,
+    port: OwnedFd,
+) -> Result<(), String> {
+    let mut init = Init::new(begin, control, check(config)?, Some(port))?;
+    init.serve().map_err(|e| format!("cannot wait for events: {e}"))
 }
 
 /// Reads the configuration, wherever the writer left the file's offset.
@@ -73,6 +85,10 @@ fn read_config(file: &fs::File) -> Result<InitConfig, String> {
 fn parse_config(bytes: &[u8]) -> Result<InitConfig, String> {
     let config: InitConfig =
         serde_json::from_slice(bytes).map_err(|e| format!("cannot understand the configuration: {e}"))?;
+    check(config)
+}
+
+fn check(config: InitConfig) -> Result<InitConfig, String> {
     if config.version != VERSION {
         return Err(format!("the configuration is of version {}, this init of {VERSION}", config.version));
     }
@@ -93,6 +109,8 @@ enum Child {
     /// One of the session's programs, by its place in the list.
     Program(usize),
     Exec(Client),
+    /// What carries conversations to and from the host of a machine.
+    Carrier,
     /// Nothing depends on how it ends.
     Other,
 }
@@ -134,14 +152,15 @@ struct Init {
     children: BTreeMap<u32, Child>,
     connections: BTreeMap<Client, Connection>,
     next: Client,
+    /// The port of a machine; none in a container.
+    port: Option<OwnedFd>,
     /// When what is left is killed, once stopping.
     stopping: Option<Moment>,
     done: bool,
 }
 
 impl Init {
-    fn new(begin: Instant, control: OwnedFd, config: &fs::File) -> Result<Self, String> {
-        let config = read_config(config)?;
+    fn new(begin: Instant, control: OwnedFd, config: InitConfig, port: Option<OwnedFd>) -> Result<Self, String> {
         let mask = [NixSignal::SIGCHLD, NixSignal::SIGTERM, NixSignal::SIGINT, NixSignal::SIGPWR, NixSignal::SIGHUP];
         let mask: SigSet = mask.into_iter().collect();
         let signals = mask
@@ -160,9 +179,10 @@ impl Init {
         let graphical = config.session.map(|session| Graphical::new(session, &env)).transpose()?;
         env.insert("HOME".to_owned(), "/root".to_owned());
         let service = |argv| Service { argv, due: Some(Moment::ZERO), ..Service::default() };
-        Ok(Self {
+        let mut init = Self {
             begin,
             control,
+            port,
             signals,
             log,
             env,
@@ -173,7 +193,21 @@ impl Init {
             next: 0,
             stopping: None,
             done: false,
-        })
+        };
+        init.start_carrier();
+        Ok(init)
+    }
+
+    /// Starts what carries conversations, in a machine.
+    fn start_carrier(&mut self) {
+        let Some(port) = &self.port else { return };
+        let argv = ["/proc/self/exe".to_owned(), boot::CARRY.to_owned()];
+        let program = Program { argv: &argv, env: &self.env, identity: &Identity::root(), terminal: false };
+        let start = || spawn::spawn(&program, port.try_clone()?.into(), self.log.stdio()?, self.log.stdio()?);
+        match start() {
+            Ok(pid) => drop(self.children.insert(pid, Child::Carrier)),
+            Err(e) => self.log.note(&format!("cannot reach the host: {e}")),
+        }
     }
 
     fn now(&self) -> Moment {
@@ -327,6 +361,12 @@ impl Init {
             Some(Child::Exec(id)) => {
                 self.answer(id, &Reply::Exited(exit));
                 self.connections.remove(&id);
+            }
+            Some(Child::Carrier) => {
+                if self.stopping.is_none() {
+                    self.log.note(&format!("the link to the host ended: {exit:?}"));
+                    self.start_carrier();
+                }
             }
             Some(Child::Resizer) => self.session(Some(Event::Resized)),
             Some(Child::Other) | None => {}
@@ -530,6 +570,15 @@ impl Init {
                     Err(e) => self.refuse(id, "run a program", &e.to_string()),
                 }
             }
+            (Request::Identify(identity), Purpose::Unknown) => {
+                if self.port.is_none() {
+                    return self.refuse(id, "take another identity", "a container has that of its host");
+                }
+                match boot::identify(&identity) {
+                    Ok(()) => self.answer(id, &Reply::Done),
+                    Err(reason) => self.refuse(id, "take another identity", &reason),
+                }
+            }
             (Request::Stop { grace_ms }, Purpose::Unknown) => {
                 self.answer(id, &Reply::Stopping);
                 self.stop(Duration::from_millis(grace_ms.into()));
@@ -594,6 +643,7 @@ impl Init {
             pss_bytes: pids.iter().filter_map(pss).fold(0, u64::saturating_add),
             processes: u32::try_from(pids.len()).unwrap_or(u32::MAX),
             clients: self.graphical.as_ref().map_or(0, Graphical::clients),
+            memory: self.port.as_ref().map(|_| stats::memory()),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Init of a desktop: PID 1, keeper of the session, the node's hand inside.
 #![forbid(unsafe_code)]
 
+mod boot;
 mod desktop;
 mod exec;
 mod graphical;
@@ -21,6 +22,8 @@ fn main() -> ExitCode {
     // runs in the process that the desktop depends on.
     match env::args().nth(1).as_deref() {
         None => init::run(),
+        Some(boot::BOOT) => boot::run(),
+        Some(boot::CARRY) => boot::carry(),
         Some(spawn::ENTER) => spawn::enter(env::args_os().skip(2)),
         Some(x11::WATCH) => x11::finish(x11::watch()),
         Some(x11::FIT) => x11::finish(x11::fit()),

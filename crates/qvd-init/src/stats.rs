@@ -2,6 +2,8 @@
 
 use std::{fs, io::Read};
 
+use qvd_guest::GuestMemory;
+
 /// Longest part of a `/proc` file that is looked at.
 const MAX_READ: u64 = 4096;
 /// Longest list of sockets that is looked at, in bytes.
@@ -30,6 +32,27 @@ pub(crate) fn processes() -> Vec<u32> {
 /// Proportional set size of one process in bytes, if we may see it.
 pub(crate) fn pss(pid: u32) -> Option<u64> {
     pss_bytes(&read(&format!("/proc/{pid}/smaps_rollup"), MAX_READ)?)
+}
+
+/// Memory as the text of `/proc/meminfo` says.
+fn meminfo(text: &str) -> GuestMemory {
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    };
+    let value = |name| value(name).unwrap_or(0);
+    GuestMemory {
+        total: value("MemTotal"),
+        free: value("MemFree"),
+        available: value("MemAvailable"),
+        // What is in memory alone is no cache of anything.
+        cached: value("Cached").saturating_sub(value("Shmem")),
+    }
+}
+
+/// Memory of this machine.
+pub(crate) fn memory() -> GuestMemory {
+    meminfo(&read("/proc/meminfo", MAX_READ).unwrap_or_default())
 }
 
 /// Connections in `/proc/net/unix` that were accepted on `socket`.
@@ -76,6 +99,13 @@ mod tests {
         assert_eq!(pss_bytes(text), Some(1034 * 1024));
         assert_eq!(pss_bytes("Pss: many kB"), None);
         assert_eq!(pss_bytes(""), None);
+    }
+
+    #[test]
+    fn memory_is_read_in_bytes_and_a_tmpfs_is_no_cache() {
+        let text = "MemTotal:  100 kB\nMemFree: 10 kB\nMemAvailable: 50 kB\nCached: 40 kB\nShmem: 15 kB\n";
+        let memory = meminfo(text);
+        assert_eq!((memory.total, memory.free, memory.cached), (100 << 10, 10 << 10, 25 << 10));
     }
 
     #[test]
