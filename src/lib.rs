@@ -8,7 +8,8 @@
 //! |---|---|
 //! | [`core`] | ids, units, specifications, probe answers; no I/O |
 //! | [`storage`] | images from recipes, writable roots on them, homes |
-//! | [`virt`] | containers on Linux namespaces |
+//! | [`virt`] | containers on Linux namespaces, virtual machines by QEMU |
+//! | [`guest`] | the conversation with the init inside a desktop |
 //! | [`net`] | bridges, ports, addresses, confinement |
 //! | [`node`] | the three composed into desktops that outlive their process |
 //! | [`farm`] | users, flavours, desktops and sign-in, in a database |
@@ -37,6 +38,7 @@
 pub use qvd_core as core;
 pub use qvd_farm as farm;
 pub use qvd_gateway as gateway;
+pub use qvd_guest as guest;
 pub use qvd_net as net;
 pub use qvd_node as node;
 pub use qvd_storage as storage;

@@ -1,6 +1,11 @@
 //! What a guest is told when it boots, and when it becomes another.
 
-use std::net::Ipv4Addr;
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    net::Ipv4Addr,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +76,23 @@ pub struct Identity {
     pub network: Option<Network>,
 }
 
+impl Identity {
+    /// A new one: everything but the name and the place is from the kernel's
+    /// randomness or its clock.
+    ///
+    /// # Errors
+    /// The kernel gives no randomness.
+    pub fn fresh(hostname: impl Into<String>, network: Option<Network>) -> io::Result<Self> {
+        let mut bytes = [0; 48];
+        File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let (machine_id, seed) = digits.split_at(32);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let time_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        Ok(Self { hostname: hostname.into(), machine_id: machine_id.into(), time_ns, seed: seed.into(), network })
+    }
+}
+
 impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // The seed is a secret.
@@ -104,4 +126,19 @@ pub struct Booted {
     pub uptime_ms: u64,
     /// Whether the base is read without a page cache of the guest's own.
     pub direct: bool,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_identities_have_nothing_in_common_and_show_no_secret() {
+        let (one, other) = (Identity::fresh("a", None).unwrap(), Identity::fresh("a", None).unwrap());
+        assert_ne!(one.machine_id, other.machine_id);
+        assert_ne!(one.seed, other.seed);
+        assert_eq!((one.machine_id.len(), one.seed.len()), (32, 64));
+        assert!(!format!("{one:?}").contains(&one.seed));
+    }
 }

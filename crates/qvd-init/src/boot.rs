@@ -183,6 +183,11 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
         }
         Writable::Disk => place(&find_disk(ROOT_SERIAL)?, "/disk", "ext4", MsFlags::empty(), "")?,
     }
+    // While it can be seen: the root that is entered below hides it.
+    let direct = config.base == Base::Memory && is_direct("/proc/mounts");
+    if config.base == Base::Memory && !direct {
+        return Err("the kernel does not map the base as it is: erofs or the memory's driver lacks DAX".to_owned());
+    }
     make("/disk/upper")?;
     make("/disk/work")?;
     place("root", "/root", "overlay", MsFlags::empty(), "lowerdir=/base,upperdir=/disk/upper,workdir=/disk/work")?;
@@ -219,7 +224,6 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
     rustix::process::umask(Mode::from_raw_mode(0o077));
     let listener = UnixListener::bind(&control).map_err(failed("listen for the host"));
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    let direct = config.base == Base::Memory && is_direct("/proc/mounts");
     Ok((listener?.into(), Booted { uptime_ms: uptime_ms(), direct }))
 }
 

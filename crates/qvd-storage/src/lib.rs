@@ -30,6 +30,7 @@ mod disk;
 mod error;
 mod fsio;
 mod glob;
+mod guest_base;
 mod home;
 mod image;
 mod probe;
@@ -56,6 +57,7 @@ pub use disk::{
     DiskFormat, DiskFormatError, DiskId, DiskIdError, DiskOptions, DiskReport, Qcow2, RawCopy, RawReflink, qcow2,
 };
 pub use error::{Error, RecipeError};
+pub use guest_base::{is_guest_base, make_guest_base};
 pub use home::{Home, HomeId};
 pub use image::Image;
 pub use qvd_core::ErrorKind;

@@ -4,12 +4,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::CStr,
-    fs,
+    fs::File,
+    io::{self, Read as _},
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use qvd_sys::process::seal;
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use super::cpio::Archive;
 use crate::{Error, error::io_error};
@@ -48,44 +50,41 @@ pub struct GuestKernel {
 }
 
 impl GuestKernel {
-    /// Takes the kernel image `kernel` and its `modules` (a directory that has
-    /// `modules.dep`), and makes an initramfs with the static program `init`.
+    /// Looks for the newest kernel with modules in the tree `top`, as Debian
+    /// and others lay them out: `boot/vmlinuz-VERSION`, `lib/modules/VERSION`;
+    /// or `vmlinuz` beside `lib`. Makes an initramfs with the static program `init`.
+    ///
+    /// The tree may be an image's: links in it lead nowhere else.
     ///
     /// # Errors
-    /// Something cannot be read, or the kernel lacks what a guest needs.
-    pub fn load(kernel: &Path, modules: &Path, init: &Path) -> Result<Self, Error> {
-        let list = Modules::read(modules)?;
+    /// There is none, something cannot be read, or the kernel lacks what a
+    /// guest needs.
+    pub fn find(top: &Path, init: &Path) -> Result<Self, Error> {
+        let tree = Tree::open(top)?;
+        let (kernel, modules) = tree.locate().ok_or_else(|| Error::Invalid {
+            what: format!("`{}`", top.display()),
+            reason: "no kernel with its modules is in it (boot/vmlinuz-VERSION and lib/modules/VERSION)",
+        })?;
+        let text = |name: &str| Ok(String::from_utf8_lossy(&tree.read(&modules.join(name))?).into_owned());
+        let list = Modules::parse(&text("modules.dep")?, &text("modules.builtin")?);
         let mut archive = Archive::new();
         for dir in ["dev", "proc", "sys", "modules", "base", "disk", "root"] {
             archive.directory(dir, 0o755);
         }
-        archive.file("init", 0o755, &read(init)?);
+        let program = File::open(init).map_err(io_error(format!("open `{}`", init.display())))?;
+        archive.file("init", 0o755, &read(program, init)?);
         for (index, module) in list.pick(&WANTED)?.iter().enumerate() {
             let name = Path::new(module).file_name().map(|name| name.to_string_lossy().into_owned());
             // The name sorts as it is to be loaded.
             let name = format!("modules/{index:02}-{}", name.unwrap_or_default());
-            archive.file(&name, 0o644, &read(&modules.join(module))?);
+            archive.file(&name, 0o644, &tree.read(&modules.join(module))?);
         }
         let version = modules.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Self {
-            kernel: sealed(c"qvd-kernel", &read(kernel)?)?,
+            kernel: sealed(c"qvd-kernel", &tree.read(&kernel)?)?,
             initramfs: sealed(c"qvd-initramfs", &archive.finish())?,
             version,
         })
-    }
-
-    /// Looks for the newest kernel with modules below `top`, as Debian and
-    /// others lay them out: `boot/vmlinuz-VERSION`, `lib/modules/VERSION`; or
-    /// `vmlinuz` beside `lib`.
-    ///
-    /// # Errors
-    /// There is none, or as [`GuestKernel::load`].
-    pub fn find(top: &Path, init: &Path) -> Result<Self, Error> {
-        let (kernel, modules) = locate(top).ok_or_else(|| Error::Invalid {
-            what: format!("`{}`", top.display()),
-            reason: "no kernel with its modules is in it (boot/vmlinuz-VERSION and lib/modules/VERSION)",
-        })?;
-        Self::load(&kernel, &modules, init)
     }
 
     /// The kernel image.
@@ -107,29 +106,67 @@ impl GuestKernel {
     }
 }
 
-fn locate(top: &Path) -> Option<(PathBuf, PathBuf)> {
-    let versions = fs::read_dir(top.join("lib/modules")).ok()?;
-    let mut versions: Vec<_> = versions.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    // By their numbers: 6.1.0-56 is newer than 6.1.0-9.
-    versions.sort_by_cached_key(|path| {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let numbers = name.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse::<u64>().ok());
-        (numbers.collect::<Vec<_>>(), name)
-    });
-    versions.into_iter().rev().filter(|modules| modules.join("modules.dep").is_file()).find_map(|modules| {
-        let version = modules.file_name()?.to_string_lossy().into_owned();
-        let kernel = [top.join(format!("boot/vmlinuz-{version}")), top.join("vmlinuz")];
-        Some((kernel.into_iter().find(|path| path.is_file())?, modules))
-    })
+/// A tree that is read without leaving it.
+struct Tree {
+    top: OwnedFd,
+    name: PathBuf,
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    let op = format!("read `{}`", path.display());
-    let length = fs::metadata(path).map_err(io_error(op.clone()))?.len();
-    if length > MAX_FILE {
-        return Err(Error::Invalid { what: format!("`{}`", path.display()), reason: "it is larger than 128 MiB" });
+impl Tree {
+    fn open(name: &Path) -> Result<Self, Error> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let top = rustix::fs::open(name, flags, Mode::empty());
+        Ok(Self { top: top.map_err(io_error(format!("open `{}`", name.display())))?, name: name.to_owned() })
     }
-    fs::read(path).map_err(io_error(op))
+
+    fn file(&self, path: &Path) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(openat2(&self.top, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?.into())
+    }
+
+    fn is_file(&self, path: &Path) -> bool {
+        self.file(path).and_then(|file| file.metadata()).is_ok_and(|about| about.is_file())
+    }
+
+    fn read(&self, path: &Path) -> Result<Vec<u8>, Error> {
+        let shown = self.name.join(path);
+        read(self.file(path).map_err(io_error(format!("open `{}`", shown.display())))?, &shown)
+    }
+
+    fn locate(&self) -> Option<(PathBuf, PathBuf)> {
+        let modules = Path::new("lib/modules");
+        let mut versions: Vec<_> = rustix::fs::Dir::new(self.file(modules).ok()?)
+            .ok()?
+            .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+            .filter(|name| !name.starts_with('.'))
+            .collect();
+        // By their numbers: 6.1.0-56 is newer than 6.1.0-9.
+        versions.sort_by_cached_key(|name| {
+            let numbers = name.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse::<u64>().ok());
+            (numbers.collect::<Vec<_>>(), name.clone())
+        });
+        versions.into_iter().rev().find_map(|version| {
+            let modules = modules.join(&version);
+            let kernel = [PathBuf::from(format!("boot/vmlinuz-{version}")), PathBuf::from("vmlinuz")];
+            let kernel = kernel.into_iter().find(|path| self.is_file(path))?;
+            self.is_file(&modules.join("modules.dep")).then_some((kernel, modules))
+        })
+    }
+}
+
+fn read(file: File, shown: &Path) -> Result<Vec<u8>, Error> {
+    let op = || format!("read `{}`", shown.display());
+    let about = file.metadata().map_err(io_error(op()))?;
+    let refuse = |reason| Err(Error::Invalid { what: format!("`{}`", shown.display()), reason });
+    if !about.is_file() {
+        return refuse("it is no file");
+    }
+    if about.len() > MAX_FILE {
+        return refuse("it is larger than 128 MiB");
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE).read_to_end(&mut bytes).map_err(io_error(op()))?;
+    Ok(bytes)
 }
 
 fn sealed(name: &CStr, bytes: &[u8]) -> Result<OwnedFd, Error> {
@@ -147,11 +184,6 @@ struct Modules {
 }
 
 impl Modules {
-    fn read(dir: &Path) -> Result<Self, Error> {
-        let text = |name: &str| Ok(String::from_utf8_lossy(&read(&dir.join(name))?).into_owned());
-        Ok(Self::parse(&text("modules.dep")?, &text("modules.builtin")?))
-    }
-
     fn parse(dependencies: &str, built_in: &str) -> Self {
         let mut modules = Self { built_in: built_in.lines().map(name_of).collect(), ..Self::default() };
         for (path, needs) in dependencies.lines().filter_map(|line| line.split_once(':')) {
@@ -198,7 +230,13 @@ fn name_of(path: &str) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
     use super::*;
+
+    fn locate(top: &Path) -> Option<(PathBuf, PathBuf)> {
+        Tree::open(top).unwrap().locate()
+    }
 
     const DEPENDENCIES: &str = "kernel/drivers/virtio/virtio.ko: kernel/drivers/virtio/virtio_ring.ko\n\
         kernel/drivers/virtio/virtio_ring.ko:\n\
@@ -251,5 +289,22 @@ mod tests {
         let (kernel, modules) = locate(top.path()).unwrap();
         assert!(kernel.ends_with("boot/vmlinuz-6.1.0-56-amd64"));
         assert!(modules.ends_with("6.1.0-56-amd64"));
+    }
+
+    #[test]
+    fn links_of_an_image_lead_nowhere_else() {
+        let top = tempfile::tempdir().unwrap();
+        let modules = top.path().join("usr/lib/modules/6.1.0");
+        fs::create_dir_all(&modules).unwrap();
+        fs::create_dir(top.path().join("boot")).unwrap();
+        fs::write(modules.join("modules.dep"), "").unwrap();
+        // As of a merged /usr, but absolute: still within the tree.
+        symlink("/usr/lib", top.path().join("lib")).unwrap();
+        symlink("/etc/passwd", top.path().join("boot/vmlinuz-6.1.0")).unwrap();
+        assert!(locate(top.path()).is_none());
+        fs::create_dir(top.path().join("etc")).unwrap();
+        fs::write(top.path().join("etc/passwd"), "inside").unwrap();
+        assert!(locate(top.path()).is_some());
+        assert_eq!(Tree::open(top.path()).unwrap().read(Path::new("boot/vmlinuz-6.1.0")).unwrap(), b"inside");
     }
 }
