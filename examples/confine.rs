@@ -21,7 +21,7 @@ use qvd_sys::netns;
 use serde_json::json;
 
 /// What a desktop of this example may: have a port, and go out.
-const POLICY: NetPolicy = NetPolicy { port: true, internet: true };
+const POLICY: NetPolicy = NetPolicy::internet();
 
 struct Options {
     backend: Backend,

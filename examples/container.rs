@@ -113,7 +113,7 @@ impl Bed {
         let netns = prepared.netns()?;
         let port = match &self.network {
             Some(network) => {
-                let policy = NetPolicy { port: true, internet: false };
+                let policy = NetPolicy::host_only();
                 Some(network.attach(&PortSpec { desktop: id, netns: netns.as_fd(), address: None, policy })?)
             }
             None => {

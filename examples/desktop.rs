@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         virtualizer: Virtualizer::Container,
         root: RootPolicy::Volatile,
         limits: Limits::default(),
-        net: NetPolicy { port: true, internet: false },
+        net: NetPolicy::host_only(),
         address: None,
         home: None,
     };

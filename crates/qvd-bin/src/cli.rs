@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
 };
 
@@ -85,6 +85,12 @@ pub(crate) struct Up {
     /// Route desktops whose policy asks for it to other networks
     #[arg(long)]
     pub(crate) internet: bool,
+    /// The site's name server, for desktops that may ask no other; one per family
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) name_server: Vec<IpAddr>,
+    /// File with the most that any desktop may reach, in TOML
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) tenant_policy: Option<PathBuf>,
     /// The static qvd-init to run desktops with, unless the one beside this program
     #[arg(long, value_name = "FILE", env = "QVD_INIT", value_hint = ValueHint::FilePath)]
     pub(crate) init: Option<PathBuf>,
@@ -377,6 +383,9 @@ pub(crate) struct Create {
     /// Give it a port that leads nowhere but to the host's bridge
     #[arg(long)]
     pub(crate) isolated: bool,
+    /// File with its network policy in TOML, as a recipe's `[defaults.net]`
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["isolated", "no_network"], value_hint = ValueHint::FilePath)]
+    pub(crate) net_policy: Option<PathBuf>,
     /// Its own IPv4 address
     #[arg(long)]
     pub(crate) address: Option<Ipv4Addr>,

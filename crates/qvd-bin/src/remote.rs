@@ -124,21 +124,44 @@ async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDe
     new.tag = create.tag;
     new.root = create.persistent.then_some(RootPolicy::Persistent);
     new.net = match (create.no_network, create.isolated) {
-        (true, _) => Some(NetPolicy { port: false, internet: false }),
-        (_, true) => Some(NetPolicy { port: true, internet: false }),
-        _ => None,
+        (true, _) => Some(NetPolicy::none()),
+        (_, true) => Some(NetPolicy::host_only()),
+        _ => create.net_policy.as_deref().map(crate::up::read_policy).transpose()?,
     };
     new.address = create.address;
     Ok(new)
 }
 
+/// What a desktop may reach, in a line.
+fn reach(net: &NetPolicy) -> String {
+    if !net.port {
+        return "none".to_owned();
+    }
+    let list = |words: Vec<String>| words.join(", ");
+    let mut words = vec![if net.internet { "internet" } else { "isolated" }.to_owned()];
+    if !net.destinations.is_empty() {
+        words.push(format!("to {}", list(net.destinations.iter().map(ToString::to_string).collect())));
+    }
+    if !net.services.is_empty() {
+        words.push(format!("services {}", list(net.services.iter().map(ToString::to_string).collect())));
+    }
+    if !net.neighbours.is_none() {
+        words.push(format!("neighbours {}", net.neighbours));
+    }
+    let limits = [
+        (net.up_kbit_s, "up", "kbit/s"),
+        (net.down_kbit_s, "down", "kbit/s"),
+        (net.connections, "at most", "connections"),
+    ];
+    words.extend(limits.iter().filter_map(|(most, what, unit)| most.map(|most| format!("{what} {most} {unit}"))));
+    words.extend((!net.names.is_any()).then(|| "names of the site's servers".to_owned()));
+    words.extend(net.routed.then(|| "routed".to_owned()));
+    words.join("; ")
+}
+
 fn details(info: &DesktopInfo) -> String {
     let DesktopInfo { desktop, status } = info;
-    let network = match (desktop.net.port, desktop.net.internet) {
-        (false, _) => "none",
-        (true, false) => "isolated",
-        (true, true) => "internet",
-    };
+    let network = reach(&desktop.net);
     let mut lines = vec![
         ("number", desktop.id.to_string()),
         ("user", desktop.user.to_string()),
@@ -147,7 +170,7 @@ fn details(info: &DesktopInfo) -> String {
         ("memory", desktop.limits.memory.to_string()),
         ("processor", format!("{} thousandths of a core", desktop.limits.cpu.0)),
         ("processes", format!("at most {}", desktop.limits.pids)),
-        ("network", network.to_owned()),
+        ("network", network),
         ("created", format!("{} ago", age(desktop.created_unix_s))),
         ("state", status.state.to_string()),
         ("client", if status.attached { "attached" } else { "none" }.to_owned()),

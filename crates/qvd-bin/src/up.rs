@@ -3,13 +3,14 @@
 use std::{
     env, fs,
     future::Future,
-    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context;
+use qvd_core::NetPolicy;
 use qvd_farm::Farm;
 use qvd_gateway::{
     ConnectionLimits, Gateway, GatewayConfig, GatewayError, TlsSource,
@@ -47,12 +48,28 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
 
     let mut config = NodeConfig::new(&paths.root, &paths.run, init, paths.instance);
     config.network.internet = args.internet;
+    for server in &args.name_server {
+        match *server {
+            IpAddr::V4(server) => config.network.name_server = Some(server),
+            IpAddr::V6(server) => config.network.name_server6 = Some(server),
+        }
+    }
+    if let Some(file) = &args.tenant_policy {
+        config.tenant = read_policy(file)?;
+    }
     let node = Node::open(config)?;
     let served = runtime.block_on(serve(Arc::clone(&node), paths, args, output));
     let keep = !args.ephemeral && !node.is_idle();
     // Where no desktop is left, neither is a network for them.
     let ended = if keep { Ok(()) } else { take_down(&node, &paths.run) };
     served.and(ended)
+}
+
+/// A network policy in words, as a recipe's `[defaults.net]` has it.
+pub(crate) fn read_policy(file: &Path) -> anyhow::Result<NetPolicy> {
+    let cannot = || format!("cannot read the network policy `{}`", file.display());
+    let text = std::fs::read_to_string(file).with_context(cannot)?;
+    toml::from_str(&text).with_context(cannot)
 }
 
 /// Ends every desktop and the network, and removes what is then empty.

@@ -8,6 +8,7 @@
 mod cause;
 mod error;
 mod id;
+mod net;
 mod rest;
 mod spec;
 mod support;
@@ -16,10 +17,11 @@ mod unit;
 pub use cause::causes;
 pub use error::ErrorKind;
 pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, UserName};
+pub use net::{Destination, NameServers, Neighbours, NetPolicy, NetWordError, Service, Transport};
 pub use rest::{RestMode, RestPolicy};
 pub use spec::{
-    DesktopSpec, DesktopState, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, NetPolicy, RootPolicy,
-    StartStep, Virtualizer,
+    DesktopSpec, DesktopState, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, RootPolicy, StartStep,
+    Virtualizer,
 };
 pub use support::{Missing, Support};
 pub use unit::{Bytes, MilliCpu, UidRange, UnitError};

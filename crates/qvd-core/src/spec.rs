@@ -4,7 +4,7 @@ use std::{fmt, net::Ipv4Addr, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize, de};
 
-use crate::{Bytes, DesktopId, Digest, MilliCpu, UserName};
+use crate::{Bytes, DesktopId, Digest, MilliCpu, NetPolicy, UserName};
 
 /// How a desktop runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
@@ -55,17 +55,6 @@ impl Default for Limits {
     fn default() -> Self {
         Self { memory: Bytes::gib(1), cpu: MilliCpu(2000), pids: 1024 }
     }
-}
-
-/// What a desktop may reach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-pub struct NetPolicy {
-    /// Whether it gets a port on the bridge at all. Without one it has the
-    /// loopback interface only; its display works all the same.
-    pub port: bool,
-    /// Whether the host routes it, by NAT, to other networks.
-    pub internet: bool,
 }
 
 /// All that a node needs to know to run a desktop.

@@ -22,7 +22,7 @@ macro_rules! select {
     ($rest:literal) => {
         concat!(
             "SELECT id, user_name, name, flavour, tag, virtualizer, memory_bytes, cpu_milli, pids, root_policy, ",
-            "net_port, net_internet, address, blocked, removing, created_unix_s FROM desktops ",
+            "net_port, net_internet, net_policy, address, blocked, removing, created_unix_s FROM desktops ",
             $rest
         )
     };
@@ -146,10 +146,10 @@ impl Farm {
         }
         let inserted = sqlx::query(
             "INSERT INTO desktops (user_name, name, flavour, tag, virtualizer, memory_bytes, cpu_milli, pids,
-                 root_policy, net_port, net_internet, address, created_unix_s)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+                 root_policy, net_port, net_internet, net_policy, address, created_unix_s)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
              RETURNING id, user_name, name, flavour, tag, virtualizer, memory_bytes, cpu_milli, pids, root_policy,
-                 net_port, net_internet, address, blocked, created_unix_s",
+                 net_port, net_internet, net_policy, address, blocked, created_unix_s",
         )
         .bind(new.user.as_str())
         .bind(name)
@@ -162,6 +162,7 @@ impl Farm {
         .bind(row::root_policy_word(new.root.unwrap_or(defaults.root)))
         .bind(net.port)
         .bind(net.internet)
+        .bind(row::net_column(&net)?)
         .bind(new.address.map(|a| a.to_string()))
         .bind(created)
         .fetch_one(&mut *write.tx)

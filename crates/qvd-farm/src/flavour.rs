@@ -50,11 +50,12 @@ impl Farm {
         let mut write = self.write().await?;
         sqlx::query(
             "INSERT INTO flavour_defaults
-                 (name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet)
-             VALUES ($1, $2, $3, $4, $5, $6, $7)
+                 (name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet, net_policy)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
              ON CONFLICT (name) DO UPDATE SET
                  memory_bytes = excluded.memory_bytes, cpu_milli = excluded.cpu_milli, pids = excluded.pids,
-                 root_policy = excluded.root_policy, net_port = excluded.net_port, net_internet = excluded.net_internet",
+                 root_policy = excluded.root_policy, net_port = excluded.net_port, net_internet = excluded.net_internet,
+                 net_policy = excluded.net_policy",
         )
         .bind(name.as_str())
         .bind(row::bytes_column(defaults.limits.memory))
@@ -63,6 +64,7 @@ impl Farm {
         .bind(row::root_policy_word(defaults.root))
         .bind(defaults.net.port)
         .bind(defaults.net.internet)
+        .bind(row::net_column(&defaults.net)?)
         .execute(&mut *write.tx)
         .await
         .map_err(|e| FarmError::store("set a flavour's defaults", e))?;
@@ -92,7 +94,8 @@ impl Farm {
 
     async fn all_defaults(&self) -> Result<HashMap<String, FlavourDefaults>, FarmError> {
         sqlx::query(
-            "SELECT name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet FROM flavour_defaults",
+            "SELECT name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet, net_policy
+             FROM flavour_defaults",
         )
         .fetch_all(self.pool())
         .await

@@ -6,7 +6,7 @@ use std::{net::Ipv4Addr, str::FromStr};
 use qvd_core::{Bytes, DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
 use sqlx::{Row, sqlite::SqliteRow};
 
-use crate::{Desktop, FlavourDefaults, SessionInfo, SessionKind, User};
+use crate::{Desktop, FarmError, FlavourDefaults, SessionInfo, SessionKind, User};
 
 type Result<T> = std::result::Result<T, sqlx::Error>;
 
@@ -73,7 +73,19 @@ pub(crate) fn limits(row: &SqliteRow) -> Result<Limits> {
 }
 
 fn net(row: &SqliteRow) -> Result<NetPolicy> {
-    Ok(NetPolicy { port: row.try_get("net_port")?, internet: row.try_get("net_internet")? })
+    let policy: Option<&str> = row.try_get("net_policy")?;
+    if let Some(policy) = policy {
+        return decode("net_policy", serde_json::from_str(policy));
+    }
+    let (port, internet) = (row.try_get("net_port")?, row.try_get("net_internet")?);
+    Ok(NetPolicy { port, internet, ..NetPolicy::none() })
+}
+
+/// The whole policy, as its column has it.
+pub(crate) fn net_column(net: &NetPolicy) -> std::result::Result<String, FarmError> {
+    let encode =
+        |error: serde_json::Error| FarmError::store("write a network policy", sqlx::Error::Encode(error.into()));
+    serde_json::to_string(net).map_err(encode)
 }
 
 pub(crate) fn flavour_defaults(row: &SqliteRow) -> Result<FlavourDefaults> {

@@ -25,7 +25,7 @@ pub enum OwnedDesktops {
 }
 
 /// What new desktops of a flavour get unless their creator says otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FlavourDefaults {
     /// What they may use.
@@ -39,7 +39,7 @@ pub struct FlavourDefaults {
 impl Default for FlavourDefaults {
     /// A desktop on the network: people expect a browser to work.
     fn default() -> Self {
-        Self { limits: Limits::default(), root: RootPolicy::default(), net: NetPolicy { port: true, internet: true } }
+        Self { limits: Limits::default(), root: RootPolicy::default(), net: NetPolicy::internet() }
     }
 }
 

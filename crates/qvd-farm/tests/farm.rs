@@ -363,11 +363,12 @@ async fn flavour_defaults_reach_new_desktops_only_and_survive_a_restart() {
     defaults.limits.memory = Bytes::mib(256);
     defaults.root = qvd_core::RootPolicy::Persistent;
     defaults.net.internet = false;
-    world.farm.set_flavour_defaults(&icewm(), defaults).await.unwrap();
+    defaults.net.destinations = vec!["192.0.2.0/24 tcp 443".parse().unwrap()];
+    world.farm.set_flavour_defaults(&icewm(), defaults.clone()).await.unwrap();
     let world = world.reopen().await;
     assert_eq!(world.farm.flavour(&icewm()).await.unwrap().defaults, defaults);
     let after = world.desktop().await;
-    assert_eq!((after.limits, after.root, after.net), (defaults.limits, defaults.root, defaults.net));
+    assert_eq!((after.limits, after.root, after.net), (defaults.limits, defaults.root, defaults.net.clone()));
     assert_eq!(world.farm.desktop(before.id).await.unwrap(), before);
     let unknown = world.farm.set_flavour_defaults(&"kde".parse().unwrap(), defaults).await.unwrap_err();
     assert_eq!(unknown.code(), "unknown_flavour");

@@ -15,7 +15,7 @@ use qvd_sys::netns;
 
 const OTHERS: u32 = 200;
 const ROUNDS: u32 = 30;
-const POLICY: NetPolicy = NetPolicy { port: true, internet: true };
+const POLICY: NetPolicy = NetPolicy::internet();
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 

@@ -21,7 +21,7 @@ use qvd_net::{Backend, NetConfig, Network, Port, PortSpec, TapSpec};
 use qvd_sys::netns;
 
 const ROUNDS: usize = 50;
-const POLICY: NetPolicy = NetPolicy { port: true, internet: true };
+const POLICY: NetPolicy = NetPolicy::internet();
 const UPLINK: &str = "198.51.100.1/24";
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// How long each measurement of traffic takes.

@@ -190,6 +190,17 @@ fn all_shown(
     }
 }
 
+/// All elements of a set; none when there is no such set.
+pub(crate) fn every(
+    netlink: &mut Netlink,
+    table: &str,
+    family: Family,
+    set: &'static str,
+) -> Result<Vec<Element>, NetlinkError> {
+    let all = all_shown(netlink, table, family, set)?.unwrap_or_default();
+    Ok(all.into_iter().map(|Shown { key, goto }| Element { family, set, key, goto }).collect())
+}
+
 /// Removes our table of `family` and all in it. What is not there is removed.
 pub(crate) fn remove_table(netlink: &mut Netlink, table: &str, family: Family) -> Result<(), NetlinkError> {
     let mut message = TableMessage { attributes: Vec::new() };

@@ -4,6 +4,7 @@ use qvd_core::DesktopId;
 
 use crate::{
     Mac, NetConfig,
+    access::Access,
     elements::{Element, Family},
     rules,
 };
@@ -51,10 +52,9 @@ impl Identity {
         std::iter::once(self.ipv4.into()).chain(self.addresses6().map(IpAddr::from))
     }
 
-    /// Its elements of the sets, and its way out if it has one.
-    pub(crate) fn elements(&self, internet: bool) -> Vec<Element> {
+    /// Its elements of the sets, those of its policy among them.
+    pub(crate) fn elements(&self, access: &Access) -> Vec<Element> {
         let bridge = |set, key| Element::new(Family::Bridge, set, key);
-        let inet = |set, address| Element::new(Family::Inet, set, rules::address_key(address));
         let (link, mac) = (&*self.link, self.mac);
         let mut elements = vec![bridge(rules::LINK, rules::link_key(link, mac))];
         // No address is the sender of who asks for one, or whether it is in
@@ -69,20 +69,49 @@ impl Identity {
         for ipv6 in self.senders6() {
             elements.push(bridge(rules::IDENTITY6, rules::identity6_key(link, mac, ipv6)));
         }
-        if internet {
-            elements.push(inet(rules::INTERNET, self.ipv4.into()));
-            elements.extend(self.ipv6.map(|ipv6| inet(rules::INTERNET6, ipv6.into())));
+        let routed = std::iter::once(IpAddr::V4(self.ipv4)).chain(self.ipv6.map(IpAddr::V6));
+        elements.extend(routed.flat_map(|address| Self::reach(address, access)));
+        if access.is_served() {
+            for address in self.addresses() {
+                let set = if address.is_ipv4() { rules::SERVED } else { rules::SERVED6 };
+                let goto = Some(access.served_chain());
+                elements.push(Element { goto, ..Element::new(Family::Inet, set, rules::address_key(address)) });
+            }
+        }
+        elements
+    }
+
+    /// What lets one of its addresses out.
+    fn reach(address: IpAddr, access: &Access) -> Vec<Element> {
+        let by_family = |four, six| if address.is_ipv4() { four } else { six };
+        let inet = |four, six| Element::new(Family::Inet, by_family(four, six), rules::address_key(address));
+        let mut elements = Vec::new();
+        if access.is_free() {
+            elements.push(inet(rules::INTERNET, rules::INTERNET6));
+        }
+        if access.is_particular() {
+            let goto = Some(access.outward_chain());
+            elements.push(Element { goto, ..inet(rules::OUTWARD, rules::OUTWARD6) });
+            elements.push(inet(rules::ANSWERED, rules::ANSWERED6));
+        }
+        if let Some(group) = access.group() {
+            let key = rules::near_key(group, address);
+            elements.push(Element { key, ..inet(rules::NEAR, rules::NEAR6) });
+        }
+        if access.policy.routed {
+            elements.push(inet(rules::ROUTED, rules::ROUTED6));
         }
         elements
     }
 }
 
-/// The port's address that an element of the address sets stands for.
-pub(crate) fn v4_of_element(config: &NetConfig, element: &Element) -> Option<Ipv4Addr> {
-    if element.set != rules::INTERNET6 {
-        return rules::v4_of_key(&element.key);
+/// The desktop's address that an element of the address sets ends with.
+pub(crate) fn address_of_element(element: &Element) -> Option<IpAddr> {
+    if rules::ADDRESS6_SETS.contains(&element.set) {
+        rules::v6_of_key(&element.key).map(IpAddr::V6)
+    } else {
+        rules::v4_of_key(&element.key).map(IpAddr::V4)
     }
-    v4_of_v6(config, rules::v6_of_key(&element.key)?)
 }
 
 /// The other address of whoever has `ipv6`.

@@ -25,7 +25,7 @@
 //!     desktop: DesktopId::new(7)?,
 //!     netns: inside.as_fd(),
 //!     address: None,
-//!     policy: NetPolicy { port: true, internet: true },
+//!     policy: NetPolicy::internet(),
 //! })?;
 //! println!("{} {}", port.address(), port.mac());
 //! port.close()?;
@@ -34,6 +34,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod access;
 mod elements;
 mod error;
 mod explain;
@@ -49,6 +50,7 @@ mod pool;
 mod port;
 mod probe;
 mod program;
+mod qdisc;
 pub mod responder;
 mod rules;
 mod subnet6;

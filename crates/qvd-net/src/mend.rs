@@ -5,6 +5,7 @@ use rustix::io::Errno;
 
 use crate::{
     Error, Network, Port,
+    access::Access,
     filter::Confined,
     identity::Identity,
     links,
@@ -15,13 +16,13 @@ use crate::{
 #[derive(Debug, Clone)]
 pub(crate) struct Record {
     pub(crate) identity: Identity,
-    pub(crate) internet: bool,
+    pub(crate) access: Access,
     pub(crate) index: u32,
 }
 
 impl Record {
     const fn confined(&self) -> Confined<'_> {
-        Confined { identity: &self.identity, internet: self.internet }
+        Confined { identity: &self.identity, access: &self.access }
     }
 }
 

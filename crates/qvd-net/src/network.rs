@@ -1,6 +1,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -34,6 +34,10 @@ pub struct NetConfig {
     /// Whether desktops may be let out to other networks. The host then
     /// forwards packets.
     pub internet: bool,
+    /// The site's name server, which the gateway stands for.
+    pub name_server: Option<Ipv4Addr>,
+    /// The same of IPv6.
+    pub name_server6: Option<Ipv6Addr>,
     /// What filters.
     pub backend: Backend,
 }
@@ -43,7 +47,19 @@ impl NetConfig {
     #[must_use]
     pub fn new(instance: Instance) -> Self {
         let (subnet, subnet6) = (Subnet::default_for(instance), Some(Subnet6::default_for(instance)));
-        Self { instance, subnet, subnet6, internet: false, backend: Backend::default() }
+        Self {
+            instance,
+            subnet,
+            subnet6,
+            internet: false,
+            name_server: None,
+            name_server6: None,
+            backend: Backend::default(),
+        }
+    }
+
+    pub(crate) fn name_servers(&self) -> impl Iterator<Item = IpAddr> {
+        self.name_server.map(IpAddr::V4).into_iter().chain(self.name_server6.map(IpAddr::V6))
     }
 }
 
@@ -145,7 +161,7 @@ impl Network {
         route: &mut Netlink,
         filter: &dyn Filter,
     ) -> Result<(u32, Notes), Error> {
-        let NetConfig { instance, subnet, subnet6, internet, backend } = config;
+        let NetConfig { instance, subnet, subnet6, internet, backend, .. } = config;
         let name = instance.bridge_name();
         let refused = |op| Error::netlink(op, name.clone());
 
@@ -166,6 +182,8 @@ impl Network {
         no_ipv6_address(route, bridge).map_err(refused("switch off IPv6 on"))?;
         // Answers to ARP for the gateway only, not for the host's other addresses.
         sysctl::write(&format!("ipv4/conf/{name}/arp_ignore"), "1")?;
+        // Neighbours that may talk do so by the host: it knows no shorter way.
+        sysctl::write(&format!("ipv4/conf/{name}/send_redirects"), "0")?;
         let mut wanted: Vec<(IpAddr, u8)> = vec![(subnet.gateway().into(), subnet.prefix_len())];
         if let Some(subnet6) = subnet6 {
             sysctl::write(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
@@ -245,7 +263,7 @@ impl Network {
     /// # Errors
     /// [`Error::NoPort`] when there is none; otherwise as [`Network::attach`],
     /// and the link is lowered: a port is not left open that is not confined.
-    pub fn adopt(&self, desktop: DesktopId, address: Ipv4Addr, policy: NetPolicy) -> Result<Port, Error> {
+    pub fn adopt(&self, desktop: DesktopId, address: Ipv4Addr, policy: &NetPolicy) -> Result<Port, Error> {
         Port::adopt(&self.inner, desktop, address, policy)
     }
 

@@ -1,5 +1,5 @@
 use std::{
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{BorrowedFd, OwnedFd},
     sync::Arc,
 };
@@ -11,17 +11,19 @@ use rustix::io::Errno;
 
 use crate::{
     Error, Mac, NetConfig, NetlinkError, TeardownErrors,
+    access::Access,
     filter::Confined,
     identity::Identity,
     links,
     mend::Record,
     netlink::Netlink,
     network::{Inner, find, forget_neighbour, group, lock, no_ipv6_address},
+    qdisc,
     rules::Protection,
 };
 
 /// Which desktop to connect, and how.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct PortSpec<'a> {
     /// Its number.
     pub desktop: DesktopId,
@@ -35,7 +37,7 @@ pub struct PortSpec<'a> {
 }
 
 /// Which virtual machine to connect, and how.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TapSpec {
     /// The desktop's number.
     pub desktop: DesktopId,
@@ -60,13 +62,13 @@ pub struct Port {
     identity: Identity,
     /// Index of the host's end, once there is one.
     index: Option<u32>,
-    internet: bool,
+    access: Access,
     open: bool,
 }
 
 impl Port {
     pub(crate) fn attach(network: &Arc<Inner>, spec: &PortSpec<'_>) -> Result<Self, Error> {
-        let mut port = Self::reserve(network, spec.desktop, spec.address, spec.policy)?;
+        let mut port = Self::reserve(network, spec.desktop, spec.address, &spec.policy)?;
         match port.make(spec.netns) {
             Ok(()) => {
                 port.register();
@@ -82,7 +84,7 @@ impl Port {
     }
 
     pub(crate) fn attach_tap(network: &Arc<Inner>, spec: &TapSpec) -> Result<(Self, OwnedFd), Error> {
-        let mut port = Self::reserve(network, spec.desktop, spec.address, spec.policy)?;
+        let mut port = Self::reserve(network, spec.desktop, spec.address, &spec.policy)?;
         let made = port.create_tap(spec.header).and_then(|(tap, index)| {
             port.index = Some(index);
             port.confine(index)?;
@@ -107,7 +109,7 @@ impl Port {
         network: &Arc<Inner>,
         desktop: DesktopId,
         address: Ipv4Addr,
-        policy: NetPolicy,
+        policy: &NetPolicy,
     ) -> Result<Self, Error> {
         let mut port = Self::reserve(network, desktop, Some(address), policy)?;
         match port.readopt() {
@@ -131,22 +133,16 @@ impl Port {
         network: &Arc<Inner>,
         desktop: DesktopId,
         address: Option<Ipv4Addr>,
-        policy: NetPolicy,
+        policy: &NetPolicy,
     ) -> Result<Self, Error> {
-        if !policy.port {
-            return Err(Error::Invalid(format!("the policy of desktop {desktop} gives it no port")));
-        }
-        if policy.internet && !network.config.internet {
-            let bridge = network.config.instance.bridge_name();
-            return Err(Error::Invalid(format!("desktop {desktop} wants a way out and network {bridge} has none")));
-        }
+        let access = Access::of(&network.config, desktop, policy)?;
         let address = lock(&network.pool).take(desktop, address)?;
         Ok(Self {
             network: Arc::clone(network),
             desktop,
             identity: Identity::new(&network.config, desktop, address),
             index: None,
-            internet: policy.internet,
+            access,
             open: true,
         })
     }
@@ -154,7 +150,7 @@ impl Port {
     /// From now on it is watched.
     pub(crate) fn register(&self) {
         let Some(index) = self.index else { return };
-        let record = Record { identity: self.identity.clone(), internet: self.internet, index };
+        let record = Record { identity: self.identity.clone(), access: self.access.clone(), index };
         lock(&self.network.open).insert(self.desktop, record);
     }
 
@@ -192,6 +188,24 @@ impl Port {
         self.desktop
     }
 
+    /// What it may reach.
+    #[must_use]
+    pub fn policy(&self) -> &NetPolicy {
+        &self.access.policy
+    }
+
+    /// The addresses of the other open ports of its group.
+    pub(crate) fn near(&self) -> Vec<IpAddr> {
+        let Some(group) = self.access.group() else { return Vec::new() };
+        let open = lock(&self.network.open);
+        let others = open.values().filter(|record| record.access.group() == Some(group));
+        let routed = |record: &Record| {
+            let identity = &record.identity;
+            std::iter::once(IpAddr::V4(identity.ipv4)).chain(identity.ipv6.map(IpAddr::V6)).collect::<Vec<_>>()
+        };
+        others.flat_map(routed).collect()
+    }
+
     /// Created down, confined, its inside configured, raised last.
     fn make(&mut self, netns: BorrowedFd<'_>) -> Result<(), Error> {
         let (index, peer) = self.create(netns)?;
@@ -205,6 +219,13 @@ impl Port {
         let found = find(&mut self.network.route(), &self.identity.link)?;
         let index = found.ok_or(Error::NoPort(self.desktop))?.index;
         self.index = Some(index);
+        if self.access.policy.down_kbit_s.is_none() {
+            match self.network.route().batch(vec![qdisc::unshape(index)]) {
+                // There is none to take away.
+                Err(error) if error.is(Errno::NOENT) || error.is(Errno::INVAL) => {}
+                other => drop(other.map_err(Error::netlink("take the limit of", &*self.identity.link))?),
+            }
+        }
         self.confine(index)?;
         self.raise(index)
     }
@@ -274,6 +295,10 @@ impl Port {
             route.batch(requests).map_err(refused("set the flags of"))?;
         }
         network.filter.add(&[self.confined()])?;
+        if let Some(rate) = self.access.policy.down_kbit_s {
+            let shaped = network.route().batch(vec![qdisc::shape(index, rate)]);
+            shaped.map_err(Error::netlink("limit what is sent to", &*self.identity.link))?;
+        }
         self.read_back(index)
     }
 
@@ -313,7 +338,7 @@ impl Port {
     }
 
     pub(crate) const fn confined(&self) -> Confined<'_> {
-        Confined { identity: &self.identity, internet: self.internet }
+        Confined { identity: &self.identity, access: &self.access }
     }
 
     fn configure_inside(&self, netns: BorrowedFd<'_>, eth0: u32) -> Result<(), Error> {
@@ -329,7 +354,7 @@ impl Port {
             links::raise(eth0),
             links::route_to(eth0, gateway),
         ];
-        if self.internet {
+        if self.access.goes_out() {
             requests.push(links::default_route(eth0, gateway));
         }
         if let (Some(ipv6), Some(subnet6)) = (self.identity.ipv6, config.subnet6) {
@@ -339,7 +364,7 @@ impl Port {
                 links::add_address(eth0, ipv6, 128),
                 links::route_to(eth0, gateway6),
             ]);
-            if self.internet {
+            if self.access.goes_out() {
                 requests.push(links::default_route(eth0, gateway6));
             }
         }

@@ -37,7 +37,7 @@ pub fn probe() -> Vec<(&'static str, Support)> {
 fn attempt(inside: std::os::fd::BorrowedFd<'_>, backend: Backend, internet: bool) -> Support {
     let tried = DesktopId::new(1).map_err(|error| Error::Invalid(error.to_string())).and_then(|desktop| {
         let mut network = Network::open(NetConfig { internet, backend, ..NetConfig::new(Instance::new(0)) })?;
-        let policy = NetPolicy { port: true, internet };
+        let policy = NetPolicy { internet, ..NetPolicy::host_only() };
         let port = network.attach(&PortSpec { desktop, netns: inside, address: None, policy });
         let closed = port.and_then(|mut port| port.close());
         network.close()?;

@@ -129,6 +129,8 @@ pub(crate) struct Parts {
     runtime: Runtime,
     /// `None` once it was closed.
     network: Mutex<Option<Network>>,
+    /// Most that any of them may reach.
+    tenant: NetPolicy,
     /// Watches over the network's rules.
     guard: Mutex<Guard>,
     records: Records,
@@ -208,7 +210,8 @@ impl Parts {
         let guard =
             network.guard(RULES_CHECKED_EVERY, Box::new(report_rules)).map_err(net("cannot watch the rules"))?;
         let (network, guard, slots) = (Mutex::new(Some(network)), Mutex::new(guard), Mutex::default());
-        let parts = Self { store, runtime, network, guard, records, init, slots };
+        let tenant = config.tenant.clone();
+        let parts = Self { store, runtime, network, tenant, guard, records, init, slots };
         let adopted = parts.adopt_all()?;
         Ok((parts, adopted))
     }
@@ -258,7 +261,7 @@ impl Parts {
         let port = match address {
             None => None,
             Some(address) => Some(
-                self.with_network(|n| n.adopt(id, address, self.allowed(spec.net, n)).map_err(net("cannot adopt")))?,
+                self.with_network(|n| n.adopt(id, address, &self.allowed(&spec.net, n)).map_err(net("cannot adopt")))?,
             ),
         };
         if !lock(&self.slots).insert(uid_slot) {
@@ -326,7 +329,7 @@ impl Parts {
         let netns = prepared.netns().map_err(virt(&what))?;
         let port = if spec.net.port {
             Some(self.with_network(|network| {
-                let policy = self.allowed(spec.net, network);
+                let policy = self.allowed(&spec.net, network);
                 let port = PortSpec { desktop: id, netns: netns.as_fd(), address: spec.address, policy };
                 network.attach(&port).map_err(net(&what))
             })?)
@@ -432,9 +435,14 @@ impl Parts {
         }
     }
 
-    /// A way out needs two permissions: the desktop's and the host's.
-    fn allowed(&self, policy: NetPolicy, network: &Network) -> NetPolicy {
-        NetPolicy { internet: policy.internet && network.config().internet, ..policy }
+    /// What a desktop reaches needs the tenant's permission, and whatever is
+    /// routed the host's.
+    fn allowed(&self, policy: &NetPolicy, network: &Network) -> NetPolicy {
+        let allowed = policy.within(&self.tenant);
+        if network.config().internet {
+            return allowed;
+        }
+        NetPolicy { services: allowed.services, down_kbit_s: allowed.down_kbit_s, ..NetPolicy::host_only() }
     }
 
     fn with_network<T>(&self, f: impl FnOnce(&Network) -> Result<T, HostError>) -> Result<T, HostError> {

@@ -7,7 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, StartStep, Tag};
+use qvd_core::{
+    DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, NetPolicy, StartStep, Tag,
+};
 use qvd_guest::{ExecRequest, Stats};
 
 use crate::{
@@ -33,6 +35,8 @@ pub struct NodeConfig {
     pub instance: Instance,
     /// The bridge and its addresses.
     pub network: qvd_net::NetConfig,
+    /// Most that the tenant's desktops may reach, whatever their own policies say.
+    pub tenant: NetPolicy,
     /// How long a session may take until its window manager is up.
     pub session_limit: Duration,
     /// How long a session may take to open a display.
@@ -52,6 +56,7 @@ impl NodeConfig {
             init,
             instance,
             network: qvd_net::NetConfig::new(instance),
+            tenant: NetPolicy::unlimited(),
             session_limit: Duration::from_secs(60),
             attach_limit: Duration::from_secs(30),
             // Beyond the few seconds that a browser's head lingers.

@@ -43,7 +43,7 @@ impl Host {
             virtualizer: Virtualizer::Container,
             root: RootPolicy::Volatile,
             limits: Limits::default(),
-            net: NetPolicy { port: true, internet: false },
+            net: NetPolicy::host_only(),
             address: None,
             home: None,
         }

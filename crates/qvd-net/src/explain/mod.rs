@@ -3,6 +3,7 @@
 //! careful reader of the standards would and knows nothing of tables, sets or
 //! hooks; tests compare it with the kernel.
 
+mod beyond;
 mod ipv6;
 
 use std::{
@@ -12,6 +13,7 @@ use std::{
 
 use serde::Serialize;
 
+pub(crate) use self::beyond::{Beyond, Subnets};
 use crate::{Mac, Port};
 
 const ARP: u16 = 0x0806;
@@ -27,11 +29,21 @@ pub struct Decision {
     pub passes: bool,
     /// The rule, in words.
     pub rule: &'static str,
+    /// Whether it arrives anywhere behind the port: at the host itself, at a
+    /// neighbour or, routed, at other networks. Rates are not looked at, nor
+    /// answers to what others began.
+    pub arrives: bool,
+    /// The rule that decides this.
+    pub beyond: &'static str,
 }
 
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", if self.passes { "passes" } else { "dropped" }, self.rule)
+        if !self.passes {
+            return write!(f, "dropped at the port: {}", self.rule);
+        }
+        let then = if self.arrives { "arrives" } else { "dropped behind it" };
+        write!(f, "passes the port: {}; {then}: {}", self.rule, self.beyond)
     }
 }
 
@@ -62,24 +74,48 @@ impl Port {
     #[must_use]
     pub fn explain(&self, frame: &[u8]) -> Decision {
         let config = self.config();
-        explain(
-            &Party {
-                mac: self.mac().octets(),
-                ipv4: self.address(),
-                gateway_mac: Mac::of(config.instance, config.subnet.gateway()).octets(),
-                broadcast: config.subnet.broadcast(),
-                global: self.ipv6(),
-                link_local: self.mac().link_local(),
-            },
-            frame,
-        )
+        let gateway_mac = Mac::of(config.instance, config.subnet.gateway());
+        let party = Party {
+            mac: self.mac().octets(),
+            ipv4: self.address(),
+            gateway_mac: gateway_mac.octets(),
+            broadcast: config.subnet.broadcast(),
+            global: self.ipv6(),
+            link_local: self.mac().link_local(),
+        };
+        let gateway6 = config.subnet6.map(|six| six.gateway(config.subnet));
+        let beyond = Beyond {
+            policy: self.policy().clone(),
+            gateway4: config.subnet.gateway(),
+            gateways6: gateway6.into_iter().chain([gateway_mac.link_local()]).collect(),
+            name_servers: config.name_servers().collect(),
+            near: self.near(),
+            subnets: Subnets { four: config.subnet, six: config.subnet6 },
+        };
+        explain(&party, &beyond, frame)
     }
 }
 
-pub(crate) fn explain(party: &Party, frame: &[u8]) -> Decision {
+/// The same, of the whole way.
+pub(crate) fn explain(party: &Party, beyond: &Beyond, frame: &[u8]) -> Decision {
     match ruled(party, frame) {
-        Ok(rule) => Decision { passes: true, rule },
-        Err(rule) => Decision { passes: false, rule },
+        Err(rule) => Decision { passes: false, rule, arrives: false, beyond: rule },
+        Ok(rule) => {
+            let (arrives, beyond) = match beyond::ruled(beyond, frame) {
+                Ok(beyond) => (true, beyond),
+                Err(beyond) => (false, beyond),
+            };
+            Decision { passes: true, rule, arrives, beyond }
+        }
+    }
+}
+
+/// Whether a frame leaves the port, and the rule.
+#[cfg(test)]
+pub(crate) fn at_port(party: &Party, frame: &[u8]) -> (bool, &'static str) {
+    match ruled(party, frame) {
+        Ok(rule) => (true, rule),
+        Err(rule) => (false, rule),
     }
 }
 

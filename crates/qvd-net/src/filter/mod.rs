@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, fmt, net::Ipv4Addr, os::fd::BorrowedFd};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, NetConfig, identity::Identity, rules::Rules};
+use crate::{Error, NetConfig, access::Access, identity::Identity, rules::Rules};
 
 /// What filters the frames of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -76,8 +76,8 @@ pub(crate) struct Notes {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Confined<'a> {
     pub(crate) identity: &'a Identity,
-    /// Whether it has a way out.
-    pub(crate) internet: bool,
+    /// What it may reach.
+    pub(crate) access: &'a Access,
 }
 
 /// One way to filter. Implementations serialise what they must.
@@ -117,7 +117,7 @@ pub(crate) trait Filter: fmt::Debug + Send + Sync {
 /// `netns`.
 pub(crate) fn open(config: &NetConfig, netns: BorrowedFd<'_>) -> Result<Box<dyn Filter>, Error> {
     Ok(match config.backend {
-        Backend::Nft => Box::new(nft::Nft::open(*config)?),
+        Backend::Nft => Box::new(nft::Nft::open(*config, netns)?),
         Backend::Iptables => Box::new(iptables::Iptables::open(*config, netns)?),
     })
 }

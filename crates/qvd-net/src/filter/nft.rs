@@ -1,16 +1,20 @@
 //! Rules loaded once by `nft`; ports are elements of sets, over netlink.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
+
+use qvd_sys::netns;
 
 use super::{Confined, Filter, Notes, fingerprint::fingerprint};
 use crate::{
     Error, NetConfig, TeardownErrors,
+    access::Access,
     elements::{self, Element, Family},
-    identity::{Identity, v4_of_element},
+    identity::{Identity, address_of_element},
     netlink::Netlink,
     program,
     rules::{self, Rules},
@@ -19,13 +23,23 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Nft {
     config: NetConfig,
+    /// Where the rules are.
+    netns: OwnedFd,
     table: String,
     netfilter: Mutex<Netlink>,
     /// What an earlier process left in the sets. Whoever takes over one of
     /// these names or addresses first takes back what it does not mean to give.
     inherited: Mutex<Vec<Element>>,
-    /// The rules as the kernel showed them when they had been loaded.
-    loaded: Mutex<Vec<u8>>,
+    loaded: Mutex<Loaded>,
+}
+
+/// What this process has loaded beside elements.
+#[derive(Debug, Default)]
+struct Loaded {
+    /// The rules as the kernel showed them then.
+    shown: Vec<u8>,
+    /// The policies that have chains, by name.
+    classes: BTreeMap<String, Access>,
 }
 
 /// Also after a panic elsewhere: each call leaves these whole.
@@ -34,12 +48,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Nft {
-    pub(super) fn open(config: NetConfig) -> Result<Self, Error> {
+    pub(super) fn open(config: NetConfig, netns: BorrowedFd<'_>) -> Result<Self, Error> {
         let name = config.instance.bridge_name();
+        let netns = netns.try_clone_to_owned().map_err(Error::io("keep the network namespace of", &name))?;
         let netfilter = Netlink::netfilter().map_err(Error::io("open netfilter netlink for", name))?;
         let table = rules::table_name(config.instance);
         Ok(Self {
             config,
+            netns,
             table,
             netfilter: Mutex::new(netfilter),
             inherited: Mutex::default(),
@@ -60,9 +76,8 @@ impl Nft {
         let mut every = Vec::new();
         let mut netfilter = self.netfilter();
         for (family, set) in rules::PORT_SETS.into_iter().chain(rules::ADDRESS_SETS) {
-            let keys = elements::all(&mut netfilter, &self.table, family, set);
-            let keys = keys.map_err(Error::netlink("list the rules of", &self.table))?.unwrap_or_default();
-            every.extend(keys.into_iter().map(|key| Element::new(family, set, key)));
+            let all = elements::every(&mut netfilter, &self.table, family, set);
+            every.extend(all.map_err(Error::netlink("list the rules of", &self.table))?);
         }
         Ok(every)
     }
@@ -71,15 +86,15 @@ impl Nft {
     /// `wanted`: another identity, a way out.
     fn take_back(&self, identity: &Identity, wanted: &[Element]) -> Result<(), Error> {
         let mut inherited = lock(&self.inherited);
-        let own = identity.elements(true);
+        let addresses: Vec<_> = identity.addresses().collect();
         let concerns = |element: &Element| {
             if rules::ADDRESS_SETS.contains(&(element.family, element.set)) {
-                return v4_of_element(&self.config, element) == Some(identity.ipv4);
+                return address_of_element(element).is_some_and(|address| addresses.contains(&address));
             }
             // Of this link, or of another that had this MAC and address.
             let behind_port = |element: &Element| element.key.get(16..).map(<[u8]>::to_vec);
             rules::port_of_key(&element.key) == Some(&*identity.link)
-                || own.iter().any(|own| own.set == element.set && behind_port(own) == behind_port(element))
+                || wanted.iter().any(|own| own.set == element.set && behind_port(own) == behind_port(element))
         };
         let surplus: Vec<_> =
             inherited.iter().filter(|element| concerns(element) && !wanted.contains(element)).cloned().collect();
@@ -92,20 +107,51 @@ impl Nft {
     }
 }
 
+impl Nft {
+    /// Makes the chains of policies that come for the first time.
+    fn load_classes(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
+        if ports.iter().all(|port| !port.access.is_particular() && !port.access.is_served()) {
+            return Ok(());
+        }
+        // Held until the kernel's answer is known: who compares meanwhile waits.
+        let mut loaded = lock(&self.loaded);
+        let new: BTreeMap<_, _> = ports
+            .iter()
+            .filter(|port| !loaded.classes.contains_key(port.access.class()))
+            .map(|port| (port.access.class().to_owned(), port.access.clone()))
+            .collect();
+        let rules = Rules::of(&self.config, Notes::default(), &[]);
+        let text: String = new.values().map(|access| rules.class(access)).collect();
+        if text.is_empty() {
+            return Ok(());
+        }
+        let netns = self.netns.as_fd();
+        netns::in_netns(netns, || program::run(program::NFT, &["-f", "-"], &self.table, &text))
+            .map_err(Error::io("enter the network namespace of", &self.table))??;
+        loaded.shown = self.shown()?;
+        loaded.classes.extend(new);
+        Ok(())
+    }
+}
+
 impl Filter for Nft {
     fn establish(&self, rules: &Rules<'_>) -> Result<(), Error> {
-        program::run(program::NFT, &["-f", "-"], &self.table, &rules.render())?;
+        let mut loaded = lock(&self.loaded);
+        let classes = loaded.classes.values().map(|access| rules.class(access));
+        let text: String = std::iter::once(rules.render()).chain(classes).collect();
+        program::run(program::NFT, &["-f", "-"], &self.table, &text)?;
         *lock(&self.inherited) = self.every_element()?;
-        *lock(&self.loaded) = self.shown()?;
+        loaded.shown = self.shown()?;
         Ok(())
     }
 
     fn differs(&self) -> Result<Option<String>, Error> {
+        let loaded = lock(&self.loaded);
         let shown = self.shown()?;
         let differs = if shown.is_empty() {
             Some("its rules are gone")
         } else {
-            (shown != *lock(&self.loaded)).then_some("its rules are not those that were loaded")
+            (shown != loaded.shown).then_some("its rules are not those that were loaded")
         };
         Ok(differs.map(str::to_owned))
     }
@@ -120,8 +166,9 @@ impl Filter for Nft {
 
     fn add(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
         let mut all = Vec::new();
+        self.load_classes(ports)?;
         for port in ports {
-            let elements = port.identity.elements(port.internet);
+            let elements = port.identity.elements(port.access);
             self.take_back(port.identity, &elements)?;
             all.extend(elements);
         }
@@ -130,7 +177,7 @@ impl Filter for Nft {
     }
 
     fn remove(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
-        let all: Vec<_> = ports.iter().flat_map(|port| port.identity.elements(port.internet)).collect();
+        let all: Vec<_> = ports.iter().flat_map(|port| port.identity.elements(port.access)).collect();
         let of = ports.first().map_or(&*self.table, |port| &*port.identity.link);
         elements::remove(&mut self.netfilter(), &self.table, &all).map_err(Error::netlink("remove the rules of", of))
     }
@@ -138,7 +185,7 @@ impl Filter for Nft {
     fn missing(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error> {
         let (mut places, mut all) = (Vec::new(), Vec::new());
         for (place, port) in ports.iter().enumerate() {
-            all.extend(port.identity.elements(port.internet));
+            all.extend(port.identity.elements(port.access));
             places.resize(all.len(), place);
         }
         let of = ports.first().map_or(&*self.table, |port| &*port.identity.link);
@@ -152,17 +199,22 @@ impl Filter for Nft {
         let every = self.every_element()?;
         let of_port = |element: &Element| rules::PORT_SETS.contains(&(element.family, element.set));
         let is_kept = |element: &Element| rules::port_of_key(&element.key).is_some_and(|port| kept.contains(port));
-        let address = |element: &Element| v4_of_element(&self.config, element).filter(|a| !a.is_unspecified());
         let identities = |element: &&Element| element.set == rules::IDENTITY;
-        let kept_addresses: BTreeSet<_> =
-            every.iter().filter(identities).filter(|element| is_kept(element)).filter_map(address).collect();
+        let v4 = |element: &Element| rules::v4_of_key(&element.key).filter(|address| !address.is_unspecified());
+        let kept_addresses: BTreeSet<_> = every
+            .iter()
+            .filter(identities)
+            .filter(|element| is_kept(element))
+            .filter_map(v4)
+            .flat_map(|ipv4| Identity::of_address(&self.config, ipv4).addresses().collect::<Vec<_>>())
+            .collect();
         let stale: Vec<_> = every
             .into_iter()
             .filter(|element| {
                 if of_port(element) {
                     !is_kept(element)
                 } else {
-                    address(element).is_none_or(|address| !kept_addresses.contains(&address))
+                    address_of_element(element).is_none_or(|address| !kept_addresses.contains(&address))
                 }
             })
             .collect();
@@ -171,7 +223,7 @@ impl Filter for Nft {
             let removed = elements::remove(&mut self.netfilter(), &self.table, stale);
             removed.map_err(Error::netlink("remove elements of", &self.table))?;
         }
-        Ok(stale.iter().filter(identities).filter_map(address).collect())
+        Ok(stale.iter().filter(identities).filter_map(v4).collect())
     }
 
     fn close(&self) -> Result<(), Error> {

@@ -1,7 +1,10 @@
 //! The *inet* and *arp* families: what of a desktop's packets the host takes
 //! for itself, and what it routes.
 
-use super::{FORWARDING_WAS_OFF, FORWARDING6_WAS_OFF, INTERNET, INTERNET6, Lines, Protection, Rules, SET_MAX};
+use super::{
+    ANSWERED, ANSWERED6, CLAMP, FORWARDING_WAS_OFF, FORWARDING6_WAS_OFF, INTERNET, INTERNET6, Lines, NEAR, NEAR6,
+    OUTWARD, OUTWARD6, Protection, ROUTED, ROUTED6, Rules, SERVED, SERVED6, SET_MAX,
+};
 
 impl Rules<'_> {
     pub(super) fn arp(&self) -> String {
@@ -18,6 +21,21 @@ impl Rules<'_> {
         let mut lines = Lines::default();
         lines.push(format!("set {INTERNET} {{ type ipv4_addr; size {SET_MAX}; }}"));
         lines.push(format!("set {INTERNET6} {{ type ipv6_addr; size {SET_MAX}; }}"));
+        for (map, key) in
+            [(OUTWARD, "ipv4_addr"), (OUTWARD6, "ipv6_addr"), (SERVED, "ipv4_addr"), (SERVED6, "ipv6_addr")]
+        {
+            lines.push(format!("map {map} {{ type {key} : verdict; size {SET_MAX}; }}"));
+        }
+        for (set, key) in [
+            (ANSWERED, "ipv4_addr"),
+            (ANSWERED6, "ipv6_addr"),
+            (ROUTED, "ipv4_addr"),
+            (ROUTED6, "ipv6_addr"),
+            (NEAR, "mark . ipv4_addr"),
+            (NEAR6, "mark . ipv6_addr"),
+        ] {
+            lines.push(format!("set {set} {{ type {key}; size {SET_MAX}; }}"));
+        }
         lines.when(self.forwarding_was_off, format!("set {FORWARDING_WAS_OFF} {{ type mark; }}"));
         lines.when(self.forwarding6_was_off, format!("set {FORWARDING6_WAS_OFF} {{ type mark; }}"));
 
@@ -25,38 +43,65 @@ impl Rules<'_> {
 
         lines.base_chain("routed", "forward priority -10; policy accept");
         lines.when(self.on(Protection::PortAlone), format!("iifname {ports} drop"));
-        lines.when(self.on(Protection::Hairpin), format!("iifname {bridge} oifname {bridge} drop"));
         lines.push(format!("iifname {bridge} goto outward"));
         lines.push(format!("oifname {bridge} goto inward"));
         lines.end();
 
         lines.chain("outward");
-        if self.on(Protection::Outward) {
-            lines.push(format!("ip saddr != @{INTERNET} drop"));
-            lines.push(format!("ip6 saddr != @{INTERNET6} drop"));
+        if self.internet {
+            lines.push(format!("ip saddr @{INTERNET} goto outward_free"));
+            lines.push(format!("ip6 saddr @{INTERNET6} goto outward_free"));
+            lines.push(format!("ip saddr vmap @{OUTWARD}"));
+            lines.push(format!("ip6 saddr vmap @{OUTWARD6}"));
         }
-        // Uplinks narrower than a desktop's link are common (tunnels, clouds)
-        // and so are routers that drop the ICMP that says so.
-        lines.push("tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu");
+        lines.push(if self.on(Protection::Outward) { "drop" } else { "goto outward_free" });
+        lines.end();
+
+        lines.chain("outward_free");
+        lines.when(self.on(Protection::Hairpin), format!("oifname {bridge} drop"));
+        lines.push(CLAMP);
         lines.push(if self.internet { "meta nfproto { ipv4, ipv6 } accept" } else { "drop" });
         lines.push("drop");
         lines.end();
 
         lines.chain("inward");
         if self.internet {
-            lines.push(format!("ct state established,related ip daddr @{INTERNET} accept"));
-            lines.push(format!("ct state established,related ip6 daddr @{INTERNET6} accept"));
+            for (family, set) in [("ip", INTERNET), ("ip6", INTERNET6), ("ip", ANSWERED), ("ip6", ANSWERED6)] {
+                lines.push(format!("ct state established,related {family} daddr @{set} accept"));
+            }
         }
         lines.when(self.on(Protection::Inward), "drop");
         lines.end();
 
         if self.internet {
-            lines.push("chain masquerade_out {\ntype nat hook postrouting priority 100; policy accept;");
-            lines.push(format!("ip saddr @{INTERNET} oifname != {bridge} masquerade"));
-            lines.push(format!("ip6 saddr @{INTERNET6} oifname != {bridge} masquerade"));
-            lines.end();
+            self.translation(&mut lines);
         }
         lines.0
+    }
+
+    /// Others see the host's address instead of a desktop's, and the gateway
+    /// stands for the site's name servers.
+    fn translation(&self, lines: &mut Lines) {
+        let (bridge, subnet) = (self.bridge_link(), self.subnet);
+        lines.push("chain masquerade_out {\ntype nat hook postrouting priority 100; policy accept;");
+        lines.push(format!("ip saddr {subnet} ip saddr != @{ROUTED} oifname != {bridge} masquerade"));
+        if let Some(subnet6) = self.subnet6 {
+            lines.push(format!("ip6 saddr {subnet6} ip6 saddr != @{ROUTED6} oifname != {bridge} masquerade"));
+        }
+        lines.end();
+        if self.name_servers().next().is_none() {
+            return;
+        }
+        lines.push("chain names {\ntype nat hook prerouting priority -100; policy accept;");
+        let question = "meta l4proto { tcp, udp } th dport 53";
+        if let Some(server) = self.name_server {
+            lines.push(format!("iifname {bridge} ip daddr {} {question} dnat ip to {server}", subnet.gateway()));
+        }
+        if let (Some(server), Some(subnet6)) = (self.name_server6, self.subnet6) {
+            let gateway = subnet6.gateway(subnet);
+            lines.push(format!("iifname {bridge} ip6 daddr {gateway} {question} dnat ip6 to {server}"));
+        }
+        lines.end();
     }
 
     fn host(&self, lines: &mut Lines) {
@@ -75,6 +120,8 @@ impl Rules<'_> {
             // Of whom and to whom is decided at the port.
             lines.push("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept");
         }
+        lines.push(format!("ip saddr vmap @{SERVED}"));
+        lines.push(format!("ip6 saddr vmap @{SERVED6}"));
         lines.when(self.on(Protection::Host), "drop");
         lines.end();
     }

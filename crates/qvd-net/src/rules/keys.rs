@@ -52,6 +52,11 @@ pub(crate) fn address_key(address: IpAddr) -> Vec<u8> {
     }
 }
 
+/// Key of [`NEAR`](super::NEAR): marks are numbers of the host's own order.
+pub(crate) fn near_key(group: u32, address: IpAddr) -> Vec<u8> {
+    [&group.to_ne_bytes()[..], &address_key(address)].concat()
+}
+
 /// Name of the port that a key begins with.
 pub(crate) fn port_of_key(key: &[u8]) -> Option<&str> {
     let name = key.get(..16)?;

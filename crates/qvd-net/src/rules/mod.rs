@@ -24,15 +24,20 @@
 //! to send behind such a header passes, in the one form that it has.
 
 mod bridge;
+mod class;
 mod inet;
 mod keys;
 
-use std::fmt::Write as _;
+use std::{
+    fmt::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use qvd_core::Instance;
 
 pub(crate) use self::keys::{
-    address_key, arp_key, identity_key, identity6_key, link_key, port_of_key, target_key, v4_of_key, v6_of_key,
+    address_key, arp_key, identity_key, identity6_key, link_key, near_key, port_of_key, target_key, v4_of_key,
+    v6_of_key,
 };
 use crate::{Mac, NetConfig, Subnet, Subnet6, elements::Family, filter::Notes};
 
@@ -50,6 +55,27 @@ pub(crate) const LINK: &str = "link";
 pub(crate) const INTERNET: &str = "internet";
 /// The same of IPv6.
 pub(crate) const INTERNET6: &str = "internet6";
+/// Map from an address to the chain of its policy, for those that may go to some
+/// places.
+pub(crate) const OUTWARD: &str = "outward_of";
+/// The same of IPv6.
+pub(crate) const OUTWARD6: &str = "outward6_of";
+/// Set of the addresses of these that answers are routed to.
+pub(crate) const ANSWERED: &str = "answered";
+/// The same of IPv6.
+pub(crate) const ANSWERED6: &str = "answered6";
+/// Map from an address to the chain of what the host serves it.
+pub(crate) const SERVED: &str = "served";
+/// The same of IPv6.
+pub(crate) const SERVED6: &str = "served6";
+/// Set of (group, address) of the desktops that talk with each other.
+pub(crate) const NEAR: &str = "near";
+/// The same of IPv6.
+pub(crate) const NEAR6: &str = "near6";
+/// Set of the addresses that others see, and not the host's instead.
+pub(crate) const ROUTED: &str = "routed";
+/// The same of IPv6.
+pub(crate) const ROUTED6: &str = "routed6";
 /// Present when this network switched the host's forwarding on, and so has to
 /// switch it off again: a note that lives and dies with the table.
 pub(crate) const FORWARDING_WAS_OFF: &str = "forwarding_was_off";
@@ -64,8 +90,27 @@ pub(crate) const PORT_SETS: [(Family, &str); 5] = [
     (Family::Bridge, TARGET),
     (Family::Bridge, LINK),
 ];
-/// Sets whose keys are a desktop's address.
-pub(crate) const ADDRESS_SETS: [(Family, &str); 2] = [(Family::Inet, INTERNET), (Family::Inet, INTERNET6)];
+/// Sets whose keys are a desktop's address, or end with it.
+pub(crate) const ADDRESS_SETS: [(Family, &str); 12] = [
+    (Family::Inet, INTERNET),
+    (Family::Inet, INTERNET6),
+    (Family::Inet, OUTWARD),
+    (Family::Inet, OUTWARD6),
+    (Family::Inet, ANSWERED),
+    (Family::Inet, ANSWERED6),
+    (Family::Inet, SERVED),
+    (Family::Inet, SERVED6),
+    (Family::Inet, NEAR),
+    (Family::Inet, NEAR6),
+    (Family::Inet, ROUTED),
+    (Family::Inet, ROUTED6),
+];
+/// Those of them whose addresses are of IPv6.
+pub(crate) const ADDRESS6_SETS: [&str; 6] = [INTERNET6, OUTWARD6, ANSWERED6, SERVED6, NEAR6, ROUTED6];
+
+/// Uplinks narrower than a desktop's link are common (tunnels, clouds) and so
+/// are routers that drop the ICMP that says so.
+const CLAMP: &str = "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu";
 
 /// Most elements of a set: a bridge has at most 1023 ports (Linux
 /// `net/bridge/br_private.h`, `BR_PORT_BITS` 10), and each has three addresses
@@ -157,6 +202,8 @@ pub(crate) struct Rules<'a> {
     pub(crate) subnet: Subnet,
     pub(crate) subnet6: Option<Subnet6>,
     pub(crate) internet: bool,
+    pub(crate) name_server: Option<Ipv4Addr>,
+    pub(crate) name_server6: Option<Ipv6Addr>,
     pub(crate) forwarding_was_off: bool,
     pub(crate) forwarding6_was_off: bool,
     /// Left out. Only tests leave something out.
@@ -170,9 +217,19 @@ pub(crate) fn table_name(instance: Instance) -> String {
 
 impl<'a> Rules<'a> {
     pub(crate) const fn of(config: &NetConfig, notes: Notes, without: &'a [Protection]) -> Self {
-        let NetConfig { instance, subnet, subnet6, internet, .. } = *config;
+        let NetConfig { instance, subnet, subnet6, internet, name_server, name_server6, .. } = *config;
         let (forwarding_was_off, forwarding6_was_off) = (notes.ipv4, notes.ipv6);
-        Self { instance, subnet, subnet6, internet, forwarding_was_off, forwarding6_was_off, without }
+        Self {
+            instance,
+            subnet,
+            subnet6,
+            internet,
+            name_server,
+            name_server6,
+            forwarding_was_off,
+            forwarding6_was_off,
+            without,
+        }
     }
 
     fn on(&self, protection: Protection) -> bool {
@@ -182,6 +239,10 @@ impl<'a> Rules<'a> {
     /// `text` if the protection is in force, else nothing: part of a rule.
     fn part(&self, protection: Protection, text: &'static str) -> &'static str {
         if self.on(protection) { text } else { "" }
+    }
+
+    fn name_servers(&self) -> impl Iterator<Item = IpAddr> {
+        self.name_server.map(IpAddr::V4).into_iter().chain(self.name_server6.map(IpAddr::V6))
     }
 
     fn bridge_link(&self) -> String {
@@ -260,6 +321,8 @@ mod tests {
                 subnet,
                 subnet6: Some(Subnet6::default_for(instance)),
                 internet: true,
+                name_server: None,
+                name_server6: None,
                 forwarding_was_off: false,
                 forwarding6_was_off: false,
                 without,

@@ -177,7 +177,7 @@ fn spoofed_meanwhile(without: &[Protection], meanwhile: impl FnOnce()) -> bool {
             }
         });
         let _stop = Stop(&stop);
-        let policy = NetPolicy { port: true, internet: false };
+        let policy = NetPolicy::host_only();
         let spec = PortSpec { desktop: desktop(7), netns: inside.as_fd(), address: None, policy };
         let port = network.attach(&spec).unwrap();
         let made = Desktop { netns: inside.try_clone().unwrap(), port };

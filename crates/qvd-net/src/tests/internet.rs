@@ -1,5 +1,5 @@
 use std::{
-    net::{Ipv4Addr, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
 };
 
@@ -15,17 +15,21 @@ use super::{
 };
 use crate::{Mac, NetConfig, Network, links, netlink::Netlink, rules::Protection, sysctl};
 
-const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
-const UPLINK: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+pub(super) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+/// Another address there.
+pub(super) const NAMES: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 53);
+pub(super) const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2);
+const UPLINK6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
+pub(super) const UPLINK: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const PORT: u16 = 4000;
 
 /// Another host, on the other side of the host's uplink.
-struct Outside {
-    netns: OwnedFd,
+pub(super) struct Outside {
+    pub(super) netns: OwnedFd,
 }
 
 impl Outside {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let netns = netns::create().unwrap();
         let mut route = Netlink::route().unwrap();
         let mac = Mac::of(INSTANCE, OUTSIDE);
@@ -35,7 +39,13 @@ impl Outside {
         let setup = vec![
             links::add_address(uplink.index, UPLINK, 24),
             links::raise(uplink.index),
+            links::add_address(uplink.index, UPLINK6, 64),
             links::know_neighbour(uplink.index, OUTSIDE, mac),
+            links::know_neighbour(uplink.index, NAMES, mac),
+            links::know_neighbour(uplink.index, OUTSIDE6, mac),
+            // Every other host is behind that one.
+            links::default_route(uplink.index, OUTSIDE),
+            links::default_route(uplink.index, OUTSIDE6),
         ];
         route.batch(setup).unwrap();
         let peer = uplink.peer.unwrap();
@@ -54,18 +64,18 @@ impl Outside {
         outside
     }
 
-    fn socket(&self) -> PacketSocket {
+    pub(super) fn socket(&self) -> PacketSocket {
         netns::in_netns(self.netns.as_fd(), || PacketSocket::open("eth0", ETHERTYPE_ALL)).unwrap().unwrap()
     }
 
-    fn udp(&self) -> UdpSocket {
+    pub(super) fn udp(&self) -> UdpSocket {
         let socket = netns::in_netns(self.netns.as_fd(), || UdpSocket::bind((OUTSIDE, PORT))).unwrap().unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket
     }
 }
 
-fn wait_for_bridge(network: &Network, desktop: &Desktop) {
+pub(super) fn wait_for_bridge(network: &Network, desktop: &Desktop) {
     let (own, gateway) = (desktop.station(), world::subnet().gateway());
     let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &frames::arp(1, own, gateway));
     let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();

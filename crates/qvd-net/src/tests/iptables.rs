@@ -58,11 +58,11 @@ fn rules_of_an_earlier_process_are_known() {
             b.port.leave();
             drop(first);
             let mut second = Network::open(older()).unwrap();
-            let again = second.adopt(desktop(7), of_a, super::lifecycle::POLICY).unwrap();
+            let again = second.adopt(desktop(7), of_a, &super::lifecycle::POLICY).unwrap();
             again.verify().unwrap();
             assert_eq!(second.sweep(&BTreeSet::new()).unwrap(), 1);
             again.verify().unwrap();
-            assert!(second.adopt(desktop(8), of_b, super::lifecycle::POLICY).is_err());
+            assert!(second.adopt(desktop(8), of_b, &super::lifecycle::POLICY).is_err());
             again.leave();
             second.close().unwrap();
             for program in ["ebtables-save", "iptables-save", "ip6tables-save"] {

@@ -22,7 +22,7 @@ use crate::{
     rules, sysctl,
 };
 
-pub(super) const POLICY: NetPolicy = NetPolicy { port: true, internet: false };
+pub(super) const POLICY: NetPolicy = NetPolicy::host_only();
 
 fn link_names() -> Vec<String> {
     let all = Netlink::route().unwrap().dump(links::every_link()).unwrap();
@@ -152,7 +152,7 @@ fn lost_rules_are_noticed() {
             let (address, id) = (desktop.port.address(), desktop.port.desktop());
             desktop.port.leave();
             let network = Network::open(config()).unwrap();
-            network.adopt(id, address, POLICY).unwrap().verify().unwrap();
+            network.adopt(id, address, &POLICY).unwrap().verify().unwrap();
         });
     });
 }
@@ -171,9 +171,9 @@ fn what_a_killed_process_left_is_adopted_or_swept() {
 
             let mut network = Network::open(config()).unwrap();
             assert_eq!(element_counts(), Some([2 * OF_PORT, 0]));
-            let port = network.adopt(desktop(7), station.ip, POLICY).unwrap();
+            let port = network.adopt(desktop(7), station.ip, &POLICY).unwrap();
             let kept = Desktop { netns: kept.netns, port };
-            assert!(matches!(network.adopt(desktop(9), "10.66.0.99".parse().unwrap(), POLICY), Err(Error::NoPort(_))));
+            assert!(matches!(network.adopt(desktop(9), "10.66.0.99".parse().unwrap(), &POLICY), Err(Error::NoPort(_))));
             assert_eq!(network.sweep(&BTreeSet::new()).unwrap(), 1);
             assert_eq!(element_counts(), Some([OF_PORT, 0]));
             assert_eq!(link_names(), ["lo", "qvd7e57", "qvd7e57-7"]);
@@ -205,7 +205,7 @@ fn nothing_is_inherited_unasked() {
             let mut network = Network::open(out).unwrap();
             assert_eq!(element_counts(), Some([2 * OF_PORT, 4]));
             // The first comes back without a way out, the second's number with another address.
-            let _first = network.adopt(desktop(7), first.0, POLICY).unwrap();
+            let _first = network.adopt(desktop(7), first.0, &POLICY).unwrap();
             let netns = netns::create().unwrap();
             let address = Some("10.66.9.9".parse().unwrap());
             let spec = PortSpec { desktop: desktop(8), netns: netns.as_fd(), address, policy: POLICY };
@@ -273,7 +273,7 @@ fn bad_requests_name_what_is_wrong() {
                 "address 10.67.0.2 is not one for desktops of subnet 10.66.0.0/28"
             );
             assert_eq!(attach(3, None, POLICY), "desktop 3 has a port already");
-            let out = NetPolicy { port: true, internet: true };
+            let out = NetPolicy::internet();
             assert_eq!(attach(14, None, out), "desktop 14 wants a way out and network qvd7e57 has none");
         });
     });

@@ -74,7 +74,7 @@ pub(crate) struct Desktop {
 impl Desktop {
     pub(crate) fn new(network: &Network, number: u32, internet: bool) -> Self {
         let netns = netns::create().unwrap();
-        let policy = NetPolicy { port: true, internet };
+        let policy = NetPolicy { internet, ..NetPolicy::host_only() };
         let spec = PortSpec { desktop: desktop(number), netns: netns.as_fd(), address: None, policy };
         let port = network.attach(&spec).unwrap();
         Self { port, netns }
@@ -152,7 +152,7 @@ impl World {
     /// The same, whose first desktop is a machine with a tap.
     pub(crate) fn with_tap(config: NetConfig) -> Self {
         let network = Network::open(config).unwrap();
-        let policy = NetPolicy { port: true, internet: config.internet };
+        let policy = NetPolicy { internet: config.internet, ..NetPolicy::host_only() };
         let spec = TapSpec { desktop: desktop(7), address: None, policy, header: false };
         let (port, tap) = network.attach_tap(&spec).unwrap();
         Self::around(network, Desktop { netns: netns::create().unwrap(), port }, Mouth::Tap(tap))
@@ -283,7 +283,7 @@ impl World {
     }
 }
 
-fn one_processor() {
+pub(crate) fn one_processor() {
     // Frames that one thread sends from one processor are handled in
     // order, so a later one that came proves that an earlier one did not.
     let cpus = sched_getaffinity(None).unwrap();

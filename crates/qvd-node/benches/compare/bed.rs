@@ -90,7 +90,7 @@ impl Bed {
         step();
         let netns = prepared.netns()?;
         let port = if with_port {
-            let policy = NetPolicy { port: true, internet: true };
+            let policy = NetPolicy::internet();
             let sent = self.network.requests_sent();
             let spec = PortSpec { desktop: id, netns: netns.as_fd(), address: None, policy };
             let port = self.network.attach(&spec)?;

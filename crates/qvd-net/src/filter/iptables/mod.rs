@@ -7,6 +7,7 @@
 //! port, because the bridge is told to show it what it bridges. Each port has a
 //! chain of its own in either; each step is one transaction per program.
 
+mod class;
 mod state;
 mod text;
 
@@ -34,6 +35,7 @@ pub(super) const GAPS: &[&str] = &[
     "fragments are put together before they are looked at where connection tracking is in use: whole packets pass",
     "a port that lost its bridge can still resolve addresses of the host",
     "each frame costs more with each desktop, and so does adding one",
+    "a limit of what is sent counts each family of addresses apart",
     "one desktop's rules are three transactions, one per program, and not one",
 ];
 

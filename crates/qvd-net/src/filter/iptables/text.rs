@@ -2,12 +2,13 @@
 
 use std::{
     fmt::Write as _,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use super::{
     super::{Confined, Notes},
     Kind,
+    class::SERVED,
     state::State,
 };
 use crate::{Mac, NetConfig, identity::Identity};
@@ -74,6 +75,9 @@ pub(super) struct Text {
     bridge: String,
 }
 
+/// A rule in a chain that others have rules in: table, chain, rule.
+pub(super) type Shared = (&'static str, String, String);
+
 /// A hook of ours: table, the chain of the host that leads to it, our chain.
 type Hook = (&'static str, &'static str, String);
 
@@ -101,7 +105,7 @@ impl Text {
         self.config.subnet6.is_some()
     }
 
-    fn name(&self, part: &str) -> String {
+    pub(super) fn name(&self, part: &str) -> String {
         format!("{}-{part}", self.bridge)
     }
 
@@ -117,10 +121,28 @@ impl Text {
         Mac::of(self.config.instance, self.config.subnet.gateway())
     }
 
-    /// Whether a chain is that of a port.
-    fn is_port(&self, chain: &str) -> bool {
-        let number = chain.strip_prefix(&self.bridge).and_then(|rest| rest.strip_prefix('-'));
-        number.is_some_and(|number| !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit()))
+    /// Chain of the addresses of a group of neighbours.
+    pub(super) fn group(&self, number: u32) -> String {
+        format!("{}{number:08x}", self.name("g-"))
+    }
+
+    pub(super) fn name_servers(&self) -> impl Iterator<Item = IpAddr> {
+        self.config.name_servers()
+    }
+
+    /// The host's addresses on the bridge, the one that is routed first.
+    pub(super) fn gateways(&self, kind: Kind) -> impl Iterator<Item = IpAddr> + use<> {
+        let config = self.config;
+        let six = config.subnet6.map(|six| [six.gateway(config.subnet), self.gateway_mac().link_local()]);
+        let all = [IpAddr::V4(config.subnet.gateway())].into_iter().chain(six.into_iter().flatten().map(IpAddr::V6));
+        all.filter(move |gateway| gateway.is_ipv4() == (kind == Kind::Iptables))
+    }
+
+    /// The link whose chain it is, if it is a port's.
+    fn port_of<'c>(&self, chain: &'c str) -> Option<&'c str> {
+        let link = chain.strip_suffix(SERVED).unwrap_or(chain);
+        let number = link.strip_prefix(&self.bridge)?.strip_prefix('-')?;
+        (!number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit())).then_some(link)
     }
 
     /// Table of the chains of ports.
@@ -146,6 +168,7 @@ impl Text {
                     hook("filter", "FORWARD", "route"),
                 ];
                 hooks.extend(self.config.internet.then(|| hook("nat", "POSTROUTING", "nat")));
+                hooks.extend((!self.names(kind).is_empty()).then(|| hook("nat", "PREROUTING", "names")));
                 hooks
             }
         }
@@ -154,9 +177,22 @@ impl Text {
     /// Chains that ports have rules in beside their own, and are not emptied.
     fn shared(&self, kind: Kind) -> Vec<(&'static str, String)> {
         let mut shared = vec![(Self::port_table(kind), self.bridge.clone())];
-        if kind != Kind::Ebtables && self.config.internet {
-            shared.extend([("filter", self.name("out")), ("filter", self.name("in")), ("nat", self.name("nat"))]);
+        if kind == Kind::Ebtables {
+            return shared;
         }
+        shared.push(("filter", self.name("served")));
+        if self.config.internet {
+            shared.extend(["out", "in", "near"].map(|part| ("filter", self.name(part))));
+            shared.push(("nat", self.name("nat")));
+        }
+        shared
+    }
+
+    /// The same, and the groups that there are.
+    fn shared_now(&self, kind: Kind, state: &State) -> Vec<(&'static str, String)> {
+        let (mut shared, prefix) = (self.shared(kind), self.name("g-"));
+        let groups = state.chains("filter").map(|(chain, _)| chain).filter(|chain| chain.starts_with(&prefix));
+        shared.extend(groups.map(|chain| ("filter", chain.to_owned())));
         shared
     }
 
@@ -205,11 +241,13 @@ impl Text {
     }
 
     /// What both families have alike.
-    fn fixed_both(&self, to_host: Vec<String>) -> Vec<(&'static str, String, Vec<String>)> {
+    fn fixed_both(&self, kind: Kind, to_host: Vec<String>) -> Vec<(&'static str, String, Vec<String>)> {
         let bridge = &self.bridge;
         let past_bridge = format!("-i {bridge}-+ -j DROP");
         let mut host = vec![past_bridge.clone(), format!("! -i {bridge} -j RETURN")];
-        let mut route = vec![past_bridge.clone(), format!("-i {bridge} -o {bridge} -j DROP")];
+        let mut route = vec![past_bridge.clone()];
+        route.extend(self.config.internet.then(|| format!("-i {bridge} -o {bridge} -j {}", self.name("near"))));
+        route.push(format!("-i {bridge} -o {bridge} -j DROP"));
         if self.config.internet {
             host.push("-m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT".to_owned());
             route.extend([
@@ -220,9 +258,12 @@ impl Text {
             ]);
         }
         host.extend(to_host);
+        host.push(format!("-j {}", self.name("served")));
         host.push("-j DROP".to_owned());
         route.extend([format!("-i {bridge} -j DROP"), format!("-o {bridge} -j DROP")]);
-        vec![
+        let names = self.names(kind);
+        let names = (!names.is_empty()).then(|| ("nat", self.name("names"), names));
+        let fixed = vec![
             (
                 "raw",
                 self.name("hook"),
@@ -230,12 +271,13 @@ impl Text {
             ),
             ("filter", self.name("host"), host),
             ("filter", self.name("route"), route),
-        ]
+        ];
+        fixed.into_iter().chain(names).collect()
     }
 
     fn fixed_iptables(&self) -> Vec<(&'static str, String, Vec<String>)> {
         let gateway = self.config.subnet.gateway();
-        let mut all = self.fixed_both(vec![format!("-d {gateway} -p icmp --icmp-type 8 -j ACCEPT")]);
+        let mut all = self.fixed_both(Kind::Iptables, vec![format!("-d {gateway} -p icmp --icmp-type 8 -j ACCEPT")]);
         all.push((
             "raw",
             self.name("whole"),
@@ -258,7 +300,7 @@ impl Text {
                 host.push(format!("-d {to} -p icmpv6 --icmpv6-type 128 -j ACCEPT"));
             }
         }
-        let mut all = self.fixed_both(host);
+        let mut all = self.fixed_both(Kind::Ip6tables, host);
         // The word at 4 holds length, first next header and hop limit.
         let to = owned([
             "-d ff00::/8 -j DROP",
@@ -362,22 +404,15 @@ impl Text {
     }
 
     /// Rules of a port in chains that others have rules in.
-    fn shared_rules(&self, kind: Kind, port: &Confined<'_>) -> Vec<(&'static str, String, String)> {
+    fn shared_rules(&self, kind: Kind, port: &Confined<'_>) -> Vec<Shared> {
         let link = &port.identity.link;
         let matched = match kind {
             Kind::Ebtables => format!("-i {link} -j {link}"),
             Kind::Iptables | Kind::Ip6tables => format!("-m physdev --physdev-in {link} -j {link}"),
         };
         let mut rules = vec![(Self::port_table(kind), self.bridge.clone(), matched)];
-        let address = match kind {
-            Kind::Ebtables => None,
-            Kind::Iptables => Some(format!("{}/32", port.identity.ipv4)),
-            Kind::Ip6tables => port.identity.ipv6.map(|ipv6| format!("{ipv6}/128")),
-        };
-        if let Some(address) = address.filter(|_| port.internet) {
-            rules.push(("filter", self.name("out"), format!("-s {address} -j ACCEPT")));
-            rules.push(("filter", self.name("in"), format!("-d {address} -j ACCEPT")));
-            rules.push(("nat", self.name("nat"), format!("-s {address} ! -o {} -j MASQUERADE", self.bridge)));
+        if kind != Kind::Ebtables {
+            rules.extend(self.policy_shared(kind, port));
         }
         rules
     }
@@ -421,6 +456,15 @@ impl Text {
                 }
             }
             change.chain(Self::port_table(kind), &port.identity.link, &self.port_rules(kind, port.identity));
+            // A group's chain has to be there before a rule leads to it.
+            for (table, chain, _) in &wanted {
+                if !state.has_chain(table, chain) {
+                    change.ensure(table, chain);
+                }
+            }
+            for (chain, rules) in self.policy_chains(kind, port) {
+                change.chain("filter", &chain, &rules);
+            }
             for (table, chain, rule) in wanted {
                 if !state.has_rule(table, &chain, &rule) {
                     change.line(table, &format!("-A {chain} {rule}"));
@@ -437,12 +481,12 @@ impl Text {
         link: &dyn Fn(&str) -> bool,
         address: &dyn Fn(Ipv4Addr) -> bool,
         state: &State,
-    ) -> Vec<(&'static str, String, String)> {
+    ) -> Vec<Shared> {
         let mut found = Vec::new();
-        for (table, chain) in self.shared(kind) {
+        for (table, chain) in self.shared_now(kind, state) {
             for rule in state.rules(table, &chain) {
-                let concerns = if chain == self.bridge {
-                    rule.rsplit(' ').next().is_some_and(link)
+                let concerns = if chain == self.bridge || chain == self.name("served") {
+                    rule.rsplit(' ').next().and_then(|target| self.port_of(target)).is_some_and(link)
                 } else {
                     self.address_of(rule).is_some_and(address)
                 };
@@ -476,17 +520,18 @@ impl Text {
         for (table, chain, rule) in self.shared_of(kind, link, address, state) {
             change.line(table, &format!("-D {chain} {rule}"));
         }
-        let table = Self::port_table(kind);
-        for (chain, _) in state.chains(table).filter(|(chain, _)| self.is_port(chain) && link(chain)) {
-            change.line(table, &format!("-F {chain}"));
-            change.line(table, &format!("-X {chain}"));
+        for table in [Self::port_table(kind), "filter"] {
+            for (chain, _) in state.chains(table).filter(|(chain, _)| self.port_of(chain).is_some_and(link)) {
+                change.line(table, &format!("-F {chain}"));
+                change.line(table, &format!("-X {chain}"));
+            }
         }
         change
     }
 
     /// The ports that have chains, each with its address.
     pub(super) fn ports(&self, ebtables: &State) -> Vec<(String, Option<Ipv4Addr>)> {
-        let ports = ebtables.chains("nat").filter(|(chain, _)| self.is_port(chain));
+        let ports = ebtables.chains("nat").filter(|(chain, _)| self.port_of(chain).is_some());
         ports
             .map(|(chain, rules)| {
                 let addresses = rules.iter().filter(|rule| rule.contains("--ip-src"));
@@ -517,7 +562,9 @@ impl Text {
         if let Some((table, chain, _)) = lacking {
             return Some(format!("chain {chain} of table {table} lacks its rule"));
         }
-        Self::lacks(Self::port_table(kind), &port.identity.link, &self.port_rules(kind, port.identity), state)
+        let own = (Self::port_table(kind), port.identity.link.clone(), self.port_rules(kind, port.identity));
+        let policy = self.policy_chains(kind, port).into_iter().map(|(chain, rules)| ("filter", chain, rules));
+        std::iter::once(own).chain(policy).find_map(|(table, chain, rules)| Self::lacks(table, &chain, &rules, state))
     }
 
     /// The programs show rules in words of their own, so they are counted.

@@ -1,0 +1,138 @@
+//! What a port's policy lets it reach, as rules of chains of its own in the
+//! table `filter`.
+
+use std::net::IpAddr;
+
+use qvd_core::{Service, Transport};
+
+use super::{
+    super::Confined,
+    Kind,
+    text::{Shared, Text},
+};
+use crate::access::{burst_bytes, bytes_per_s};
+
+/// Marks the chain of what the host serves a port, behind the name of its link.
+pub(super) const SERVED: &str = "s";
+
+fn ports(service: Service) -> String {
+    let (first, last) = service.ports();
+    let transport = match service.transport() {
+        Transport::Udp => "udp",
+        _ => "tcp",
+    };
+    format!("-p {transport} --dport {first}:{last}")
+}
+
+const fn is_of(kind: Kind, address: IpAddr) -> bool {
+    address.is_ipv4() == matches!(kind, Kind::Iptables)
+}
+
+impl Text {
+    /// Chains of a port in the table `filter`, with their rules.
+    pub(super) fn policy_chains(&self, kind: Kind, port: &Confined<'_>) -> Vec<(String, Vec<String>)> {
+        if kind == Kind::Ebtables {
+            return Vec::new();
+        }
+        let (link, mut chains) = (&port.identity.link, Vec::new());
+        if port.access.is_particular() {
+            chains.push((link.clone(), self.outward(kind, port)));
+        }
+        if port.access.is_served() {
+            let services = port.access.policy.services.iter().map(|&service| ports(service));
+            let rule = |ports: String| self.gateways(kind).map(move |to| format!("-d {to} {ports} -j ACCEPT"));
+            let mut rules: Vec<_> = services.flat_map(rule).collect();
+            rules.push("-j DROP".to_owned());
+            chains.push((format!("{link}{SERVED}"), rules));
+        }
+        chains
+    }
+
+    fn outward(&self, kind: Kind, port: &Confined<'_>) -> Vec<String> {
+        let (policy, bridge, link) = (&port.access.policy, self.bridge(), &port.identity.link);
+        let whole = if kind == Kind::Iptables { 32 } else { 128 };
+        let mut rules = Vec::new();
+        if let Some(rate) = policy.up_kbit_s {
+            let (rate, burst) = (bytes_per_s(rate), burst_bytes(rate) / 1024);
+            rules.push(format!(
+                "-m hashlimit --hashlimit-above {rate}b/s --hashlimit-burst {burst}kb --hashlimit-mode srcip \
+                 --hashlimit-name {link} -j DROP"
+            ));
+        }
+        if let Some(most) = policy.connections {
+            rules.push(format!(
+                "-m conntrack --ctstate NEW -m connlimit --connlimit-above {most} --connlimit-mask {whole} \
+                 --connlimit-saddr -j DROP"
+            ));
+        }
+        let transports = ["tcp", "udp"];
+        if !policy.names.is_any() {
+            for server in self.name_servers().filter(|&server| is_of(kind, server)) {
+                rules.extend(transports.map(|transport| format!("-d {server} -p {transport} --dport 53 -j ACCEPT")));
+            }
+            for transport in transports {
+                rules.extend([53, 853].map(|port| format!("-p {transport} --dport {port} -j DROP")));
+            }
+        }
+        if let Some(group) = port.access.group() {
+            rules.push(format!("-o {bridge} -j {}", self.group(group)));
+        }
+        rules.push(format!("-o {bridge} -j DROP"));
+        rules.push("-p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu".to_owned());
+        if policy.internet {
+            rules.push("-j ACCEPT".to_owned());
+            return rules;
+        }
+        rules.push("-m conntrack --ctstate RELATED -j ACCEPT".to_owned());
+        for destination in policy.destinations.iter().filter(|destination| is_of(kind, destination.prefix().0)) {
+            let ((base, length), ports) = (destination.prefix(), destination.service().map(ports).unwrap_or_default());
+            rules.push(format!("-d {base}/{length} {ports} -j ACCEPT"));
+        }
+        rules.push("-j DROP".to_owned());
+        rules
+    }
+
+    /// Rules of a port's policy in chains that others have rules in.
+    pub(super) fn policy_shared(&self, kind: Kind, port: &Confined<'_>) -> Vec<Shared> {
+        let whole = if kind == Kind::Iptables { 32 } else { 128 };
+        let shown = |address: IpAddr| format!("{address}/{whole}");
+        let (access, identity, bridge) = (port.access, port.identity, self.bridge());
+        let (link, mut rules) = (&identity.link, Vec::new());
+        let routed = std::iter::once(IpAddr::V4(identity.ipv4)).chain(identity.ipv6.map(IpAddr::V6));
+        for address in routed.filter(|&address| is_of(kind, address)).map(shown) {
+            if access.goes_out() {
+                let target = if access.is_particular() { link } else { "ACCEPT" };
+                rules.push(("filter", self.name("out"), format!("-s {address} -j {target}")));
+                rules.push(("filter", self.name("in"), format!("-d {address} -j ACCEPT")));
+            }
+            if access.goes_out() && !access.policy.routed {
+                rules.push(("nat", self.name("nat"), format!("-s {address} ! -o {bridge} -j MASQUERADE")));
+            }
+            if let Some(group) = access.group() {
+                rules.push(("filter", self.name("near"), format!("-s {address} -j {link}")));
+                rules.push(("filter", self.group(group), format!("-d {address} -j ACCEPT")));
+            }
+        }
+        if access.is_served() {
+            for address in identity.addresses().filter(|&address| is_of(kind, address)).map(shown) {
+                rules.push(("filter", self.name("served"), format!("-s {address} -j {link}{SERVED}")));
+            }
+        }
+        rules
+    }
+
+    /// The gateway stands for the site's name servers.
+    pub(super) fn names(&self, kind: Kind) -> Vec<String> {
+        let bridge = self.bridge();
+        let server = self.name_servers().find(|&server| is_of(kind, server));
+        // Not the address of the link: nothing of that is routed.
+        let gateway = self.gateways(kind).next();
+        let rule = |(server, gateway): (IpAddr, IpAddr)| {
+            let to = if server.is_ipv4() { format!("{server}") } else { format!("[{server}]") };
+            ["tcp", "udp"].map(|transport| {
+                format!("-i {bridge} -d {gateway} -p {transport} --dport 53 -j DNAT --to-destination {to}")
+            })
+        };
+        server.zip(gateway).into_iter().flat_map(rule).collect()
+    }
+}
