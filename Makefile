@@ -5,12 +5,13 @@
 #   make test            every test, privileges demanded: run it as root
 #   make check           format, lints, docs, unit tests, dependencies: no root
 #   make bench [JSON=1]  start latency beside the floor, runc and lxc
+#   make density N=40    what so many desktops take; IDLE=1: at rest
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
-.PHONY: demo test check bench web init build image browser bed
+.PHONY: demo test check bench density web init build image browser bed
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 T := $(CARGO_TARGET_DIR)
@@ -65,6 +66,14 @@ bench: $(STAMP)/build-tools $(STAMP)/bench-tools
 	cargo bench --locked -p qvd-node --bench compare -- \
 		--floor $(abspath $(FLOOR)) --rounds $(ROUNDS) $(if $(JSON),--json)
 	cargo bench --locked -p qvd-virt -p qvd-net -p qvd-storage --bench '*'
+
+# How many desktops fit: N of them, IDLE=1 at rest. See docs/density.md.
+N ?= 40
+MINUTE ?= 60
+
+density: init image
+	cargo bench --locked -p qvd-node --bench density -- --store $(STORE) --init $(INIT) --count $(N) --minute $(MINUTE) \
+		$(if $(IDLE),--idle) $(if $(PICTURE),--picture $(abspath $(PICTURE)))
 
 # Small counts more than fast, and no image can be trusted to have a library
 # that it needs: the init is one static file.

@@ -2,14 +2,17 @@
 //! writable root on a directory, ids of their own, a port if asked for. Prints
 //! a line of JSON for each, and removes all.
 //!
-//! As root: `cargo run --release --example container -- --root DIR [--net] [--count N] [--keep] -- /bin/true`
+//! As root: `cargo run --release --example container -- --root DIR [--net] [--count N] [--keep] -- true`
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use std::{
     error::Error,
     fs::File,
-    io::Read as _,
-    os::fd::{AsFd as _, OwnedFd},
+    io::{self, Read as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -20,6 +23,9 @@ use qvd::storage::{BaseTree, Overlayfs, Place, Root, RootBackend as _, RootId};
 use qvd::virt::{Container, ContainerSpec, Exit, Program, Runtime};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde_json::json;
+
+/// Where programs of the root are looked for.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Longer than any program here should run.
 const ENDS_WITHIN: Duration = Duration::from_secs(600);
@@ -106,9 +112,8 @@ impl Bed {
         let userns = qvd_sys::userns::create(ids.base(), UidRange::LEN)?;
         let root = self.roots.create(&self.base, &RootId::from(id), &RootPolicy::Volatile.into())?;
         let mount = root.mount(Some(userns.as_fd()))?;
-        let program = open_inside(&mount, argv.first().map_or("", String::as_str))?;
-        let program =
-            Program { file: program, argv: argv.to_vec(), env: vec!["PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned()] };
+        let file = find_inside(&mount, argv.first().map_or("", String::as_str))?;
+        let program = Program { file, argv: argv.to_vec(), env: vec![format!("PATH={PATH}")] };
         let prepared = self.runtime.prepare(ContainerSpec::new(id, mount, ids, program))?;
         let netns = prepared.netns()?;
         let port = match &self.network {
@@ -135,15 +140,27 @@ impl Running {
     }
 }
 
-/// Opens a program as the container would find it, links included.
-fn open_inside(root: &OwnedFd, path: &str) -> Result<OwnedFd, Box<dyn Error>> {
-    let file = openat2(root, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)
-        .map_err(|error| format!("cannot open program `{path}` of the root: {error}"))?;
-    let file = File::from(file);
-    if !file.metadata()?.is_file() {
-        return Err(format!("`{path}` of the root is no program").into());
-    }
-    Ok(file.into())
+/// Opens a program as the container would find it, links included: by its
+/// path if its name has a slash, else where `PATH` says.
+fn find_inside(root: &OwnedFd, name: &str) -> Result<OwnedFd, Box<dyn Error>> {
+    let open = |path: &str| -> io::Result<OwnedFd> {
+        let file = openat2(root, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?;
+        let meta = File::from(file.try_clone()?).metadata()?;
+        if meta.is_file() && meta.mode() & 0o111 != 0 { Ok(file) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+    };
+    let found = if name.contains('/') {
+        open(name)
+    } else {
+        let tried =
+            PATH.split(':').map(|dir| open(&format!("{dir}/{name}"))).reduce(|best, next| match (&best, &next) {
+                // One that cannot be run explains more than one that is not there.
+                (Ok(_), _) => best,
+                (Err(error), Err(_)) if error.kind() == io::ErrorKind::PermissionDenied => best,
+                _ => next,
+            });
+        tried.unwrap_or(Err(io::ErrorKind::NotFound.into()))
+    };
+    found.map_err(|error| format!("cannot run program `{name}` of the root: {error}").into())
 }
 
 impl Options {
@@ -163,11 +180,7 @@ impl Options {
                 _ => return Err(format!("unknown argument `{arg}`; {usage}").into()),
             }
         }
-        let whole = options.root != Path::new("") && options.argv.first().is_some_and(|name| name.starts_with('/'));
-        if whole {
-            Ok(options)
-        } else {
-            Err(format!("name a root, and a command by its absolute path; {usage}").into())
-        }
+        let whole = options.root != Path::new("") && options.argv.first().is_some_and(|name| !name.is_empty());
+        if whole { Ok(options) } else { Err(format!("name a root and a command; {usage}").into()) }
     }
 }

@@ -94,6 +94,9 @@ pub(crate) struct Up {
     /// The static qvd-init to run desktops with, unless the one beside this program
     #[arg(long, value_name = "FILE", env = "QVD_INIT", value_hint = ValueHint::FilePath)]
     pub(crate) init: Option<PathBuf>,
+    /// Swap what idle desktops give back to compressed memory, up to SIZE of it, if this host has no swap
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) zram: Option<qvd_core::Bytes>,
     /// Stop every desktop at the end; otherwise they keep running
     #[arg(long)]
     pub(crate) ephemeral: bool,

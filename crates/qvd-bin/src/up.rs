@@ -16,7 +16,7 @@ use qvd_gateway::{
     ConnectionLimits, Gateway, GatewayConfig, GatewayError, TlsSource,
     api::{self, ApiState, UnixDoor},
 };
-use qvd_node::{Node, NodeConfig};
+use qvd_node::{Node, NodeConfig, Swap};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::{
@@ -44,6 +44,7 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     let init = find_init(args.init.as_deref())?;
     is_free(args.listen)?;
     raise_descriptor_limit();
+    qvd_node::raise_limits();
     let runtime = runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
 
     let mut config = NodeConfig::new(&paths.root, &paths.run, init, paths.instance);
@@ -57,11 +58,12 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     if let Some(file) = &args.tenant_policy {
         config.tenant = read_policy(file)?;
     }
+    let swap = args.zram.map(|most| Swap::open(&paths.run, most)).transpose()?.flatten();
     let node = Node::open(config)?;
     let served = runtime.block_on(serve(Arc::clone(&node), paths, args, output));
     let keep = !args.ephemeral && !node.is_idle();
     // Where no desktop is left, neither is a network for them.
-    let ended = if keep { Ok(()) } else { take_down(&node, &paths.run) };
+    let ended = if keep { Ok(()) } else { take_down(&node, swap, &paths.run) };
     served.and(ended)
 }
 
@@ -73,8 +75,9 @@ pub(crate) fn read_policy(file: &Path) -> anyhow::Result<NetPolicy> {
 }
 
 /// Ends every desktop and the network, and removes what is then empty.
-fn take_down(node: &Node, run: &Path) -> anyhow::Result<()> {
+fn take_down(node: &Node, swap: Option<Swap>, run: &Path) -> anyhow::Result<()> {
     node.shut_down(STOP_GRACE).context("cannot take everything down")?;
+    swap.map_or(Ok(()), |mut swap| swap.close())?;
     let cannot = || format!("cannot remove `{}`", run.display());
     // Not recursive: whatever is still in there is somebody's.
     for entry in fs::read_dir(run).with_context(cannot)? {

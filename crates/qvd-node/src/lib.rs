@@ -6,17 +6,21 @@ mod desktop;
 pub mod fake;
 mod guest;
 mod host;
+mod limits;
 mod node;
 mod probe;
 mod record;
 mod rest;
 mod supervisor;
+mod swap;
 
 pub use host::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecControl, ExecSession, ExecStdio, Host, HostError,
     HostErrorKind, ImageSummary, Timings,
 };
+pub use limits::raise_limits;
 pub use node::{Node, NodeConfig};
 pub use probe::{Probe, probe, survey};
 pub use qvd_guest::{ExecRequest, Exit, Stats};
 pub use qvd_storage::Survey;
+pub use swap::Swap;

@@ -81,6 +81,12 @@ const ADVICE: &[Advice] = &[
         remedy: "install the packages ebtables and iptables",
     },
     Advice {
+        name: "many desktops",
+        required: false,
+        cost: "a hundred desktops fit, and the next ones fail when their programs watch files",
+        remedy: "nothing has to be done: `qvd up` raises it",
+    },
+    Advice {
         name: "image building (mmdebstrap)",
         required: false,
         cost: "images cannot be built on this host",
@@ -102,6 +108,7 @@ pub fn probe(root: &Path) -> Vec<Probe> {
             found.push(answer);
         }
     }
+    found.push(("many desktops", crate::limits::support()));
     found.extend(storage(root));
     found.into_iter().map(|(name, support)| advise(name, support)).collect()
 }

@@ -15,7 +15,9 @@ use qvd_core::{
     DesktopId, DesktopSpec, DesktopState, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy, StartStep,
     Virtualizer,
 };
-use qvd_node::{EndReason, ExecRequest, ExecStdio, Exit, Host as _, HostErrorKind, ImageSummary, Node, NodeConfig};
+use qvd_node::{
+    EndReason, ExecRequest, ExecStdio, Exit, Host as _, HostErrorKind, ImageSummary, Node, NodeConfig, Swap,
+};
 use qvd_testkit::{Census, Need, Scope, privileged};
 
 const NEEDS: &[Need] = &[Need::Root, Need::Env("QVD_TEST_STORE"), Need::Env("QVD_INIT")];
@@ -292,5 +294,36 @@ fn a_desktop_that_nobody_looks_at_stands_still_until_somebody_comes() {
         node.stop(spec.id, Duration::from_secs(3)).unwrap();
         node.remove(spec.id).unwrap();
         node.shut_down(Duration::ZERO).unwrap();
+    });
+}
+
+#[test]
+fn swap_is_made_once_found_again_and_taken_away() {
+    privileged(&[Need::Root, Need::Path("/sys/class/zram-control/hot_add")], || {
+        let swaps = || std::fs::read_to_string("/proc/swaps").unwrap();
+        let before = swaps();
+        let run = tempfile::tempdir().unwrap();
+        let size = qvd_core::Bytes::mib(64);
+        let Some(swap) = Swap::open(run.path(), size).unwrap() else {
+            // This host swaps already: then nothing is added.
+            assert!(before.lines().count() > 1);
+            assert_eq!(swaps(), before);
+            return;
+        };
+        assert_eq!(swaps().lines().count(), before.lines().count() + 1);
+        // A daemon that ends leaves it to the next.
+        drop(swap);
+        let with = swaps();
+        let mut swap = Swap::open(run.path(), size).unwrap().unwrap();
+        assert_eq!(swaps(), with);
+        swap.close().unwrap();
+        swap.close().unwrap();
+        assert_eq!(swaps(), before);
+        assert_eq!(std::fs::read_dir(run.path()).unwrap().count(), 0);
+        // Somebody else's swap is not ours to find.
+        std::fs::write(run.path().join("zram"), "4242").unwrap();
+        let mut other = Swap::open(run.path(), size).unwrap().unwrap();
+        other.close().unwrap();
+        assert_eq!(swaps(), before);
     });
 }

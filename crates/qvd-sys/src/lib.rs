@@ -16,3 +16,4 @@ pub mod process;
 pub mod quota;
 pub mod tap;
 pub mod userns;
+pub mod zram;
