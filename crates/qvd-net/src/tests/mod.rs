@@ -9,6 +9,7 @@ mod guard;
 mod internet;
 mod iptables;
 mod lifecycle;
+mod mutation;
 mod policy;
 mod property;
 mod responder;

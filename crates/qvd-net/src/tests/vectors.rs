@@ -473,6 +473,7 @@ pub(crate) fn honest(cast: &Cast) -> Vec<Named> {
             icmp6(link_local, ALL_NODES, 255, &[&neighbour_discovery(136, link_local, &tell)[..]].concat())
         }),
         ("router solicitation".into(), icmp6(link_local, ALL_ROUTERS, 255, &[&router[..], &ask].concat())),
+        ("router solicitation that tells no address".into(), icmp6(link_local, ALL_ROUTERS, 255, &router)),
         ("router solicitation of nobody".into(), icmp6(none, ALL_ROUTERS, 255, &router)),
         ("mld report".into(), mld(cast, ALL_MLDV2_ROUTERS, 143, link_local)),
         ("mld report of nobody".into(), mld(cast, ALL_MLDV2_ROUTERS, 143, none)),

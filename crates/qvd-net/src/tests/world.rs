@@ -198,6 +198,21 @@ impl World {
         }
     }
 
+    /// Whether the frame that controls rest on still comes. Waits a moment only,
+    /// and so may say no of a slow machine.
+    pub(crate) fn is_heard(&mut self) -> bool {
+        let (own, control) = (self.a.station(), self.mark());
+        let request = frames::arp(1, own, self.gateway().ip);
+        let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &request);
+        self.from_a.send(&[&request[..], &control].concat()).unwrap();
+        while let Some(frame) = self.bridge.receive(PATIENCE / 20).unwrap() {
+            if holds(&frame, &control) {
+                return true;
+            }
+        }
+        false
+    }
+
     pub(crate) fn gateway(&self) -> Station {
         let ip = subnet().gateway();
         Station::new(crate::Mac::of(INSTANCE, ip), ip)

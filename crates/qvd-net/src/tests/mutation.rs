@@ -1,0 +1,174 @@
+//! Each rule of the bridge family is taken out, one at a time, from the rule set
+//! as it is loaded: some frame fares otherwise then, or the rule is one of those
+//! named here that another rule or the bridge makes up for.
+
+use std::{
+    net::Ipv4Addr,
+    os::fd::{AsFd as _, OwnedFd},
+    process::Command,
+};
+
+use qvd_sys::{
+    netns,
+    packet::{ETHERTYPE_ALL, PacketSocket},
+};
+use qvd_testkit::privileged;
+
+use super::{
+    NEEDS, frames, vectors,
+    world::{INSTANCE, PATIENCE, Seen, World, connected, holds, on_a_host},
+};
+use crate::{Backend, Mac, Network, links, netlink::Netlink};
+
+/// A rule as `nft` shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) chain: String,
+    pub(super) text: String,
+    handle: String,
+}
+
+fn nft(args: &[&str]) -> String {
+    let output = Command::new("nft").args(args).output().unwrap();
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// All rules of our table of a family.
+pub(super) fn rules(family: &str) -> Vec<Rule> {
+    let table = crate::rules::table_name(INSTANCE);
+    let (mut chain, mut rules) = (String::new(), Vec::new());
+    for line in nft(&["-a", "list", "table", family, &table]).lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix("chain ") {
+            chain = name.split(' ').next().unwrap().to_owned();
+        } else if let Some((text, handle)) = line.split_once(" # handle ")
+            && !chain.is_empty()
+            && !text.ends_with('{')
+        {
+            rules.push(Rule { chain: chain.clone(), text: text.to_owned(), handle: handle.to_owned() });
+        }
+    }
+    rules
+}
+
+impl Rule {
+    pub(super) fn delete(&self, family: &str) {
+        nft(&["delete", "rule", family, &crate::rules::table_name(INSTANCE), &self.chain, "handle", &self.handle]);
+    }
+}
+
+/// Every frame, and whether the host is to see it.
+fn every_frame(world: &World) -> Vec<(String, Vec<u8>, bool)> {
+    let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
+    let hostile = matrix.chain(vectors::hostile(&world.cast()));
+    let honest = vectors::honest(&world.cast()).into_iter();
+    hostile
+        .map(|(name, frame)| (name.to_owned(), frame, false))
+        .chain(honest.map(|(n, f)| (n.to_string(), f, true)))
+        .collect()
+}
+
+/// A bridge of somebody else's on the same host, with two ports.
+struct Others {
+    from: PacketSocket,
+    to: PacketSocket,
+    host: PacketSocket,
+    _inside: [OwnedFd; 2],
+}
+
+impl Others {
+    fn new() -> Self {
+        const BRIDGE: &str = "others";
+        let mut route = Netlink::route().unwrap();
+        let mac = |number| Mac::of(INSTANCE, Ipv4Addr::new(192, 0, 2, number));
+        route.batch(vec![links::ensure_bridge(BRIDGE, mac(1), 0, 0, Backend::Nft)]).unwrap();
+        let bridge = crate::network::find(&mut route, BRIDGE).unwrap().unwrap().index;
+        route.batch(vec![links::raise(bridge)]).unwrap();
+        let inside = [2, 3].map(|number| {
+            let (netns, name) = (netns::create().unwrap(), format!("other{number}"));
+            route.batch(vec![links::create_pair(&name, bridge, 0, mac(number), netns.as_fd())]).unwrap();
+            let made = crate::network::find(&mut route, &name).unwrap().unwrap();
+            route.batch(vec![links::raise(made.index)]).unwrap();
+            netns::in_netns(netns.as_fd(), || Netlink::route().unwrap().batch(vec![links::raise(made.peer.unwrap())]))
+                .unwrap()
+                .unwrap();
+            netns
+        });
+        let socket = |netns: &OwnedFd| {
+            netns::in_netns(netns.as_fd(), || PacketSocket::open("eth0", ETHERTYPE_ALL)).unwrap().unwrap()
+        };
+        let (from, to) = (socket(&inside[0]), socket(&inside[1]));
+        connected(&from, &Self::frame(), &to);
+        Self { from, to, host: PacketSocket::open(BRIDGE, ETHERTYPE_ALL).unwrap(), _inside: inside }
+    }
+
+    /// To a group of programs.
+    fn frame() -> Vec<u8> {
+        frames::ethernet([1, 0, 0x5e, 0, 0, 0xfb], [2, 0, 0, 0, 0, 1], 0x88b5, &[0; 50])
+    }
+
+    fn talk(&self) -> bool {
+        const MARK: &[u8] = b"of-the-others";
+        self.from.send(&[&Self::frame()[..], MARK].concat()).unwrap();
+        [&self.to, &self.host].iter().all(|ear| {
+            let mut heard = std::iter::from_fn(|| ear.receive(PATIENCE / 20).unwrap());
+            heard.any(|frame| holds(&frame, MARK))
+        })
+    }
+}
+
+fn changes(world: &mut World, others: &Others) -> Option<String> {
+    if !world.is_heard() {
+        return Some("arp".to_owned());
+    }
+    if !others.talk() {
+        return Some("frames of a bridge that is not ours".to_owned());
+    }
+    every_frame(world).into_iter().find_map(|(name, frame, passes)| {
+        let seen = world.send(&frame);
+        let as_meant = if passes { seen.host && !seen.neighbour } else { seen == Seen::default() };
+        (!as_meant).then_some(name)
+    })
+}
+
+/// Rules that nothing is changed by if they alone are missing.
+fn silent() -> Vec<String> {
+    let mut silent = Vec::new();
+    on_a_host(|| {
+        let mut world = World::new(&[], true);
+        let others = Others::new();
+        assert_eq!(changes(&mut world, &others), None);
+        let count = rules("bridge").len();
+        assert!(count > 40, "{count}");
+        for place in 0..count {
+            let rule = rules("bridge").remove(place);
+            rule.delete("bridge");
+            if changes(&mut world, &others).is_none() {
+                silent.push(format!("{}: {}", rule.chain, rule.text));
+            }
+            // As after a restart: loads all rules, keeps the elements.
+            drop(Network::open(*world.network.config()).unwrap());
+        }
+    });
+    silent
+}
+
+/// Rules whose lack alone changes nothing: the end of a chain, behind which the
+/// policy of the hook drops as well; and what the bridge itself would stop, which
+/// [`super::confinement`] takes out together.
+const MADE_UP_FOR: &[&str] = &[
+    "from_port_ip: drop",
+    "from_port_known: ether daddr != 52:7e:57:42:00:01 drop",
+    "from_port_known: drop",
+    "from_port_ip6: drop",
+    "from_port_known6: ether daddr != 52:7e:57:42:00:01 drop",
+    "from_port_known6: drop",
+    "from_port_ask: drop",
+    "to_neighbour: iifname \"qvd7e57-*\" drop",
+    "to_neighbour: oifname \"qvd7e57-*\" drop",
+];
+
+#[test]
+fn each_rule_decides_about_some_frame() {
+    privileged(NEEDS, || assert_eq!(silent(), MADE_UP_FOR));
+}
