@@ -52,6 +52,9 @@ pub(crate) enum Command {
     /// Desktops
     #[command(subcommand)]
     Desktop(Desktop),
+    /// Networks of desktops
+    #[command(subcommand)]
+    Net(Net),
     /// Users
     #[command(subcommand)]
     User(User),
@@ -354,6 +357,28 @@ pub(crate) enum Desktop {
     },
     /// Run a program inside a running desktop; its exit status is ours
     Exec(Exec),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Net {
+    /// Show the port of a running desktop, and what it may reach
+    Show {
+        /// Its number
+        id: DesktopId,
+    },
+    /// Show what went through the ports of all running desktops, or of one
+    Counters {
+        /// Its number
+        id: Option<DesktopId>,
+    },
+    /// Tell what would become of frames that a running desktop sent, and which rule decides; nothing is sent
+    Explain {
+        /// Its number
+        id: DesktopId,
+        /// Each from its Ethernet header on, in base 16; without one, they are read line by line from the input
+        #[arg(value_name = "FRAME")]
+        frames: Vec<String>,
+    },
 }
 
 #[derive(Debug, Args)]

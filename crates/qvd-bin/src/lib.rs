@@ -10,6 +10,7 @@ mod graph;
 mod history;
 mod image;
 mod logging;
+mod net;
 mod output;
 mod password;
 mod paths;
@@ -60,6 +61,10 @@ fn dispatch(global: &Global, command: Command, output: &Output) -> anyhow::Resul
         Command::Desktop(command) => {
             let client = remote::connect(&paths()?, global.server.as_deref())?;
             return remote::wait(remote::desktop(&client, command, output))?;
+        }
+        Command::Net(command) => {
+            let client = remote::connect(&paths()?, global.server.as_deref())?;
+            remote::wait(net::run(&client, command, output))??;
         }
         Command::User(command) => {
             let client = remote::connect(&paths()?, global.server.as_deref())?;

@@ -133,7 +133,7 @@ async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDe
 }
 
 /// What a desktop may reach, in a line.
-fn reach(net: &NetPolicy) -> String {
+pub(crate) fn reach(net: &NetPolicy) -> String {
     if !net.port {
         return "none".to_owned();
     }

@@ -2,7 +2,7 @@ use std::{error::Error as _, net::Ipv4Addr, time::Duration};
 
 use qvd_core::{DesktopId, DesktopSpec, DisplayKind, FlavourName, Limits, Tag, UserName};
 use qvd_guest::{ExecRequest, Stats};
-use qvd_node::{Attachment, ExecSession, Timings};
+use qvd_node::{Attachment, ExecSession, PortView, Timings};
 use sqlx::{Row, Sqlite, Transaction};
 use tokio::sync::mpsc;
 
@@ -416,6 +416,18 @@ impl Farm {
         self.on_host(move |host| host.stats(id))
             .await?
             .map_err(|e| FarmError::host(format!("cannot measure desktop {id}"), e))
+    }
+
+    /// The port of a running desktop, if it has one, and what would become of
+    /// `frames` that it sent.
+    ///
+    /// # Errors
+    /// There is no such desktop, it does not run, or its host did not say.
+    pub async fn network(&self, id: DesktopId, frames: Vec<Vec<u8>>) -> Result<Option<PortView>, FarmError> {
+        self.desktop(id).await?;
+        self.on_host(move |host| host.network(id, &frames))
+            .await?
+            .map_err(|e| FarmError::host(format!("cannot look at the network of desktop {id}"), e))
     }
 
     /// Finishes the removals that a dead process began. One that fails again

@@ -55,6 +55,7 @@ pub mod responder;
 mod rules;
 mod subnet6;
 mod sysctl;
+mod view;
 
 #[cfg(test)]
 mod tests;
@@ -63,7 +64,7 @@ pub use error::{Error, TeardownErrors};
 pub use explain::Decision;
 pub use filter::Backend;
 pub use guard::{Guard, Report};
-pub use mac::Mac;
+pub use mac::{Mac, MacError};
 pub use mend::Mended;
 pub use netlink::NetlinkError;
 pub use network::{NetConfig, Network};
@@ -72,3 +73,4 @@ pub use port::{Port, PortSpec, TapSpec, loopback_up};
 pub use probe::probe;
 pub use qvd_core::ErrorKind;
 pub use subnet6::Subnet6;
+pub use view::{Counters, PortView};

@@ -1,10 +1,11 @@
 use std::{
     fmt,
     net::{Ipv4Addr, Ipv6Addr},
+    str::FromStr,
 };
 
 use qvd_core::Instance;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Hardware address of a link.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,6 +49,26 @@ impl fmt::Display for Mac {
 impl fmt::Debug for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Mac {
+    type Err = MacError;
+    fn from_str(text: &str) -> Result<Self, MacError> {
+        let octet = |text: &str| (text.len() == 2).then(|| u8::from_str_radix(text, 16).ok()).flatten();
+        let octets: Option<Vec<u8>> = text.split(':').map(octet).collect();
+        octets.and_then(|octets| octets.try_into().ok()).map(Self).ok_or(MacError)
+    }
+}
+
+/// A text that is not six octets in base 16 with colons between them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a MAC address is written as 52:c0:ff:00:00:02")]
+pub struct MacError;
+
+impl<'de> Deserialize<'de> for Mac {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 

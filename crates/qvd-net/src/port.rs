@@ -4,7 +4,7 @@ use std::{
     sync::Arc,
 };
 
-use netlink_packet_route::link::InfoBridgePort;
+use netlink_packet_route::{RouteNetlinkMessage, link::InfoBridgePort};
 use qvd_core::{DesktopId, NetPolicy};
 use qvd_sys::netns;
 use rustix::io::Errno;
@@ -335,6 +335,13 @@ impl Port {
             return Err(self.not_confined(&differs));
         }
         self.index.map_or_else(|| Err(Error::NoPort(self.desktop)), |index| self.read_back(index))
+    }
+
+    /// Asks the kernel about the host's end.
+    pub(crate) fn ask(&self, question: impl Fn(u32) -> links::Request) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        let index = self.index.ok_or(Error::NoPort(self.desktop))?;
+        let answers = self.network.route().batch(vec![question(index)]);
+        answers.map_err(Error::netlink("ask about", &*self.identity.link))
     }
 
     pub(crate) const fn confined(&self) -> Confined<'_> {

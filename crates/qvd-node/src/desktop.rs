@@ -16,7 +16,7 @@ use qvd_core::{
     UidRange, Virtualizer,
 };
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
-use qvd_net::{Guard, Mended, Network, Port, PortSpec, loopback_up};
+use qvd_net::{Guard, Mended, Network, Port, PortSpec, PortView, loopback_up};
 use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Root, RootId, Store};
 use qvd_virt::{Container, ContainerMount, ContainerSpec, Exit, InheritedFd, Program, Runtime, seal};
 
@@ -389,6 +389,12 @@ impl Parts {
         let what = format!("cannot remove desktop {id}");
         self.store.remove_root(&RootId::from(id)).map_err(storage(&what))?;
         self.store.remove_home(&HomeId::from(id)).map_err(storage(&what))
+    }
+
+    /// The port of a desktop, and what would become of frames that it sent.
+    pub(crate) fn port_view(desktop: &Desktop, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
+        let view = desktop.port.as_ref().map(|port| port.view(frames)).transpose();
+        view.map_err(net(format!("cannot look at the port of desktop {}", desktop.id)))
     }
 
     pub(crate) fn close_network(&self) -> Result<(), HostError> {

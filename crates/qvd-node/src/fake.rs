@@ -20,6 +20,7 @@ use std::{
 
 use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
+use qvd_net::PortView;
 
 use crate::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, ExecStdio, Host, HostError, HostErrorKind,
@@ -292,6 +293,13 @@ impl Host for FakeHost {
         let running = state.running.get(&id).ok_or_else(|| not_running(id))?;
         let clients = u32::from(running.client.as_ref().is_some_and(AttachmentEnd::is_open));
         Ok(Stats { pss_bytes: 20 << 20, processes: 9, clients, memory: None })
+    }
+
+    fn network(&self, id: DesktopId, _frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
+        let state = self.begin(Op::Stats)?;
+        state.running.get(&id).ok_or_else(|| not_running(id))?;
+        // Its desktops have no port.
+        Ok(None)
     }
 
     fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {

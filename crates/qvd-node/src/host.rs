@@ -17,6 +17,7 @@ use std::{
 
 use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
+use qvd_net::PortView;
 use qvd_storage::{
     Image, Repository,
     repository::{Reference, Revision},
@@ -75,6 +76,13 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// # Errors
     /// It does not run, or did not answer in time.
     fn stats(&self, id: DesktopId) -> Result<Stats, HostError>;
+
+    /// The port of a running desktop, and what would become of `frames` that it
+    /// sent; each begins with its Ethernet header. `None` if it has no port.
+    ///
+    /// # Errors
+    /// It does not run, or the kernel did not say.
+    fn network(&self, id: DesktopId, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError>;
 
     /// Builds the image that a recipe file describes and makes it the head
     /// and default of its flavour. `progress` gets lines for a person.

@@ -22,5 +22,6 @@ pub use limits::raise_limits;
 pub use node::{Node, NodeConfig};
 pub use probe::{Probe, probe, survey};
 pub use qvd_guest::{ExecRequest, Exit, Stats};
+pub use qvd_net::{Counters, Decision, PortView};
 pub use qvd_storage::Survey;
 pub use swap::Swap;

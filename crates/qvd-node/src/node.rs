@@ -11,6 +11,7 @@ use qvd_core::{
     DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, NetPolicy, StartStep, Tag,
 };
 use qvd_guest::{ExecRequest, Stats};
+use qvd_net::PortView;
 
 use crate::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, Host, HostError, HostErrorKind, ImageSummary,
@@ -433,6 +434,14 @@ impl Host for Node {
         let stats = lock(&slot.rest).briefly(|| guest.stats());
         let stats = stats.map_err(|e| HostError::because(HostErrorKind::Failed, what(), e))?;
         stats.map_err(|e| e.into_host_error(what()))
+    }
+
+    fn network(&self, id: DesktopId, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
+        let slot = self.inner.slot(id);
+        let not_running = || HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run"));
+        let busy = || HostError::new(HostErrorKind::Busy, format!("desktop {id} is starting or stopping"));
+        let live = slot.live.try_lock().map_err(|_| busy())?;
+        Parts::port_view(live.as_ref().ok_or_else(not_running)?, frames)
     }
 
     fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {

@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use qvd_core::{DesktopId, FlavourName, StartStep, UserName};
 use qvd_farm::{Desktop, DesktopInfo, Flavour, FlavourDefaults, OwnedDesktops, Secret, SessionInfo, User};
 use qvd_guest::{ExecRequest, Stats};
-use qvd_node::{ImageSummary, Timings};
+use qvd_node::{ImageSummary, PortView, Timings};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -29,7 +29,8 @@ use tokio::{
 use super::{
     client_exec::{self, ExecReader, ExecWriter},
     dto::{
-        AddUser, BuildImage, ChangeDesktop, CreateDesktop, ErrorBody, ErrorInfo, Event, Health, SetPassword, WhoAmI,
+        AddUser, BuildImage, ChangeDesktop, CreateDesktop, ErrorBody, ErrorInfo, Event, ExplainFrames, Health,
+        SetPassword, WhoAmI,
     },
     frame,
 };
@@ -312,6 +313,15 @@ impl Client {
     /// [`ClientError`]: `unknown_desktop`, `not_yours`.
     pub async fn stats(&self, id: DesktopId) -> Result<Stats, ClientError> {
         self.get(&format!("/desktops/{id}/stats")).await
+    }
+
+    /// The port of a running desktop, and what would become of `frames` that it
+    /// sent; `None` if it has no port.
+    ///
+    /// # Errors
+    /// [`ClientError`]: `unknown_desktop`, `not_yours`, `invalid_frame`.
+    pub async fn network(&self, id: DesktopId, frames: &ExplainFrames) -> Result<Option<PortView>, ClientError> {
+        self.send(Method::POST, &format!("/desktops/{id}/network"), Some(frames)).await
     }
 
     /// Runs a program inside a running desktop: what goes in, and what comes out.

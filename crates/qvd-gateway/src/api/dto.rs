@@ -191,3 +191,63 @@ fn expose_option<S: Serializer>(secret: &Option<Secret>, serializer: S) -> Resul
         None => serializer.serialize_none(),
     }
 }
+/// Frames of a desktop that one wants to know the fate of.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct ExplainFrames {
+    /// Each from its Ethernet header on, as digits of base 16; colons and spaces
+    /// between them mean nothing.
+    pub frames: Vec<String>,
+}
+
+impl ExplainFrames {
+    /// Longest frame that is looked at.
+    const OCTETS_MAX: usize = 65_536;
+
+    /// Of these texts.
+    #[must_use]
+    pub const fn new(frames: Vec<String>) -> Self {
+        Self { frames }
+    }
+
+    /// The frames themselves.
+    ///
+    /// # Errors
+    /// One is no frame; the text says which and why.
+    pub fn octets(&self) -> Result<Vec<Vec<u8>>, String> {
+        self.frames
+            .iter()
+            .enumerate()
+            .map(|(n, text)| octets(text).map_err(|why| format!("frame {}: {why}", n + 1)))
+            .collect()
+    }
+}
+
+fn octets(text: &str) -> Result<Vec<u8>, &'static str> {
+    let digits: Option<Vec<u8>> = text
+        .chars()
+        .filter(|&c| c != ':' && !c.is_ascii_whitespace())
+        .map(|c| c.to_digit(16).and_then(|digit| u8::try_from(digit).ok()))
+        .collect();
+    let digits = digits.ok_or("write it as digits of base 16")?;
+    let (pairs, []) = digits.as_chunks::<2>() else { return Err("it ends within an octet") };
+    if pairs.len() > ExplainFrames::OCTETS_MAX {
+        return Err("it is longer than any frame");
+    }
+    Ok(pairs.iter().map(|[high, low]| high << 4 | low).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_read_as_people_write_them() {
+        let read = |text: &str| ExplainFrames::new(vec![text.to_owned()]).octets();
+        assert_eq!(read("52:c0 ff00"), Ok(vec![vec![0x52, 0xc0, 0xff, 0]]));
+        assert_eq!(read(""), Ok(vec![vec![]]));
+        assert_eq!(read("5"), Err("frame 1: it ends within an octet".to_owned()));
+        assert_eq!(read("zz"), Err("frame 1: write it as digits of base 16".to_owned()));
+    }
+}

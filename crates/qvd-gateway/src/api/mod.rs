@@ -26,6 +26,8 @@
 //! | `POST desktops/{id}/start` | | events of `Timings` | users their own |
 //! | `POST desktops/{id}/stop` | | 204 | users their own |
 //! | `GET desktops/{id}/stats` | | `Stats` | users their own |
+//! | `GET desktops/{id}/network` | | `PortView` or null | users their own |
+//! | `POST desktops/{id}/network` | [`dto::ExplainFrames`] | the same, with what becomes of the frames | users their own |
 //! | `POST desktops/{id}/exec` | `ExecRequest` | 101, then [frames](frame) | administrators |
 //! | `GET sessions` | | `[SessionInfo]` | users their own |
 //! | `DELETE sessions/{id}` | | 204 | users their own |

@@ -15,13 +15,13 @@ use qvd_farm::{
     Desktop, DesktopInfo, Farm, FarmError, Flavour, FlavourDefaults, OwnedDesktops, Progress, Secret, SessionInfo, User,
 };
 use qvd_guest::Stats;
-use qvd_node::ImageSummary;
+use qvd_node::{ImageSummary, PortView};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
     Caller,
-    dto::{AddUser, BuildImage, ChangeDesktop, CreateDesktop, Event, Health, SetPassword, WhoAmI},
+    dto::{AddUser, BuildImage, ChangeDesktop, CreateDesktop, Event, ExplainFrames, Health, SetPassword, WhoAmI},
     error::ApiError,
     exec,
 };
@@ -55,6 +55,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/desktops/{id}/start", post(start))
         .route("/desktops/{id}/stop", post(stop))
         .route("/desktops/{id}/stats", get(stats))
+        .route("/desktops/{id}/network", get(network).post(explain))
         .route("/desktops/{id}/exec", post(exec::exec))
         .route("/sessions", get(sessions))
         .route("/sessions/{id}", delete(end_session))
@@ -321,6 +322,26 @@ async fn stats(
 ) -> Answer<Json<Stats>> {
     visible(&farm, &caller, id).await?;
     farm.stats(id).await.map(Json).map_err(|e| ApiError::new(&caller, &e))
+}
+
+async fn network(
+    State(ApiState { farm }): State<ApiState>,
+    caller: Caller,
+    At(id): At<DesktopId>,
+) -> Answer<Json<Option<PortView>>> {
+    visible(&farm, &caller, id).await?;
+    farm.network(id, Vec::new()).await.map(Json).map_err(|e| ApiError::new(&caller, &e))
+}
+
+async fn explain(
+    State(ApiState { farm }): State<ApiState>,
+    caller: Caller,
+    At(id): At<DesktopId>,
+    Body(asked): Body<ExplainFrames>,
+) -> Answer<Json<Option<PortView>>> {
+    visible(&farm, &caller, id).await?;
+    let frames = asked.octets().map_err(|what| ApiError::plain(StatusCode::BAD_REQUEST, "invalid_frame", what))?;
+    farm.network(id, frames).await.map(Json).map_err(|e| ApiError::new(&caller, &e))
 }
 
 async fn sessions(

@@ -7,11 +7,12 @@ mod beyond;
 mod ipv6;
 
 use std::{
+    borrow::Cow,
     fmt,
     net::{Ipv4Addr, Ipv6Addr},
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub(crate) use self::beyond::{Beyond, Subnets};
 use crate::{Mac, Port};
@@ -22,19 +23,19 @@ const IPV6: u16 = 0x86dd;
 const BROADCAST: [u8; 6] = [0xff; 6];
 
 /// Whether a frame leaves the port, and what decides that.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Decision {
     /// Whether it comes up to the host's bridge. To another port none does.
     pub passes: bool,
     /// The rule, in words.
-    pub rule: &'static str,
+    pub rule: Cow<'static, str>,
     /// Whether it arrives anywhere behind the port: at the host itself, at a
     /// neighbour or, routed, at other networks. Rates are not looked at, nor
     /// answers to what others began.
     pub arrives: bool,
     /// The rule that decides this.
-    pub beyond: &'static str,
+    pub beyond: Cow<'static, str>,
 }
 
 impl fmt::Display for Decision {
@@ -99,13 +100,13 @@ impl Port {
 /// The same, of the whole way.
 pub(crate) fn explain(party: &Party, beyond: &Beyond, frame: &[u8]) -> Decision {
     match ruled(party, frame) {
-        Err(rule) => Decision { passes: false, rule, arrives: false, beyond: rule },
+        Err(rule) => Decision { passes: false, rule: rule.into(), arrives: false, beyond: rule.into() },
         Ok(rule) => {
             let (arrives, beyond) = match beyond::ruled(beyond, frame) {
                 Ok(beyond) => (true, beyond),
                 Err(beyond) => (false, beyond),
             };
-            Decision { passes: true, rule, arrives, beyond }
+            Decision { passes: true, rule: rule.into(), arrives, beyond: beyond.into() }
         }
     }
 }

@@ -173,3 +173,24 @@ fn a_port_explains_what_becomes_of_a_frame() {
         });
     });
 }
+
+/// Who looks at a port sees what it sent counted, and what a frame would do.
+#[test]
+fn a_port_shows_what_went_through_it() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let mut world = World::new(&[], true);
+            let before = world.a.port.counters().unwrap();
+            let (name, frame) = vectors::honest(&world.cast()).remove(0);
+            assert!(world.send(&frame).host, "{name}");
+            let view = world.a.port.view(&[frame, vec![0; 14]]).unwrap();
+            assert!(view.counters.sent_packets > before.sent_packets, "{view:?}");
+            assert!(view.counters.sent_bytes > before.sent_bytes, "{view:?}");
+            assert_eq!(
+                (&*view.link, view.mac, view.ipv4),
+                (world.a.port.link(), world.a.port.mac(), world.a.port.address())
+            );
+            assert_eq!(view.explained.iter().map(|decision| decision.arrives).collect::<Vec<_>>(), [true, false]);
+        });
+    });
+}
