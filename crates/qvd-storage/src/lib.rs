@@ -48,8 +48,9 @@ mod treeedit;
 mod xattr;
 
 pub use backend::{
-    Backends, BaseTree, Bind, Btrfs, Capabilities, Capability, Deviation, Factory, Fuse, Layer, Looped, OverlayOptions,
-    Overlayfs, Place, PlainCopy, Quota, Reflink, Root, RootBackend, RootId, RootIdError, RootOptions, Snapshots,
+    Aufs, AufsBranch, AufsOptions, AufsPermission, Backends, BaseTree, Bind, Btrfs, Capabilities, Capability,
+    Deviation, Factory, Fuse, Layer, Looped, OverlayOptions, Overlayfs, Place, PlainCopy, Quota, Reflink, Root,
+    RootBackend, RootId, RootIdError, RootOptions, Snapshots,
 };
 pub use build::BuildOptions;
 pub use disk::{

@@ -1,5 +1,6 @@
 //! The contract between those who make writable roots and those who use them.
 
+mod aufs;
 mod base;
 mod bound;
 mod btrfs;
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::btrfs::delete_at as delete_subvolume_at;
 pub use self::{
+    aufs::{Aufs, AufsBranch, AufsOptions, AufsPermission},
     base::{BaseTree, Layer},
     btrfs::Btrfs,
     capability::{Capabilities, Capability},

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use super::{Bind, Btrfs, Fuse, Looped, Overlayfs, Place, PlainCopy, Reflink, RootBackend};
+use super::{Aufs, Bind, Btrfs, Fuse, Looped, Overlayfs, Place, PlainCopy, Reflink, RootBackend};
 use crate::Error;
 
 /// Makes a back end that keeps its roots in a place. It may be called on a
@@ -30,6 +30,7 @@ impl Backends {
     #[must_use]
     pub fn built_in() -> Self {
         let mut all = Self(BTreeMap::new());
+        all.add("aufs", |place| Ok(Box::new(Aufs::new(place))));
         all.add("bind", |place| Ok(Box::new(Bind::new(place))));
         all.add("btrfs", |place| Ok(Box::new(Btrfs::new(place))));
         all.add("copy", |place| Ok(Box::new(PlainCopy::new(place))));
