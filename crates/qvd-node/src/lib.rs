@@ -4,6 +4,7 @@
 mod desktop;
 #[cfg(feature = "fake")]
 pub mod fake;
+mod gate;
 mod guest;
 mod host;
 mod limits;

@@ -17,10 +17,15 @@ use crate::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, Host, HostError, HostErrorKind, ImageSummary,
     Timings,
     desktop::{Desktop, Parts, micros},
+    gate::Gate,
     guest::Guest,
     rest::{Awake, Due, Rest},
     supervisor::{Supervisor, Watcher},
 };
+
+/// How many desktops each processor takes apart at once: most of that is the
+/// kernel freeing memory, and some is waiting.
+const CLOSED_AT_ONCE: usize = 4;
 
 /// Where a node keeps things and how long it waits for them.
 #[derive(Debug, Clone)]
@@ -81,6 +86,8 @@ struct Inner {
     parts: Parts,
     config: NodeConfig,
     slots: Mutex<HashMap<DesktopId, Arc<Slot>>>,
+    /// Where desktops go through that are taken apart.
+    exit: Gate,
 }
 
 /// One desktop's place. `live` is held for as long as a start or a stop takes,
@@ -142,7 +149,9 @@ impl Node {
     /// desktop needs, or something left behind cannot be removed.
     pub fn open(config: NodeConfig) -> Result<Arc<Self>, HostError> {
         let (parts, adopted) = Parts::open(&config)?;
-        let inner = Arc::new(Inner { parts, config, slots: Mutex::default() });
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let exit = Gate::new(processors * CLOSED_AT_ONCE);
+        let inner = Arc::new(Inner { parts, config, slots: Mutex::default(), exit });
         let supervisor = Supervisor::start(Arc::downgrade(&inner))
             .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot start the supervisor", e))?;
         let node = Arc::new(Self { inner, supervisor });
@@ -214,7 +223,7 @@ impl Inner {
             }
         }
         let id = desktop.id();
-        let result = self.parts.close(desktop);
+        let result = self.exit.through(|| self.parts.close(desktop));
         *lock(&slot.rest) = Rest::default();
         let mut face = lock(&slot.face);
         match result {
@@ -340,9 +349,12 @@ impl Host for Node {
                     end.end(EndReason::Stopped);
                 }
             }
-            let awake = slot.wake(id)?;
-            desktop.ask_to_end(grace);
-            drop(awake);
+            // Who is not asked need not hear it: its pages stay where they are.
+            if !grace.is_zero() {
+                let awake = slot.wake(id)?;
+                desktop.ask_to_end(grace);
+                drop(awake);
+            }
         }
         self.inner.close(&slot, &mut live)?;
         // It was asked to: that is nothing to report.

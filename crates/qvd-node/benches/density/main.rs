@@ -119,12 +119,14 @@ fn measure(options: &Options, run: &Path, instance: Instance, swap: Option<&Zram
 
     let measured = fill(options, &node, image.digest, instance, swap);
     let began = Instant::now();
-    node.shut_down(Duration::ZERO)?;
+    let stopped = node.shut_down(Duration::ZERO);
     let stop_ms = began.elapsed().as_secs_f64() * 1000.0;
+    // What failed first explains the rest.
+    let mut told = measured?;
+    stopped.map_err(|error| with_causes(&error))?;
     for number in 1..=options.count {
         node.remove(DesktopId::new(number)?)?;
     }
-    let mut told = measured?;
     told["stop_all_ms"] = json!(round(stop_ms));
     Ok(told)
 }
