@@ -4,11 +4,13 @@
 use std::{
     collections::BTreeMap,
     error::Error as _,
-    io::Read as _,
+    io::{BufRead as _, BufReader, Read as _},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread,
+    time::{Duration, Instant},
 };
 
 use qvd_core::{
@@ -325,5 +327,52 @@ fn swap_is_made_once_found_again_and_taken_away() {
         let mut other = Swap::open(run.path(), size).unwrap().unwrap();
         other.close().unwrap();
         assert_eq!(swaps(), before);
+    });
+}
+
+/// What another program takes away of the rules cuts the desktop until it is back.
+#[test]
+fn a_desktop_is_cut_until_its_rules_are_back() {
+    on_a_host(|host| {
+        let (node, spec) = (host.open(), host.spec(1));
+        node.ensure_running(&spec, &mut |_| {}).unwrap();
+        let port = node.network(spec.id, &[]).unwrap().expect("it has a port");
+        let mut monitor =
+            Command::new("ip").args(["-o", "monitor", "link"]).stdout(Stdio::piped()).spawn().expect("ip, of iproute2");
+        let lines = BufReader::new(monitor.stdout.take().unwrap()).lines();
+        let (tell, told) = mpsc::channel();
+        let listener = thread::spawn(move || lines.map_while(Result::ok).for_each(|line| drop(tell.send(line))));
+        // Until the monitor listens, it hears nothing: so change something until it does.
+        let of_port = |line: &str| line.contains(&format!("{}@", port.link)) && !line.contains("Deleted");
+        let alias = |text: &str| {
+            let status = Command::new("ip").args(["link", "set", &port.link, "alias", text]).status().unwrap();
+            assert!(status.success());
+        };
+        let listens = (0..200).any(|number| {
+            alias(&number.to_string());
+            told.recv_timeout(SOON / 200).is_ok_and(|line| of_port(&line))
+        });
+        assert!(listens, "the monitor does not listen");
+
+        assert!(Command::new("nft").args(["flush", "ruleset"]).status().unwrap().success());
+        let hear = |state: &str| {
+            let deadline = Instant::now() + SOON;
+            loop {
+                let line = told.recv_timeout(deadline.saturating_duration_since(Instant::now())).expect(state);
+                if of_port(&line) && line.contains(state) {
+                    return;
+                }
+            }
+        };
+        hear("state DOWN");
+        hear("state UP");
+        let shown = Command::new("nft").args(["list", "ruleset"]).output().unwrap();
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        assert!(shown.contains(&port.ipv4.to_string()) && shown.contains("policy drop"), "{shown}");
+        monitor.kill().unwrap();
+        monitor.wait().unwrap();
+        listener.join().unwrap();
+        node.remove(spec.id).unwrap();
+        node.shut_down(Duration::ZERO).unwrap();
     });
 }
