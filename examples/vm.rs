@@ -7,7 +7,7 @@
 //! `DIR` is a file tree, for instance one that an image was exported to; `FILE`
 //! is such a tree as an EROFS, or a disk of any system, raw or qcow2, which is
 //! booted by a BIOS. A tree without a kernel boots the one below `--kernel DIR`.
-#![expect(clippy::print_stdout, reason = "an example shows what it does")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "an example shows what it does")]
 
 use std::{
     fs::{self, File},
@@ -27,7 +27,10 @@ use qvd::guest::{
 use qvd::storage::{is_guest_base, make_guest_base};
 use qvd::virt::{
     Runtime,
-    vm::{BaseDevice, BaseSpec, Boot, DiskFormat, DiskSpec, GuestKernel, HostMemory, Qemu, StopLimits, Vm, VmSpec},
+    vm::{
+        BaseDevice, BaseSpec, Boot, DiskFormat, DiskSpec, GuestKernel, HostMemory, Qemu, StopLimits, Template, Vm,
+        VmSpec,
+    },
 };
 use serde_json::{Value, json};
 
@@ -75,13 +78,24 @@ fn main() -> Result<()> {
     let image = Image::open(&options, work.path())?;
     let bed = Bed { qemu, work, image, options };
     let mut running = Vec::new();
+    let template = if bed.options.template { Some(bed.template()?) } else { None };
     for number in 1..=bed.options.count {
-        let (machine, line) = bed.boot(DesktopId::new(number)?)?;
+        let id = DesktopId::new(number)?;
+        let (machine, line) = match &template {
+            Some(template) => bed.clone(id, template)?,
+            None => bed.boot(id)?,
+        };
+        running.push((machine, line));
+    }
+    // Once all are there: what several have in common counts for each in part.
+    for (machine, line) in &mut running {
+        let HostMemory { proportional, private } = machine.vm.host_memory()?;
+        line["pss_mib"] = json!(mib(proportional.get()));
+        line["private_mib"] = json!(mib(private.get()));
         println!("{line}");
-        running.push(machine);
     }
     std::io::stdin().read_to_end(&mut Vec::new())?;
-    for machine in &mut running {
+    for (machine, _) in &mut running {
         machine.close()?;
     }
     Ok(())
@@ -183,9 +197,60 @@ impl Bed {
             line["guest_cached_mib"] = json!(mib(memory.cached));
             line["guest_free_mib"] = json!(mib(memory.free));
         }
-        let HostMemory { proportional, private } = running.vm.host_memory()?;
-        line["pss_mib"] = json!(mib(proportional.get()));
-        line["private_mib"] = json!(mib(private.get()));
+        Ok((running, line))
+    }
+
+    /// Boots a machine once, to a waiting session, and saves it.
+    fn template(&self) -> Result<Template> {
+        let Image::Tree { session, .. } = &self.image else { bail!("only a tree with our init can be a template") };
+        let id = DesktopId::new(self.options.count + 1)?;
+        let spec = self.spec(id)?;
+        let control = spec.dir.join("control.sock");
+        let began = Instant::now();
+        let (mut vm, mold) = self.qemu.start_template(spec, "example")?;
+        vm.resume()?;
+        let mut running = Running { vm, carrier: None, control };
+        let booted = running.become_desktop(&self.boot_config(id, session.clone())?);
+        booted.with_context(|| running.console())?;
+        let boot_ms = ms(began);
+        running.wait_session().with_context(|| running.console())?;
+        let session_ms = ms(began);
+        // Nobody holds the line while it is saved.
+        drop(running.carrier.take());
+        let saving = Instant::now();
+        let template = mold.save(running.vm)?;
+        let memory_mib = mib(template.memory_used()?.get());
+        let line = json!({
+            "template": true, "boot_ms": boot_ms, "session_ms": session_ms, "save_ms": ms(saving),
+            "memory_mib": memory_mib,
+        });
+        eprintln!("{line}");
+        Ok(template)
+    }
+
+    /// Starts a clone and has it become another.
+    fn clone(&self, id: DesktopId, template: &Template) -> Result<(Running, Value)> {
+        let spec = self.spec(id)?;
+        let control = spec.dir.join("control.sock");
+        let began = Instant::now();
+        let mut vm = self.qemu.start_clone(spec, template, "example")?;
+        let qmp_ms = ms(began);
+        vm.resume()?;
+        let boot_ms = ms(began);
+        let link = Link::reconnect(vm.link(), BOOTS_WITHIN)?;
+        let mut running = Running { vm, carrier: None, control };
+        running.carry(link)?;
+        match running.ask(&Request::Identify(Identity::fresh(format!("vm-{id}"), None)?))?.recv(BOOTS_WITHIN)?.0 {
+            Reply::Done => {}
+            other => bail!("the init answered {other:?}"),
+        }
+        running.wait_session()?;
+        let session_ms = ms(began);
+        let memory = running.stats()?.memory.unwrap_or_default();
+        let line = json!({
+            "id": id, "pid": running.vm.pid(), "cloned": true, "qmp_ms": qmp_ms, "boot_ms": boot_ms,
+            "session_ms": session_ms, "guest_cached_mib": mib(memory.cached), "guest_free_mib": mib(memory.free),
+        });
         Ok((running, line))
     }
 

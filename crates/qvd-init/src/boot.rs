@@ -19,7 +19,8 @@ use nix::{
     unistd::Pid,
 };
 use qvd_guest::{
-    BASE_SERIAL, Base, BootConfig, Booted, GuestLink, HOME_SERIAL, Identity, ROOT_SERIAL, Writable, carry_in_guest,
+    BASE_SERIAL, Base, BootConfig, Booted, GuestLink, HOME_SERIAL, Identity, Network, ROOT_SERIAL, Writable,
+    carry_in_guest,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -33,6 +34,11 @@ use crate::desktop;
 pub(crate) const BOOT: &str = "boot";
 /// First argument of the process that carries conversations.
 pub(crate) const CARRY: &str = "carry";
+
+/// First argument of the process that gives the network interface its address.
+pub(crate) const NETWORK: &str = "network";
+/// Makes every host key that is missing: ssh-keygen(1).
+pub(crate) const MAKE_HOST_KEYS: [&str; 2] = ["/usr/bin/ssh-keygen", "-A"];
 
 /// Name of the port that leads to the host.
 const PORT: &str = "org.qvd.link";
@@ -218,6 +224,9 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
         let _written = writeln!(io::stderr(), "qvd-init: cannot bring the loopback interface up: {error}");
     }
     identify(&config.identity)?;
+    if let Some(network) = &config.identity.network {
+        take_place(network)?;
+    }
     desktop::prepare_root().map_err(|e| e.to_string())?;
     let control = Path::new(desktop::ROOT_DIR).join("control");
     // Whoever may use it is root inside already, and may do all that it does.
@@ -279,11 +288,55 @@ pub(crate) fn identify(identity: &Identity) -> Result<(), String> {
     let time = Timespec { tv_sec: seconds.cast_signed(), tv_nsec: rest.cast_signed() };
     rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)
         .map_err(|e| failed("set the clock")(e.into()))?;
-    if let Some(network) = &identity.network {
-        qvd_sys::guest::set_address("eth0", network.address, network.prefix, network.gateway)
-            .map_err(failed("set the address of eth0"))?;
-    }
     Ok(())
+}
+
+/// Takes its place in the network, once there is an interface: a clone's is
+/// plugged in while it runs.
+pub(crate) fn take_place(network: &Network) -> Result<(), String> {
+    wait_for_device("network interface eth0", || Path::new("/sys/class/net/eth0").exists().then_some(()))?;
+    qvd_sys::guest::set_address("eth0", network.address, network.prefix, network.gateway)
+        .map_err(failed("set the address of eth0"))
+}
+
+/// [`take_place`] as a process of its own, which may wait.
+pub(crate) fn place_in_network(mut args: impl Iterator<Item = String>) -> ExitCode {
+    let mut place = || {
+        let mut next = || args.next().ok_or("an argument is missing".to_owned());
+        let address = next()?.parse().map_err(|_| "the address cannot be read")?;
+        let prefix = next()?.parse().map_err(|_| "the length of the prefix cannot be read")?;
+        let gateway = args.next().map(|text| text.parse()).transpose().map_err(|_| "the gateway cannot be read")?;
+        take_place(&Network { address, prefix, gateway })
+    };
+    match place() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _written = writeln!(io::stderr(), "cannot take a place in the network: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Arguments for [`place_in_network`].
+pub(crate) fn network_arguments(network: &Network) -> Vec<String> {
+    let gateway = network.gateway.map(|gateway| gateway.to_string());
+    let place = [network.address.to_string(), network.prefix.to_string()];
+    [NETWORK.to_owned()].into_iter().chain(place).chain(gateway).collect()
+}
+
+/// Removes the keys by which others know this machine: an image's or a
+/// template's are no secret. Whether there is a program that makes new ones.
+pub(crate) fn forget_host_keys() -> io::Result<bool> {
+    let Ok(names) = fs::read_dir("/etc/ssh") else { return Ok(false) };
+    for entry in names {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("ssh_host_") && (name.ends_with("_key") || name.ends_with("_key.pub")) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(Path::new(MAKE_HOST_KEYS[0]).exists())
 }
 
 fn bytes_of(hexadecimal: &str) -> Option<Vec<u8>> {

@@ -195,7 +195,39 @@ impl Init {
             done: false,
         };
         init.start_carrier();
+        if init.port.is_some() {
+            init.make_host_keys();
+        }
         Ok(init)
+    }
+
+    /// Has a machine known by keys of its own from now on.
+    fn make_host_keys(&mut self) {
+        match boot::forget_host_keys() {
+            Ok(true) => self.run_aside(&boot::MAKE_HOST_KEYS.map(str::to_owned)),
+            Ok(false) => {}
+            Err(e) => self.log.note(&format!("cannot remove the host keys: {e}")),
+        }
+    }
+
+    /// Starts a program that nothing waits for.
+    fn run_aside(&mut self, argv: &[String]) {
+        let program = Program { argv, env: &self.env, identity: &Identity::root(), terminal: false };
+        match graphical::start(&program, &self.log) {
+            Ok(pid) => drop(self.children.insert(pid, Child::Other)),
+            Err(e) => self.log.note(&format!("cannot start {argv:?}: {e}")),
+        }
+    }
+
+    /// Becomes another: the machine is a clone.
+    fn identify(&mut self, identity: &qvd_guest::Identity) -> Result<(), String> {
+        boot::identify(identity)?;
+        self.make_host_keys();
+        if let Some(network) = &identity.network {
+            let own = ["/proc/self/exe".to_owned()].into_iter().chain(boot::network_arguments(network));
+            self.run_aside(&own.collect::<Vec<_>>());
+        }
+        Ok(())
     }
 
     /// Starts what carries conversations, in a machine.
@@ -574,7 +606,7 @@ impl Init {
                 if self.port.is_none() {
                     return self.refuse(id, "take another identity", "a container has that of its host");
                 }
-                match boot::identify(&identity) {
+                match self.identify(&identity) {
                     Ok(()) => self.answer(id, &Reply::Done),
                     Err(reason) => self.refuse(id, "take another identity", &reason),
                 }

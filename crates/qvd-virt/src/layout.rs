@@ -66,11 +66,18 @@ const PROC_READ_ONLY: &[&str] = &["asound", "bus", "fs", "irq", "sys"];
 /// Directories of `/sys` that are masked. All of `/sys` is read-only.
 const SYS_DIRS: &[&str] = &["devices/virtual/powercap", "firmware", "hypervisor", "module"];
 
+/// The device for virtual machines.
+///
+/// Source: Linux `Documentation/admin-guide/devices.txt`.
+const KVM: (&str, u32, u32) = ("kvm", 10, 232);
+
 /// What every container of this host gets, found and made once.
 #[derive(Debug)]
 pub(crate) struct Layout {
     /// Detached read-only tmpfs, cloned for each container.
     dev: OwnedFd,
+    /// The same with the device for virtual machines.
+    dev_kvm: OwnedFd,
     null: OwnedFd,
     proc_files: Vec<&'static str>,
     proc_dirs: Vec<&'static str>,
@@ -80,7 +87,8 @@ pub(crate) struct Layout {
 
 impl Layout {
     pub(crate) fn new() -> Result<Self, Error> {
-        let dev = make_dev().map_err(io_error("make the device file system"))?;
+        let dev = make_dev(&[]).map_err(io_error("make the device file system"))?;
+        let dev_kvm = make_dev(&[KVM]).map_err(io_error("make the device file system"))?;
         let null = openat(&dev, "null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(io_error("open the null device"))?;
         let below = |top: &'static str, names: &[&'static str]| {
@@ -88,6 +96,7 @@ impl Layout {
         };
         Ok(Self {
             dev,
+            dev_kvm,
             null,
             proc_files: below("/proc", PROC_FILES),
             proc_dirs: below("/proc", PROC_DIRS),
@@ -108,7 +117,8 @@ impl Layout {
         let mut tree = Tree { root_fd: spec.root, root, work: slot(plan)?, mounted: Vec::new() };
 
         plan.step("attach the root", Op::Attach { mount: root, dir: PlanFd::CWD, path: c"/".to_owned() });
-        let dev = clone_dir(self.dev.as_fd()).map_err(io_error("clone the device file system"))?;
+        let dev = clone_dir(if spec.kvm { &self.dev_kvm } else { &self.dev }.as_fd())
+            .map_err(io_error("clone the device file system"))?;
         let dev = keep(plan, dev)?;
         tree.attach(plan, "/dev", dev)?;
         self.proc(plan, &mut tree, dev)?;
@@ -190,6 +200,7 @@ pub(crate) struct Parts<'a> {
     shm: Bytes,
     run: Bytes,
     inodes: u32,
+    kvm: bool,
 }
 
 impl<'a> Parts<'a> {
@@ -213,6 +224,7 @@ impl<'a> Parts<'a> {
             shm: profile.shm,
             run: profile.run,
             inodes: profile.inodes,
+            kvm: profile.kvm,
         })
     }
 }
@@ -347,7 +359,7 @@ fn tmpfs(size: Bytes, inodes: u32, mode: u32, owner: u32) -> Result<OwnedFd, Err
 /// Devices without a host behind them. Nodes work because the file system
 /// belongs to the host's user namespace; nobody inside may change it, as it is
 /// read-only and its owner has no id there.
-fn make_dev() -> io::Result<OwnedFd> {
+fn make_dev(more: &[(&'static str, u32, u32)]) -> io::Result<OwnedFd> {
     let fs = FsContext::open("tmpfs").map_err(io::Error::other)?;
     for (key, value) in [("mode", "755"), ("size", "64k"), ("nr_inodes", "32")] {
         fs.set(key, value).map_err(io::Error::other)?;
@@ -356,7 +368,7 @@ fn make_dev() -> io::Result<OwnedFd> {
     let dev = fs.mount(limited).map_err(io::Error::other)?;
     // Source: Linux `Documentation/admin-guide/devices.txt`.
     let nodes = [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
-    for (name, major, minor) in nodes {
+    for &(name, major, minor) in nodes.iter().chain(more) {
         mknodat(&dev, name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(major, minor))?;
         // The mode of mknod(2) is cut by the umask of whoever embeds us.
         rustix::fs::chmodat(&dev, name, Mode::from_raw_mode(0o666), rustix::fs::AtFlags::empty())?;

@@ -59,6 +59,8 @@ pub struct Profile {
     pub run: Bytes,
     /// Files, directories and links in each of these.
     pub inodes: u32,
+    /// Whether the host's device for virtual machines can be opened.
+    pub kvm: bool,
 }
 
 impl Default for Profile {
@@ -88,6 +90,7 @@ impl Default for Profile {
             shm: Bytes::mib(512),
             run: Bytes::mib(64),
             inodes: 1 << 16,
+            kvm: false,
         }
     }
 }

@@ -36,6 +36,8 @@ plain! {
     QueryStatus = "query-status" -> RunStatus;
     /// How much memory the balloon leaves to the guest.
     QueryBalloon = "query-balloon" -> BalloonInfo;
+    /// The number that tells a guest that it is a clone.
+    QueryGeneration = "query-vm-generation-id" -> Generation;
     /// How a migration goes.
     QueryMigrate = "query-migrate" -> MigrationInfo;
 }
@@ -47,6 +49,13 @@ pub struct RunStatus {
     pub running: bool,
     /// QEMU's word for the state.
     pub status: String,
+}
+
+/// See [`QueryGeneration`].
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Generation {
+    /// The number.
+    pub guid: String,
 }
 
 /// See [`QueryBalloon`].
@@ -201,5 +210,40 @@ pub struct Screendump<'a> {
 }
 impl Command for Screendump<'_> {
     const NAME: &'static str = "screendump";
+    type Answer = Done;
+}
+
+/// Closes the descriptors of a set.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct RemoveFd {
+    /// Number of the set.
+    #[serde(rename = "fdset-id")]
+    pub set: u32,
+}
+impl Command for RemoveFd {
+    const NAME: &'static str = "remove-fd";
+    type Answer = Done;
+}
+
+/// Removes a network back end.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct NetdevDel<'a> {
+    /// Its name.
+    pub id: &'a str,
+}
+impl Command for NetdevDel<'_> {
+    const NAME: &'static str = "netdev_del";
+    type Answer = Done;
+}
+
+/// Removes a block node.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct BlockdevDel<'a> {
+    /// Its name.
+    #[serde(rename = "node-name")]
+    pub node: &'a str,
+}
+impl Command for BlockdevDel<'_> {
+    const NAME: &'static str = "blockdev-del";
     type Answer = Done;
 }

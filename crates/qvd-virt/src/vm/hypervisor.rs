@@ -103,6 +103,11 @@ impl Qemu {
         Ok(Vm::new(container, control, sockets, Some(words), spec.memory.is_file()))
     }
 
+    /// What is remembered of this host's QEMU: another may do what this cannot.
+    pub(crate) fn binary(&self) -> &Path {
+        &self.binary
+    }
+
     fn contain(&self, spec: &VmSpec, program: Program, fds: Vec<OwnedFd>) -> Result<Container, Error> {
         let root = root().map_err(io_error("make QEMU's file system"))?;
         let mut inside = ContainerSpec::new(spec.id, root, spec.ids, program);
@@ -120,6 +125,7 @@ impl Qemu {
             shm: Bytes::mib(1),
             run: Bytes::mib(1),
             inodes: 64,
+            kvm: spec.accel == Accel::Kvm,
         };
         for (number, fd) in (1..).zip(fds) {
             inside.fds.push(InheritedFd { number, fd });

@@ -19,7 +19,7 @@ use crate::{Error, error::io_error};
 /// Modules that a guest loads, in this order, each after what it depends on.
 /// `crc32c_generic` is asked for by name when erofs and ext4 load, which no
 /// list of dependencies shows.
-const WANTED: [(&str, bool); 15] = [
+const WANTED: [(&str, bool); 16] = [
     ("virtio_pci", true),
     ("virtio_console", true),
     ("crc32c_generic", true),
@@ -32,6 +32,7 @@ const WANTED: [(&str, bool); 15] = [
     ("virtio_net", false),
     ("virtio_balloon", false),
     ("virtio_rng", false),
+    ("vmgenid", false),
     ("af_packet", false),
     ("ipv6", false),
     ("button", false),

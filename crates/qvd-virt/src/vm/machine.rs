@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     command::{Balloon, Cont, QueryBalloon, QueryStatus, Quit, RingbufRead, Stop, SystemPowerdown},
-    qmp::{Command, Event, Qmp, QmpError},
+    qmp::{Command, Event, QemuVersion, Qmp, QmpError},
 };
 use crate::{Container, ContainerRecord, Error, error::io_error};
 
@@ -198,6 +198,45 @@ impl Vm {
     pub(crate) fn call<C: Command>(&mut self, command: &C) -> Result<C::Answer, Error> {
         let answer = self.control.call(command, ANSWERS_WITHIN);
         answer.map_err(|source| self.failed(source))
+    }
+
+    /// As `call`, with descriptors for QEMU.
+    pub(crate) fn call_with<C: Command>(&mut self, command: &C, fds: &[BorrowedFd<'_>]) -> Result<C::Answer, Error> {
+        let answer = self.control.call_with(command, fds, ANSWERS_WITHIN);
+        answer.map_err(|source| self.failed(source))
+    }
+
+    /// Waits at most `limit` for an event that `find` makes something of.
+    pub(crate) fn await_event<T>(
+        &mut self,
+        limit: Duration,
+        mut find: impl FnMut(&Event) -> Option<T>,
+    ) -> Result<Option<T>, Error> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.control.event(left) {
+                Ok(Some(event)) => {
+                    self.note(&event);
+                    if let Some(found) = find(&event) {
+                        return Ok(Some(found));
+                    }
+                }
+                Ok(None) => return Ok(None),
+                Err(QmpError::Closed) => {
+                    // It says why as its last words, a moment before it ends.
+                    self.container.wait(ANSWERS_WITHIN)?;
+                    return Err(Error::Hypervisor { id: self.id(), said: self.words() });
+                }
+                Err(source) => return Err(self.failed(source)),
+            }
+        }
+    }
+
+    /// Version of the QEMU that it runs in.
+    #[must_use]
+    pub const fn version(&self) -> &QemuVersion {
+        self.control.version()
     }
 
     /// Takes note of an event.

@@ -14,12 +14,18 @@ pub mod command;
 mod cpio;
 mod hypervisor;
 mod kernel;
+mod kvm;
 mod machine;
+mod plug;
 mod qmp;
 mod spec;
+mod template;
 
 pub use hypervisor::Qemu;
 pub use kernel::GuestKernel;
+pub use kvm::{AccelChoice, Kvm, KvmMemory};
 pub use machine::{Down, HostMemory, StopLimits, StoppedBy, Vm, VmRecord, VmState};
+pub use plug::{Picture, Slot};
 pub use qmp::{Command, Event, QemuVersion, Qmp, QmpError, lines_of};
 pub use spec::{Accel, BackingSpec, BaseDevice, BaseSpec, Boot, DiskFormat, DiskSpec, Memory, NicSpec, VmSpec};
+pub use template::{Mold, Pool, Template};

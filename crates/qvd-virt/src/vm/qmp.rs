@@ -137,6 +137,13 @@ pub struct QemuVersion {
     pub package: String,
 }
 
+impl QemuVersion {
+    /// Before it has said one.
+    pub(crate) const fn none() -> Self {
+        Self { major: 0, minor: 0, micro: 0, package: String::new() }
+    }
+}
+
 /// A connection to QEMU's control socket, past its greeting.
 #[derive(Debug)]
 pub struct Qmp {
@@ -165,7 +172,7 @@ impl Qmp {
     /// As [`Qmp::connect`].
     pub fn greet(socket: UnixStream, limit: Duration) -> Result<Self, QmpError> {
         socket.set_nonblocking(true).map_err(|source| QmpError::Io { op: "set up", source })?;
-        let version = QemuVersion { major: 0, minor: 0, micro: 0, package: String::new() };
+        let version = QemuVersion::none();
         let mut qmp = Self { socket, buffer: Vec::new(), searched: 0, events: VecDeque::new(), next_id: 0, version };
         let deadline = Instant::now() + limit;
         let line = qmp.line(deadline)?.ok_or(QmpError::Timeout { command: "greeting", limit })?;

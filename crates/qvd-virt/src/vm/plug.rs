@@ -1,0 +1,205 @@
+//! What is changed about a machine while it runs, and what is seen of it.
+
+use std::{
+    fs::File,
+    io::Read as _,
+    os::fd::{AsFd as _, AsRawFd as _},
+    time::Duration,
+};
+
+use qvd_sys::process::memory_file;
+use serde_json::json;
+
+use super::{
+    Vm,
+    arguments::mac,
+    command::{
+        AddFd, BlockdevAdd, BlockdevDel, DeviceAdd, DeviceDel, GetFd, NetdevAdd, NetdevDel, QueryGeneration, RemoveFd,
+        Screendump,
+    },
+    spec::{DiskFormat, DiskSpec, NicSpec},
+};
+use crate::{Error, error::io_error};
+
+/// Where something can be plugged in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// The first place.
+    First,
+    /// The second place.
+    Second,
+}
+
+impl Slot {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::First => "slot0",
+            Self::Second => "slot1",
+        }
+    }
+
+    /// Numbers of descriptor sets are the machine's own; those of its start
+    /// are small.
+    const fn set(self) -> u32 {
+        match self {
+            Self::First => 100,
+            Self::Second => 101,
+        }
+    }
+}
+
+/// Set for a picture, see [`Slot::set`].
+const PICTURE_SET: u32 = 102;
+
+/// Largest picture that is read, in bytes: 4096 x 4096 pixels and a header.
+const MAX_PICTURE: u64 = (4096 * 4096 * 3) + 64;
+
+/// What a screen shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    /// Pixels across.
+    pub width: u32,
+    /// Pixels down.
+    pub height: u32,
+    /// Red, green and blue of each, row by row from the top.
+    pub rgb: Vec<u8>,
+}
+
+impl Vm {
+    /// Plugs in a network interface. A guest that runs takes it within a second
+    /// or two; one that stands still finds it when it goes on.
+    ///
+    /// # Errors
+    /// The place is taken, or QEMU refuses.
+    pub fn plug_nic(&mut self, slot: Slot, nic: &NicSpec) -> Result<(), Error> {
+        let name = slot.name();
+        self.call_with(&GetFd { fdname: name }, &[nic.tap.as_fd()])?;
+        self.call(&NetdevAdd(json!({ "type": "tap", "id": format!("{name}-net"), "fd": name })))?;
+        let device = json!({
+            "driver": "virtio-net-pci", "id": format!("{name}-dev"), "bus": name, "netdev": format!("{name}-net"),
+            "mac": mac(&nic.mac), "romfile": "",
+        });
+        let added = self.call(&DeviceAdd(device)).map(drop);
+        added.inspect_err(|_| drop(self.call(&NetdevDel { id: &format!("{name}-net") })))
+    }
+
+    /// Plugs in a disk that is not an overlay on another.
+    ///
+    /// # Errors
+    /// The place is taken, the disk is an overlay, or QEMU refuses.
+    pub fn plug_disk(&mut self, slot: Slot, disk: &DiskSpec) -> Result<(), Error> {
+        let (name, set) = (slot.name(), slot.set());
+        let driver = match disk.format {
+            DiskFormat::Raw => json!("raw"),
+            DiskFormat::Qcow2 { backing: None } => json!("qcow2"),
+            DiskFormat::Qcow2 { .. } => {
+                let reason = "only what stands alone can be plugged in";
+                return Err(Error::Invalid { what: format!("disk {:?}", disk.serial), reason });
+            }
+        };
+        self.call_with(&AddFd { set }, &[disk.file.as_fd()])?;
+        let node = format!("{name}-disk");
+        let mut block = json!({
+            "driver": driver, "node-name": node, "discard": "unmap",
+            "file": { "driver": "file", "filename": format!("/dev/fdset/{set}"), "locking": "off" },
+        });
+        if driver == "qcow2" {
+            block["backing"] = serde_json::Value::Null;
+        }
+        let added = self.call(&BlockdevAdd(block)).map(drop).and_then(|()| {
+            let device = json!({
+                "driver": "virtio-blk-pci", "id": format!("{name}-dev"), "bus": name, "drive": node,
+                "serial": disk.serial,
+            });
+            let added = self.call(&DeviceAdd(device)).map(drop);
+            added.inspect_err(|_| drop(self.call(&BlockdevDel { node: &node })))
+        });
+        added.inspect_err(|_| drop(self.call(&RemoveFd { set })))
+    }
+
+    /// Unplugs what is in a place: asks the guest to let go of it, and waits
+    /// until it has.
+    ///
+    /// # Errors
+    /// There is nothing, or the guest does not let go within `limit`.
+    pub fn unplug(&mut self, slot: Slot, limit: Duration) -> Result<(), Error> {
+        let name = slot.name();
+        let device = format!("{name}-dev");
+        self.call(&DeviceDel { id: &device })?;
+        let gone = self.await_event(limit, |event| {
+            let which = event.data.get("device").and_then(serde_json::Value::as_str);
+            (event.name == "DEVICE_DELETED" && which == Some(device.as_str())).then_some(())
+        })?;
+        if gone.is_none() {
+            return Err(Error::Timeout { op: format!("unplug {name} of desktop {}", self.id()), limit });
+        }
+        // One of the two was never there.
+        let net = self.call(&NetdevDel { id: &format!("{name}-net") }).is_ok();
+        if !net {
+            self.call(&BlockdevDel { node: &format!("{name}-disk") })?;
+            self.call(&RemoveFd { set: slot.set() })?;
+        }
+        Ok(())
+    }
+
+    /// What its screen shows. Only systems that are not ours have one.
+    ///
+    /// # Errors
+    /// It has no screen, or what QEMU wrote is no picture.
+    pub fn screenshot(&mut self) -> Result<Picture, Error> {
+        let op = || format!("take a picture of desktop {}", self.id());
+        let file = memory_file(c"qvd-picture").map_err(io_error(op()))?;
+        // QEMU takes a descriptor only for what it was opened for.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let to = File::options().write(true).open(path).map_err(io_error(op()))?;
+        let op = op();
+        self.call_with(&AddFd { set: PICTURE_SET }, &[to.as_fd()])?;
+        let taken = self.call(&Screendump { filename: &format!("/dev/fdset/{PICTURE_SET}") }).map(drop);
+        self.call(&RemoveFd { set: PICTURE_SET })?;
+        taken?;
+        let mut bytes = Vec::new();
+        let mut file = File::from(file);
+        std::io::Seek::rewind(&mut file).map_err(io_error(op.clone()))?;
+        file.take(MAX_PICTURE).read_to_end(&mut bytes).map_err(io_error(op.clone()))?;
+        picture(&bytes).ok_or(Error::Invalid { what: op, reason: "what QEMU wrote is no picture" })
+    }
+
+    /// The number by which the guest learns that it is a clone.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn generation(&mut self) -> Result<String, Error> {
+        Ok(self.call(&QueryGeneration)?.guid)
+    }
+}
+
+/// Reads a portable pixmap: `P6`, width, height, 255, a blank, and the bytes.
+fn picture(bytes: &[u8]) -> Option<Picture> {
+    let mut words = Vec::new();
+    let mut at = 0;
+    while words.len() < 4 {
+        let rest = bytes.get(at..)?;
+        let length = rest.iter().take(16).position(u8::is_ascii_whitespace)?;
+        words.push(std::str::from_utf8(rest.get(..length)?).ok()?);
+        at += length + 1;
+    }
+    let [kind, width, height, depth] = words.as_slice() else { return None };
+    let (width, height) = (width.parse::<u32>().ok()?, height.parse::<u32>().ok()?);
+    let rgb = bytes.get(at..)?.to_vec();
+    let whole = u64::from(width) * u64::from(height) * 3 == rgb.len() as u64;
+    (*kind == "P6" && *depth == "255" && whole && width > 0).then_some(Picture { width, height, rgb })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_is_read_if_it_is_whole() {
+        let whole = b"P6\n2 1\n255\nabcdef";
+        assert_eq!(picture(whole), Some(Picture { width: 2, height: 1, rgb: b"abcdef".to_vec() }));
+        for broken in [&whole[..16], b"P5\n2 1\n255\nabcdef", b"P6\n0 0\n255\n", b"P6\n2", b""] {
+            assert_eq!(picture(broken), None);
+        }
+    }
+}
