@@ -226,6 +226,8 @@ pub(crate) enum Image {
         /// Repository to take from what is damaged or missing here
         #[arg(long, value_name = "REMOTE")]
         repair: Option<PathBuf>,
+        #[command(flatten)]
+        access: Access,
     },
     /// Delete what no tag, no recent past of a tag and no desktop needs
     Gc {
@@ -242,8 +244,10 @@ pub(crate) enum Image {
     Pull(Transfer),
     /// Get every flavour of another repository
     Clone {
-        /// The other repository
+        /// The other repository: a directory, or https://USER@HOST[:PORT]
         remote: PathBuf,
+        #[command(flatten)]
+        access: Access,
     },
 }
 
@@ -311,13 +315,26 @@ pub(crate) enum ExportFormat {
 
 #[derive(Debug, Args)]
 pub(crate) struct Transfer {
-    /// The other repository: a directory
+    /// The other repository: a directory, or https://USER@HOST[:PORT]
     pub(crate) remote: PathBuf,
     /// FLAVOUR with all its tags, or FLAVOUR:TAG
     pub(crate) image: Reference,
     /// Let `head` leave commits that the other side does not have
     #[arg(long)]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) access: Access,
+}
+
+/// How another repository is reached.
+#[derive(Debug, Args)]
+pub(crate) struct Access {
+    /// Certificate to trust, in PEM, instead of those that the host trusts
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) ca: Option<PathBuf>,
+    /// Read the password at the other server from the first line of standard input
+    #[arg(long)]
+    pub(crate) password_stdin: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -2,8 +2,8 @@
 
 use std::{
     fs, io,
-    path::{Path, PathBuf},
-    time::{Duration, Instant, SystemTime},
+    path::Path,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Context;
@@ -11,21 +11,22 @@ use qvd_core::{FlavourName, Tag};
 use qvd_storage::{
     Error, Recipe, Repository,
     repository::{
-        Change, Checked, Commit, CommitId, Content, Diff, Directory, Expect, Keep, Logged, NewCommit, Reference,
-        Revision, Rollout, Transferred, Tree, Wanted,
+        Change, Checked, Commit, CommitId, Content, Diff, Expect, Keep, Logged, NewCommit, Reference, Revision,
+        Rollout, Tree,
         archive::{Format, is_disk},
     },
 };
 use serde::Serialize;
 
 use crate::{
-    cli::{ExportFormat, Image, Import, Transfer},
+    cli::{ExportFormat, Image, Import},
     failure::{Exit, Refusal},
     graph,
     image::read_recipe,
     output::{Output, age, one_line},
     paths::Paths,
     signing,
+    transfer::{self, Remote},
 };
 
 /// Carries out a command about the history of images.
@@ -130,7 +131,10 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
         }
         Image::Sign { image, key, password_stdin } => signing::sign(&repository, &image, &key, password_stdin, output),
         Image::Policy { require, none } => signing::policy(&repository, &require, none, output),
-        Image::Fsck { repair } => fsck(&repository, repair.as_deref(), output),
+        Image::Fsck { repair, access } => {
+            let remote = repair.map(|remote| Remote::of(&remote, &access)).transpose().context("cannot repair")?;
+            fsck(&repository, remote.as_ref(), output)
+        }
         Image::Gc { dry_run, keep_days } => {
             let cannot = "cannot collect what is not needed";
             let commits = repository.in_use(&paths.root.join("roots")).context(cannot)?;
@@ -142,36 +146,14 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
                 format!("{verb} {commits} commits, {trees} trees, {objects} objects: {}", mib(c.bytes))
             })
         }
-        Image::Push(transfer) => {
-            let remote = remote_dir(&transfer.remote);
-            let push = || {
-                let there = Repository::open(&remote)?;
-                carry(&Directory::new(repository), &there, &transfer.image, transfer.force, output)
-            };
-            push().with_context(|| format!("cannot push {} to `{}`", transfer.image, transfer.remote.display()))
-        }
-        Image::Pull(Transfer { remote, image, force }) => {
-            let pull = || carry(&Directory::new(existing(&remote_dir(&remote))?), &repository, &image, force, output);
-            pull().with_context(|| format!("cannot pull {image} from `{}`", remote.display()))
-        }
-        Image::Clone { remote } => {
-            let clone = || {
-                let there = existing(&remote_dir(&remote))?;
-                let flavours = there.flavours()?;
-                let source = Directory::new(there);
-                for flavour in flavours {
-                    let image = Reference { flavour, revision: None };
-                    carry(&source, &repository, &image, false, output)?;
-                }
-                anyhow::Ok(())
-            };
-            clone().with_context(|| format!("cannot clone `{}`", remote.display()))
-        }
+        Image::Push(transfer) => transfer::push(repository, &transfer, output),
+        Image::Pull(transfer) => transfer::pull(&repository, &transfer, output),
+        Image::Clone { remote, access } => transfer::clone(&repository, &remote, &access, output),
     }
 }
 
 /// A repository that has to be there.
-fn existing(at: &Path) -> anyhow::Result<Repository> {
+pub(crate) fn existing(at: &Path) -> anyhow::Result<Repository> {
     let none = || Refusal::new(Exit::NotFound, format!("there is no repository in `{}`", at.display()));
     find(at)?.ok_or_else(|| none().into())
 }
@@ -186,12 +168,6 @@ pub(crate) fn find(at: &Path) -> anyhow::Result<Option<Repository>> {
         }
         Err(_) => Ok(None),
     }
-}
-
-/// Where a remote's repository is: itself, or that of an installation.
-fn remote_dir(remote: &Path) -> PathBuf {
-    let images = remote.join("images");
-    if images.join("format").exists() { images } else { remote.to_path_buf() }
 }
 
 fn import(repository: &Repository, import: Import) -> anyhow::Result<CommitId> {
@@ -372,9 +348,9 @@ fn export(
     output.result(&Exported { image, to }, |done| format!("{} written to `{}`", done.image, done.to.display()))
 }
 
-fn fsck(repository: &Repository, remote: Option<&Path>, output: &Output) -> anyhow::Result<()> {
-    let remote = remote.map(|remote| existing(&remote_dir(remote))).transpose().context("cannot repair")?;
-    let checked = repository.fsck(remote.as_ref()).context("cannot check the images")?;
+fn fsck(repository: &Repository, remote: Option<&Remote>, output: &Output) -> anyhow::Result<()> {
+    let source = remote.map(Remote::source).transpose().context("cannot repair")?;
+    let checked = repository.fsck(source.as_deref()).context("cannot check the images")?;
     output.result(&checked, |checked: &Checked| {
         let problems = checked.problems.iter().map(|problem| {
             let end = if problem.repaired { "; repaired" } else { "" };
@@ -393,57 +369,12 @@ fn fsck(repository: &Repository, remote: Option<&Path>, output: &Output) -> anyh
     Err(Refusal::new(Exit::Failed, format!("{count} damaged or missing; {remedy}")).into())
 }
 
-/// Carries a flavour from one repository to another and says how far it is.
-fn carry(source: &Directory, to: &Repository, image: &Reference, force: bool, output: &Output) -> anyhow::Result<()> {
-    let tag = match &image.revision {
-        None => None,
-        Some(Revision::Tag(tag)) => Some(tag.clone()),
-        Some(_) => {
-            let what = "commits travel by their tags: give FLAVOUR or FLAVOUR:TAG";
-            return Err(Refusal::new(Exit::Usage, what).into());
-        }
-    };
-    let wanted = Wanted { flavour: image.flavour.clone(), tag, force };
-    let progress = output.progress();
-    let (started, mut told) = (Instant::now(), Duration::ZERO);
-    let done = to.pull(source, &wanted, &author(), &mut |so_far: &Transferred| {
-        let took = started.elapsed();
-        if took > told + Duration::from_secs(1) {
-            told = took;
-            progress.say(&how_far(so_far, took));
-        }
-    });
-    drop(progress);
-    output.result(&done?, |done| {
-        let Transferred { commits, objects, bytes, wire_bytes, .. } = done;
-        format!("{image}: {commits} commits, {objects} objects ({}) in {} of traffic", mib(*bytes), mib(*wire_bytes))
-    })
-}
-
-fn how_far(so_far: &Transferred, took: Duration) -> String {
-    let left = match so_far.bytes {
-        0 => String::new(),
-        bytes => {
-            let rest = so_far.bytes_total.saturating_sub(bytes);
-            let seconds = took.as_secs().saturating_mul(rest) / bytes;
-            format!(", {seconds} s left")
-        }
-    };
-    format!(
-        "{} of {} objects, {} of {}{left}",
-        so_far.objects,
-        so_far.objects_total,
-        mib(so_far.bytes),
-        mib(so_far.bytes_total)
-    )
-}
-
 /// Enough of an id to tell commits apart.
 pub(crate) fn short(id: CommitId) -> String {
     id.hex().chars().take(12).collect()
 }
 
-fn mib(bytes: u64) -> String {
+pub(crate) fn mib(bytes: u64) -> String {
     match bytes {
         0..1_048_576 => format!("{} KiB", bytes.div_ceil(1024)),
         _ => format!("{} MiB", bytes >> 20),

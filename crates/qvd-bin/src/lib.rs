@@ -17,6 +17,7 @@ mod paths;
 mod remote;
 mod signing;
 mod terminal;
+mod transfer;
 mod up;
 
 use std::{ffi::OsString, process::ExitCode};

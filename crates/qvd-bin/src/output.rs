@@ -99,6 +99,29 @@ pub(crate) enum Progress {
 }
 
 impl Progress {
+    /// How long to wait until there is something to show again.
+    pub(crate) const fn pause(&self) -> Duration {
+        match self {
+            Self::Bar(_) => Duration::from_millis(100),
+            _ => Duration::from_secs(1),
+        }
+    }
+
+    /// Shows how many bytes of how many are done, and `text` beside it.
+    pub(crate) fn amount(&self, bytes: u64, total: u64, text: &str) {
+        if let Self::Bar(bar) = self
+            && bar.length() != Some(total)
+        {
+            bar.set_length(total);
+            let style = ProgressStyle::with_template("{bar:24} {percent:>3}% {msg} {elapsed}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        }
+        if let Self::Bar(bar) = self {
+            bar.set_position(bytes);
+        }
+        self.say(text);
+    }
+
     pub(crate) fn say(&self, text: &str) {
         let text = one_line(text);
         match self {

@@ -43,6 +43,11 @@ pub(crate) fn obtain(source: &PasswordSource) -> anyhow::Result<Password> {
     Ok(Password { secret, generated: false })
 }
 
+/// Gets a password that exists, from a pipe or by asking.
+pub(crate) fn known(piped: bool) -> anyhow::Result<Secret> {
+    if piped { read_line(&mut io::stdin().lock()) } else { ask("Password: ") }
+}
+
 fn generate() -> Secret {
     let mut random = rand::rng();
     let letters = (0..GENERATED_LEN).filter_map(|_| ALPHABET.choose(&mut random));

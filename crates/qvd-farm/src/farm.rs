@@ -10,6 +10,7 @@ use std::{
 
 use qvd_core::DesktopId;
 use qvd_node::{Host, ImageSummary};
+use qvd_storage::Repository;
 use sqlx::{
     Sqlite, SqlitePool, Transaction,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
@@ -133,6 +134,12 @@ impl Farm {
             .map_err(|e| FarmError::host(format!("cannot build the image of `{}`", recipe.display()), e))?;
         tracing::info!(flavour = %built.flavour, digest = %built.digest, reused = built.reused, "image built");
         Ok(built)
+    }
+
+    /// The repository of the host's images, if it is on this machine.
+    #[must_use]
+    pub fn repository(&self) -> Option<Arc<Repository>> {
+        self.inner.host.repository()
     }
 
     pub(crate) fn pool(&self) -> &SqlitePool {

@@ -7,7 +7,7 @@ use std::{
     fmt,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -17,7 +17,7 @@ use qvd_core::{
 };
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
 use qvd_net::{Guard, Mended, Network, Port, PortSpec, PortView, loopback_up};
-use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Root, RootId, Store};
+use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Repository, Root, RootId, Store};
 use qvd_virt::{Container, ContainerMount, ContainerSpec, Exit, InheritedFd, Program, Runtime, seal};
 
 use crate::{
@@ -420,6 +420,10 @@ impl Parts {
 
     pub(crate) fn images(&self) -> Result<Vec<ImageSummary>, HostError> {
         ImageSummary::all(self.store.repository()).map_err(storage("cannot list the images"))
+    }
+
+    pub(crate) fn repository(&self) -> Arc<Repository> {
+        Arc::clone(self.store.repository())
     }
 
     pub(crate) fn follow(

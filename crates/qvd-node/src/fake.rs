@@ -13,7 +13,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
@@ -21,6 +21,7 @@ use std::{
 use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
 use qvd_net::PortView;
+use qvd_storage::Repository;
 
 use crate::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, ExecStdio, Host, HostError, HostErrorKind,
@@ -88,6 +89,7 @@ struct State {
     failures: HashMap<Op, Vec<HostError>>,
     script: Option<Script>,
     recipes: HashMap<PathBuf, FlavourName>,
+    repository: Option<Arc<Repository>>,
 }
 
 /// A strict host in memory. Starts with one image, of flavour `icewm`.
@@ -122,6 +124,11 @@ impl FakeHost {
     /// Lets a recipe file build an image of `flavour`; others do not exist.
     pub fn add_recipe(&self, recipe: impl Into<PathBuf>, flavour: FlavourName) {
         self.state().recipes.insert(recipe.into(), flavour);
+    }
+
+    /// Gives it a repository, which it has none of until then.
+    pub fn keep_images_in(&self, repository: Arc<Repository>) {
+        self.state().repository = Some(repository);
     }
 
     /// Makes the next call of `op` fail.
@@ -325,6 +332,10 @@ impl Host for FakeHost {
             Some(image) => Ok(image.digest),
             None => Err(HostError::new(HostErrorKind::NotFound, format!("flavour {flavour} has no tag `{tag}`"))),
         }
+    }
+
+    fn repository(&self) -> Option<Arc<Repository>> {
+        self.state().repository.clone()
     }
 }
 

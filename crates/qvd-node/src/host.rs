@@ -102,6 +102,9 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// # Errors
     /// There is no such flavour or tag, or the repository cannot be read.
     fn follow(&self, flavour: &FlavourName, tag: &Tag, desktop: Option<DesktopId>) -> Result<Digest, HostError>;
+
+    /// The repository of its images, if that is on this machine.
+    fn repository(&self) -> Option<Arc<Repository>>;
 }
 
 /// What somebody who has to choose a next step needs to know of an error.

@@ -12,6 +12,7 @@ use qvd_core::{
 };
 use qvd_guest::{ExecRequest, Stats};
 use qvd_net::PortView;
+use qvd_storage::Repository;
 
 use crate::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, Host, HostError, HostErrorKind, ImageSummary,
@@ -466,5 +467,9 @@ impl Host for Node {
 
     fn follow(&self, flavour: &FlavourName, tag: &Tag, desktop: Option<DesktopId>) -> Result<Digest, HostError> {
         self.inner.parts.follow(flavour, tag, desktop)
+    }
+
+    fn repository(&self) -> Option<Arc<Repository>> {
+        Some(self.inner.parts.repository())
     }
 }

@@ -140,7 +140,7 @@ impl Store {
 
     /// The repository that its images are commits of.
     #[must_use]
-    pub fn repository(&self) -> &Repository {
+    pub fn repository(&self) -> &Arc<Repository> {
         self.images.repository()
     }
 

@@ -9,7 +9,7 @@ use std::{
 
 use axum::{
     extract::{FromRequest, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
 use hyper::upgrade::{OnUpgrade, Upgraded};
@@ -29,6 +29,7 @@ use super::{
     dto::ErrorInfo,
     error::ApiError,
     frame::{self, Frame},
+    repository::{asks_for, upgrade_required},
     router::{ApiState, At, Body, visible},
 };
 
@@ -49,13 +50,9 @@ pub(super) async fn exec(
     mut request: Request,
 ) -> Result<Response, ApiError> {
     visible(&farm, &caller, id).await?;
-    let upgrade = request.extensions_mut().remove::<OnUpgrade>().filter(|_| asks_for_exec(request.headers()));
-    let Some(upgrade) = upgrade else {
-        let message = format!("this path takes `Connection: Upgrade` and `Upgrade: {}`", frame::PROTOCOL);
-        let mut response = ApiError::plain(StatusCode::UPGRADE_REQUIRED, "upgrade_required", message).into_response();
-        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static(frame::PROTOCOL));
-        return Ok(response);
-    };
+    let upgrade =
+        request.extensions_mut().remove::<OnUpgrade>().filter(|_| asks_for(request.headers(), frame::PROTOCOL));
+    let Some(upgrade) = upgrade else { return Ok(upgrade_required(frame::PROTOCOL)) };
     let Body(program) = Body::<ExecRequest>::from_request(request, &()).await?;
     if program.root && !caller.is_admin() {
         return Err(ApiError::forbidden());
@@ -72,14 +69,6 @@ pub(super) async fn exec(
     });
     let headers = [(header::CONNECTION, "Upgrade"), (header::UPGRADE, frame::PROTOCOL)];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
-}
-
-fn asks_for_exec(headers: &HeaderMap) -> bool {
-    let has = |name, word: &str| {
-        let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
-        values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(word))
-    };
-    has(header::CONNECTION, "upgrade") && has(header::UPGRADE, frame::PROTOCOL)
 }
 
 type Stream = TokioIo<Upgraded>;

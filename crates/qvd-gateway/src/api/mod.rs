@@ -29,6 +29,7 @@
 //! | `GET desktops/{id}/network` | | `PortView` or null | users their own |
 //! | `POST desktops/{id}/network` | [`dto::ExplainFrames`] | the same, with what becomes of the frames | users their own |
 //! | `POST desktops/{id}/exec` | `ExecRequest` | 101, then [frames](frame) | administrators |
+//! | `GET repository/pull`, `repository/push` | | 101, then [questions](qvd_storage::repository::wire) | administrators |
 //! | `GET sessions` | | `[SessionInfo]` | users their own |
 //! | `DELETE sessions/{id}` | | 204 | users their own |
 //!
@@ -37,15 +38,18 @@
 
 mod client;
 mod client_exec;
+mod door;
 pub mod dto;
 mod error;
 mod exec;
 pub mod frame;
+mod repository;
 mod router;
 mod unix;
 
 pub use client::{Client, ClientError};
 pub use client_exec::{ExecOutput, ExecReader, ExecWriter};
+pub use door::{Direction, RepositoryDoor, trusting};
 pub use router::{ApiState, router};
 pub use unix::{UnixDoor, UnixServeError, serve_unix};
 

@@ -23,7 +23,7 @@ use super::{
     Caller,
     dto::{AddUser, BuildImage, ChangeDesktop, CreateDesktop, Event, ExplainFrames, Health, SetPassword, WhoAmI},
     error::ApiError,
-    exec,
+    exec, repository,
 };
 
 /// Longest request body, in bytes: an argument list of a program fits.
@@ -57,6 +57,8 @@ pub fn router(state: ApiState) -> Router {
         .route("/desktops/{id}/stats", get(stats))
         .route("/desktops/{id}/network", get(network).post(explain))
         .route("/desktops/{id}/exec", post(exec::exec))
+        .route("/repository/pull", get(repository::pull))
+        .route("/repository/push", get(repository::push))
         .route("/sessions", get(sessions))
         .route("/sessions/{id}", delete(end_session))
         .fallback(|| async { ApiError::plain(StatusCode::NOT_FOUND, "unknown_path", "there is no such path") })

@@ -38,7 +38,8 @@ impl Credentials {
     }
 }
 
-fn basic(value: &str) -> Result<Credentials, Refusal> {
+/// Reads what stands behind `Basic`.
+pub(crate) fn basic(value: &str) -> Result<Credentials, Refusal> {
     let bad = || Refusal::new(401, "bad_credentials", "sign in: user and password are not readable");
     let text = BASE64_STANDARD.decode(value).ok().and_then(|bytes| String::from_utf8(bytes).ok()).ok_or_else(bad)?;
     let (login, password) = text.split_once(':').ok_or_else(bad)?;

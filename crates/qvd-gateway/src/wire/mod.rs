@@ -27,8 +27,7 @@ use tokio::{
 use crate::{display::Display, server::Shared};
 use answer::Answer;
 pub(crate) use answer::{Refusal, causes, explained};
-use credentials::Credentials;
-pub(crate) use credentials::{TENANT, split_tenant, token};
+pub(crate) use credentials::{Credentials, TENANT, basic, split_tenant, token};
 use head::{HEAD_MAX, Head};
 
 /// Paths that belong to this protocol start so.

@@ -31,7 +31,7 @@ pub(crate) struct Site {
     connector: TlsConnector,
     stop: Option<oneshot::Sender<()>>,
     serving: JoinHandle<()>,
-    _dir: tempfile::TempDir,
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Site {
@@ -67,7 +67,7 @@ impl Site {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let connector = TlsConnector::from(Arc::new(client));
-        Self { address, host, farm, desktop, connector, stop: Some(stop), serving, _dir: dir }
+        Self { address, host, farm, desktop, connector, stop: Some(stop), serving, dir }
     }
 
     pub(crate) async fn connect(&self) -> Wire {

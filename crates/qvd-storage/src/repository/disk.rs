@@ -190,7 +190,12 @@ impl Repository {
             let reason = "it is no list of blocks".to_owned();
             return Err(Error::DamagedPart { what: format!("object {list}"), reason });
         }
-        let id = |id: &[u8]| <[u8; ID_BYTES]>::try_from(id).ok().filter(|id| *id != [0; ID_BYTES]);
-        Ok(bytes.chunks_exact(ID_BYTES).map(|block| id(block).map(|id| ObjectId::new(Digest::new(id)))).collect())
+        Ok(blocks(&bytes))
     }
+}
+
+/// The blocks that a list names; none stands for zeros.
+pub(crate) fn blocks(list: &[u8]) -> Vec<Option<ObjectId>> {
+    let id = |id: &[u8]| <[u8; ID_BYTES]>::try_from(id).ok().filter(|id| *id != [0; ID_BYTES]);
+    list.chunks_exact(ID_BYTES).map(|block| id(block).map(|id| ObjectId::new(Digest::new(id)))).collect()
 }

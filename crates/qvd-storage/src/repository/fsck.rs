@@ -14,7 +14,10 @@ use std::{
 
 use serde::Serialize;
 
-use super::{CommitId, Content, ObjectId, Repository, Tree, TreeId, erofs, ids, lock::Lock, verity};
+use super::{
+    Commit, CommitId, Content, ObjectId, Repository, Source, Tree, TreeId, disk, erofs, ids, lock::Lock,
+    transfer::LIST_MAX_BYTES, verity,
+};
 use crate::{Error, fsio};
 
 /// Most threads that read and hash.
@@ -82,8 +85,9 @@ impl Repository {
     /// # Errors
     /// The repository cannot be read at all. What is damaged is no error: it is
     /// in the result.
-    pub fn fsck(&self, from: Option<&Self>) -> Result<Checked, Error> {
+    pub fn fsck(&self, from: Option<&dyn Source>) -> Result<Checked, Error> {
         let _keep = Lock::shared(&self.lock_path())?;
+        let from = from.map(Spare);
         let mut check =
             Check { repository: self, found: Vec::new(), checked: Checked::default(), needed: BTreeSet::new() };
         check.commits(from)?;
@@ -149,7 +153,7 @@ impl Repository {
 
     /// Puts something in place of what is damaged; says whether there was a
     /// sound one.
-    fn repair(&self, part: Part, from: &Self) -> Result<bool, Error> {
+    fn repair(&self, part: Part, from: Spare<'_>) -> Result<bool, Error> {
         if let Part::Novel(id) = part {
             // It is made of what has been repaired before.
             self.forget_novel(id)?;
@@ -158,23 +162,18 @@ impl Repository {
         let staged = tempfile::NamedTempFile::new_in(self.incoming()).map_err(Error::io("write below", self.dir()))?;
         let write = |bytes: &[u8]| io::Write::write_all(&mut staged.as_file(), bytes);
         let (sound, to) = match part {
-            Part::Object(id) => {
-                let copied = File::open(from.objects.path(id)).and_then(|mut file| verity::copy(&mut file, write));
-                (copied.is_ok_and(|(found, _)| found == id), self.objects.path(id))
-            }
+            Part::Object(id) => (from.object(id, &mut { write }), self.objects.path(id)),
             Part::Tree(id) => {
-                let sound = |bytes: &Vec<u8>| Tree::decode(bytes).is_ok_and(|(found, _)| found == id);
-                let bytes = fs::read(from.tree_path(id)).ok().filter(sound);
-                (bytes.is_some_and(|bytes| write(&bytes).is_ok()), self.tree_path(id))
+                let tree = from.tree(id);
+                (tree.is_some_and(|tree| write(&tree.encode().1).is_ok()), self.tree_path(id))
             }
             Part::Mountable(id) => {
-                let tree = self.tree(id).or_else(|_| from.tree(id));
-                (tree.is_ok_and(|tree| write(&erofs::image(&tree)).is_ok()), self.mountable_path(id))
+                let tree = self.tree(id).ok().or_else(|| from.tree(id));
+                (tree.is_some_and(|tree| write(&erofs::image(&tree)).is_ok()), self.mountable_path(id))
             }
             Part::Commit(id) => {
-                let sound = from.commit(id).is_ok();
-                let bytes = fs::read(from.commit_path(id)).unwrap_or_default();
-                (sound && write(&bytes).is_ok(), self.commit_path(id))
+                let commit = from.commit(id);
+                (commit.is_some_and(|(bytes, _)| write(&bytes).is_ok()), self.commit_path(id))
             }
             Part::Novel(_) => return Ok(false),
         };
@@ -197,9 +196,50 @@ impl Repository {
     }
 }
 
+/// Another repository, which sound copies may come from. What it gives is
+/// checked; that it has nothing sound is no error.
+#[derive(Clone, Copy)]
+struct Spare<'a>(&'a dyn Source);
+
+impl Spare<'_> {
+    fn commit(self, id: CommitId) -> Option<(Vec<u8>, Commit)> {
+        let bytes = self.0.commit(id).ok()?;
+        let (found, commit) = Commit::decode(&bytes).ok()?;
+        (found == id).then_some((bytes, commit))
+    }
+
+    fn tree(self, id: TreeId) -> Option<Tree> {
+        let (found, tree) = Tree::decode(&self.0.tree(id, None).ok()?).ok()?;
+        (found == id).then_some(tree)
+    }
+
+    /// Copies a content; says whether it is that.
+    fn object(self, id: ObjectId, write: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> bool {
+        let mut sound = false;
+        let given = self.0.objects(&[id], &mut |_, content| {
+            sound = verity::copy(content, &mut *write)?.0 == id;
+            Ok(())
+        });
+        given.is_ok() && sound
+    }
+
+    fn blocks(self, list: ObjectId) -> Option<Vec<Option<ObjectId>>> {
+        let mut bytes = Vec::new();
+        let sound = self.object(list, &mut |some| {
+            bytes.extend_from_slice(some);
+            if bytes.len() as u64 > LIST_MAX_BYTES { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+        });
+        sound.then(|| disk::blocks(&bytes))
+    }
+
+    fn signatures(self, id: CommitId) -> Result<Vec<String>, Error> {
+        Ok(self.0.signatures(&[id])?.remove(&id).unwrap_or_default())
+    }
+}
+
 impl Check<'_> {
     /// Commits, those included that are missing but a parent or under a tag.
-    fn commits(&mut self, from: Option<&Repository>) -> Result<(), Error> {
+    fn commits(&mut self, from: Option<Spare<'_>>) -> Result<(), Error> {
         let mut todo = self.repository.commits()?;
         for flavour in self.repository.flavours()? {
             for tag in self.repository.tag_names(&flavour)? {
@@ -219,7 +259,7 @@ impl Check<'_> {
                 Err(error) => {
                     self.found.push((Part::Commit(id), reason(&error)));
                     // What it needs is checked too, if there is a sound one.
-                    let Some(commit) = from.and_then(|from| from.commit(id).ok()) else { continue };
+                    let Some((_, commit)) = from.and_then(|from| from.commit(id)) else { continue };
                     commit
                 }
             };
@@ -228,7 +268,7 @@ impl Check<'_> {
             match commit.content {
                 Content::Tree { id, .. } if !self.repository.tree_path(id).exists() => {
                     self.found.push((Part::Tree(id), "it is missing".to_owned()));
-                    if let Some(tree) = from.and_then(|from| from.tree(id).ok()) {
+                    if let Some(tree) = from.and_then(|from| from.tree(id)) {
                         self.needed.extend(tree.objects().map(|(object, _)| object));
                         self.found.push((Part::Mountable(id), "it is missing".to_owned()));
                     }
@@ -237,7 +277,7 @@ impl Check<'_> {
                 Content::Disk { blocks, .. } => {
                     self.needed.insert(blocks);
                     let listed = self.repository.disk_blocks(blocks).or_else(|error| match from {
-                        Some(from) => from.disk_blocks(blocks),
+                        Some(from) => from.blocks(blocks).ok_or(error),
                         None => Err(error),
                     });
                     self.needed.extend(listed.into_iter().flatten().flatten());
@@ -247,14 +287,14 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn trees(&mut self, from: Option<&Repository>) -> Result<(), Error> {
+    fn trees(&mut self, from: Option<Spare<'_>>) -> Result<(), Error> {
         for id in ids(&self.repository.dir().join("trees"), TreeId::from_hex)? {
             self.checked.trees += 1;
             let tree = match self.repository.tree(id) {
                 Ok(tree) => tree,
                 Err(error) => {
                     self.found.push((Part::Tree(id), reason(&error)));
-                    let Some(tree) = from.and_then(|from| from.tree(id).ok()) else { continue };
+                    let Some(tree) = from.and_then(|from| from.tree(id)) else { continue };
                     tree
                 }
             };
@@ -300,7 +340,7 @@ impl Check<'_> {
     }
 
     /// Signatures: one that is wrong is replaced by that of the other repository.
-    fn signatures(&mut self, from: Option<&Repository>) -> Result<(), Error> {
+    fn signatures(&mut self, from: Option<Spare<'_>>) -> Result<(), Error> {
         for (id, path, reason) in self.repository.wrong_signatures()? {
             let mut repaired = false;
             for text in from.map_or_else(|| Ok(Vec::new()), |from| from.signatures(id))? {

@@ -2,23 +2,20 @@
 //! visible when it is whole.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    fmt,
+    collections::{HashMap, HashSet},
     io::{self, Read},
     sync::{
-        Arc, Mutex, PoisonError,
+        Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     thread,
 };
 
 use qvd_core::{FlavourName, Tag};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
-    Commit, CommitId, Content, Expect, ObjectId, Repository, Signatures, Staging, Tree, TreeId,
-    signing::SIGNATURES_MAX,
-    wire::{Channel, Remote, answer},
+    Commit, CommitId, Content, Expect, ObjectId, Repository, Source, Staging, Tree, TreeId, signing::SIGNATURES_MAX,
 };
 use crate::{Error, fsio};
 
@@ -29,128 +26,11 @@ const BATCH_BYTES: u64 = 16 << 20;
 const BATCH_OBJECTS: usize = 512;
 /// After so many bytes what arrived gets its name: a cut later costs no more.
 const SETTLE_BYTES: u64 = 128 << 20;
-/// As much as a pipe holds. Source: pipe(7).
-const PIPE_BYTES: usize = 64 << 10;
 /// Largest content of which no tree says how long it is: a list.
-const LIST_MAX_BYTES: u64 = 256 << 20;
-
-/// Where a repository can get things from: another one, however far away. What
-/// it gives is not trusted.
-pub trait Source: fmt::Debug + Send + Sync {
-    /// Every flavour that it has.
-    ///
-    /// # Errors
-    /// It cannot be reached, or is damaged; so for all of these.
-    fn flavours(&self) -> Result<Vec<FlavourName>, Error>;
-
-    /// A flavour's tags and where they are.
-    ///
-    /// # Errors
-    /// As [`Source::flavours`].
-    fn tags(&self, flavour: &FlavourName) -> Result<BTreeMap<Tag, CommitId>, Error>;
-
-    /// The encoding of a commit.
-    ///
-    /// # Errors
-    /// As [`Source::flavours`]; also if there is no such commit.
-    fn commit(&self, id: CommitId) -> Result<Vec<u8>, Error>;
-
-    /// The signatures of those of these commits that have any.
-    ///
-    /// # Errors
-    /// As [`Source::flavours`].
-    fn signatures(&self, commits: &[CommitId]) -> Result<Signatures, Error>;
-
-    /// The encoding of a tree. The caller has the tree `like`, if any: a source
-    /// may send what differs.
-    ///
-    /// # Errors
-    /// As [`Source::commit`].
-    fn tree(&self, id: TreeId, like: Option<&Tree>) -> Result<Vec<u8>, Error>;
-
-    /// Gives each of these contents to `take`, in any order.
-    ///
-    /// # Errors
-    /// As [`Source::commit`], and what `take` fails with.
-    fn objects(
-        &self,
-        ids: &[ObjectId],
-        take: &mut dyn FnMut(ObjectId, &mut dyn Read) -> io::Result<()>,
-    ) -> Result<(), Error>;
-
-    /// Bytes that have come from it so far.
-    fn received_bytes(&self) -> u64;
-}
-
-/// Another repository in a directory of this host, which may be of another host
-/// in truth: what is taken from it is compressed and counted as on any way.
-#[derive(Debug)]
-pub struct Directory(Remote<Here>);
-
-impl Directory {
-    /// Takes from a repository.
-    #[must_use]
-    pub fn new(repository: Repository) -> Self {
-        let name = repository.dir().display().to_string();
-        Self(Remote::new(name, Here(Arc::new(repository))))
-    }
-}
-
-/// Answers come from a thread of this process.
-#[derive(Debug)]
-struct Here(Arc<Repository>);
-
-impl Channel for Here {
-    fn ask(&self, question: &[u8]) -> io::Result<Box<dyn Read + '_>> {
-        let (from, to) = io::pipe()?;
-        let (repository, question) = (Arc::clone(&self.0), question.to_vec());
-        let give = move || {
-            let mut to = io::BufWriter::with_capacity(PIPE_BYTES, to);
-            if let Err(error) = answer(&repository, &question, &mut to) {
-                tracing::debug!(%error, "an answer was cut off");
-            }
-        };
-        thread::Builder::new().name("repository".to_owned()).spawn(give)?;
-        Ok(Box::new(from))
-    }
-}
-
-impl Source for Directory {
-    fn flavours(&self) -> Result<Vec<FlavourName>, Error> {
-        self.0.flavours()
-    }
-
-    fn tags(&self, flavour: &FlavourName) -> Result<BTreeMap<Tag, CommitId>, Error> {
-        self.0.tags(flavour)
-    }
-
-    fn commit(&self, id: CommitId) -> Result<Vec<u8>, Error> {
-        self.0.commit(id)
-    }
-
-    fn signatures(&self, commits: &[CommitId]) -> Result<Signatures, Error> {
-        self.0.signatures(commits)
-    }
-
-    fn tree(&self, id: TreeId, like: Option<&Tree>) -> Result<Vec<u8>, Error> {
-        self.0.tree(id, like)
-    }
-
-    fn objects(
-        &self,
-        ids: &[ObjectId],
-        take: &mut dyn FnMut(ObjectId, &mut dyn Read) -> io::Result<()>,
-    ) -> Result<(), Error> {
-        self.0.objects(ids, take)
-    }
-
-    fn received_bytes(&self) -> u64 {
-        self.0.received_bytes()
-    }
-}
+pub(crate) const LIST_MAX_BYTES: u64 = 256 << 20;
 
 /// How far a transfer is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transferred {
     /// Commits that arrived.
     pub commits: u64,
@@ -169,7 +49,8 @@ pub struct Transferred {
 }
 
 /// What is to be transferred.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Wanted {
     /// Flavour.
     pub flavour: FlavourName,

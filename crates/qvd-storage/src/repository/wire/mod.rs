@@ -16,6 +16,7 @@
 
 mod answer;
 mod remote;
+mod stream;
 
 use std::{fmt, io};
 
@@ -26,6 +27,7 @@ use super::{CommitId, ObjectId, TreeId};
 
 pub use answer::answer;
 pub use remote::Remote;
+pub use stream::{Stream, Streams, Turn, give, receive, serve};
 
 /// Longest question in bytes: it names at most [`OBJECTS_MAX`] contents.
 pub const QUESTION_MAX_BYTES: u64 = 1 << 17;
