@@ -142,6 +142,11 @@ impl Netlink {
     where
         M: NetlinkSerializable + NetlinkDeserializable + fmt::Debug,
     {
+        // The kernel refuses to be sent nothing (Linux `net/netlink/af_netlink.c`,
+        // `netlink_sendmsg`).
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
         let first = self.sequence.wrapping_add(1);
         let mut bytes = Vec::new();
         let acknowledged: Vec<bool> = batch.iter().map(|request| request.flags & NLM_F_ACK != 0).collect();

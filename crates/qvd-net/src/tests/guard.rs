@@ -128,3 +128,18 @@ fn a_blocked_port_is_silent_until_it_is_unblocked() {
         }
     });
 }
+
+/// A network without ports has nothing to cut, and nothing to complain of.
+#[test]
+fn a_network_without_ports_is_compared_and_mended_too() {
+    privileged(NEEDS, || {
+        for backend in Backend::ALL {
+            on_a_host(|| {
+                let network = Network::open(NetConfig { internet: true, backend, ..config() }).unwrap();
+                assert_eq!(network.mend().unwrap(), crate::Mended::default(), "{backend}");
+                network.block(&[]).unwrap();
+                network.unblock(&[]).unwrap();
+            });
+        }
+    });
+}
