@@ -22,7 +22,7 @@ use qvd_storage::{
         archive::{Format, IMPORT_MAX_BYTES},
     },
 };
-use qvd_sys::memory::Mapping;
+use qvd_sys::map::SharedMap;
 
 /// Scripts that write an archive which was made to do harm.
 const HOSTILE: [(&str, &str); 6] = [
@@ -228,7 +228,7 @@ fn forget(path: &Path) -> Result<()> {
 fn resident(path: &Path) -> Result<usize> {
     let file = fs::File::open(path)?;
     let bytes = usize::try_from(file.metadata()?.len())?;
-    Ok(Mapping::new(file.as_fd(), bytes)?.resident_bytes()?)
+    Ok(SharedMap::new(file.as_fd(), bytes, false)?.resident_bytes()?)
 }
 
 fn make_tree(at: &Path) -> Result<()> {
