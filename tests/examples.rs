@@ -230,3 +230,24 @@ fn image_history_walks_through_all_of_it() {
         assert!(said.ends_with("done\n"));
     });
 }
+
+#[test]
+fn vm_clones_machines_from_a_template_and_removes_them() {
+    privileged(&[Need::Root, Need::UserNamespaces, Need::Cgroup, Need::Bed, Need::Env("QVD_INIT")], || {
+        let dir = tempfile::tempdir().unwrap();
+        let before = Census::take(&Scope::marked(["qvd-c0de/"]));
+        let mut command = Command::new(example("vm"));
+        command.args(["--template", "--count", "2", "--memory", "128", "--kernel"]);
+        command.arg(qvd_testkit::bed_directory().unwrap()).arg("--image").arg(base(dir.path()));
+        with_roots(&mut command, 2, |machines| {
+            for machine in machines {
+                assert_eq!(machine["cloned"], true);
+                let pid = machine["pid"].as_u64().unwrap();
+                assert!(Path::new(&format!("/proc/{pid}")).exists());
+                assert!(machine["session_ms"].as_f64() > machine["boot_ms"].as_f64());
+                assert!(machine["pss_mib"].as_u64().unwrap() < 128);
+            }
+        });
+        before.assert_unchanged();
+    });
+}

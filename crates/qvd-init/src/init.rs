@@ -61,15 +61,16 @@ pub(crate) fn run() -> ExitCode {
 }
 
 /// Runs as the first process of a machine whose port is `port`, until it is
-/// told to stop.
+/// told to stop. Says whether the machine became another meanwhile: a clone.
 pub(crate) fn run_in_machine(
     begin: Instant,
     control: OwnedFd,
     config: InitConfig,
     port: OwnedFd,
-) -> Result<(), String> {
+) -> Result<bool, String> {
     let mut init = Init::new(begin, control, check(config)?, Some(port))?;
-    init.serve().map_err(|e| format!("cannot wait for events: {e}"))
+    init.serve().map_err(|e| format!("cannot wait for events: {e}"))?;
+    Ok(init.cloned)
 }
 
 /// Reads the configuration, wherever the writer left the file's offset.
@@ -154,6 +155,8 @@ struct Init {
     next: Client,
     /// The port of a machine; none in a container.
     port: Option<OwnedFd>,
+    /// Whether the machine was saved and goes on as another.
+    cloned: bool,
     /// When what is left is killed, once stopping.
     stopping: Option<Moment>,
     done: bool,
@@ -183,6 +186,7 @@ impl Init {
             begin,
             control,
             port,
+            cloned: false,
             signals,
             log,
             env,
@@ -221,6 +225,7 @@ impl Init {
 
     /// Becomes another: the machine is a clone.
     fn identify(&mut self, identity: &qvd_guest::Identity) -> Result<(), String> {
+        self.cloned = true;
         boot::identify(identity)?;
         self.make_host_keys();
         if let Some(network) = &identity.network {
