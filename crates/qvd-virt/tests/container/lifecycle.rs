@@ -17,7 +17,7 @@ use qvd_virt::{ContainerMount, ContainerRecord, Error, Exit, InheritedFd, Runtim
 
 use crate::bed::{Bed, SOON, listen, plant_link};
 
-const NEEDS: &[Need] = &[Need::Root, Need::UserNamespaces, Need::Cgroup];
+pub const NEEDS: &[Need] = &[Need::Root, Need::UserNamespaces, Need::Cgroup];
 
 fn id(number: u32) -> DesktopId {
     DesktopId::new(number).unwrap()

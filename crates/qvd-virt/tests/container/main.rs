@@ -3,4 +3,5 @@
 
 mod bed;
 mod confinement;
+mod crash;
 mod lifecycle;
