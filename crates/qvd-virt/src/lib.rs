@@ -19,6 +19,7 @@ mod container;
 mod enforced;
 mod error;
 mod layout;
+pub mod memory;
 mod probe;
 mod runtime;
 mod seccomp;

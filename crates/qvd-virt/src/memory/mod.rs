@@ -1,0 +1,115 @@
+//! The memory governor's judgement: who gets how much of a host's memory, and
+//! whether one more desktop fits. Pure functions of what was measured, so that
+//! their promises are tested without a machine.
+//!
+//! [`decide`] shares out a *pool*: what the guests have now, and what the host
+//! can spare beside. A balloon moves memory between these two and leaves
+//! their sum as it is, so the goals that follow from the pool stand still while
+//! the balloons move towards them. That is why nothing swings.
+
+mod admission;
+mod decision;
+
+pub use admission::{Request, Shortfall, admit};
+pub use decision::decide;
+use qvd_core::{Bytes, DesktopId};
+
+/// Whose desktops may share pages with one another. That a page is shared can
+/// be told by the time a write to it takes, so it stays within one tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tenant(pub u32);
+
+/// What a host has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostState {
+    /// All of its memory.
+    pub total: Bytes,
+    /// What can be had without swapping: `MemAvailable`.
+    pub available: Bytes,
+    /// Swap, compressed or not, that desktops may be promised.
+    pub swap: Bytes,
+    /// Hundredths of the last ten seconds in which something waited for
+    /// memory: `some avg10` of `/proc/pressure/memory`.
+    pub pressure_percent: u8,
+    /// Whether the kernel is merging equal pages.
+    pub merging: bool,
+    /// The tenant whose processes were started with merging allowed. A process
+    /// can only be told so by itself, so this lasts while one of them runs.
+    pub merging_tenant: Option<Tenant>,
+}
+
+/// What a desktop has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Guest {
+    /// Which one.
+    pub id: DesktopId,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// What it is never brought below.
+    pub minimum: Bytes,
+    /// What it was promised at most; not less than the minimum.
+    pub maximum: Bytes,
+    /// What it may use at the moment.
+    pub current: Bytes,
+    /// What it works with, caches that it could do without not counted.
+    pub used: Bytes,
+    /// Whether nobody is attached and its programs do nothing.
+    pub idle: bool,
+}
+
+/// What is to be done now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// For each guest, in the order given.
+    pub guests: Vec<Share>,
+    /// What of the pool no guest has once all targets are reached. Below zero,
+    /// in bytes, when the guests have more than there is.
+    pub left: i128,
+    /// How equal pages are to be merged.
+    pub merge: Merge,
+}
+
+/// One guest's part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Which one.
+    pub id: DesktopId,
+    /// Where it is going while nothing else changes.
+    pub goal: Bytes,
+    /// What its balloon is to leave it now: a step on that way.
+    pub target: Bytes,
+    /// What is to be paged out of it at once, because it is idle and the host
+    /// is short.
+    pub reclaim: Bytes,
+}
+
+/// What the kernel's merging of equal pages is set to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Merge {
+    /// Whether it runs.
+    pub run: bool,
+    /// Pages looked at in each round of [`Merge::SLEEP_MS`].
+    pub pages_to_scan: u32,
+    /// The one tenant whose new processes may be started with merging allowed.
+    pub tenant: Option<Tenant>,
+}
+
+impl Merge {
+    /// Pause between rounds: the kernel's own, `sleep_millisecs`.
+    pub const SLEEP_MS: u32 = 20;
+}
+
+/// What the host keeps for itself and for guests that suddenly grow: a
+/// twentieth, and up to three more of them as pressure rises.
+fn reserve(host: &HostState) -> u64 {
+    let twentieth = host.total.get() / 20;
+    twentieth + twentieth * 3 / 100 * u64::from(host.pressure_percent.min(100))
+}
+
+/// What the host can give beyond its reserve; below zero when it is short.
+fn spare(host: &HostState) -> i128 {
+    i128::from(host.available.get()) - i128::from(reserve(host))
+}
+
+#[cfg(test)]
+mod tests;
