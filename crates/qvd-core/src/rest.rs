@@ -18,6 +18,8 @@ pub struct RestPolicy {
     pub busy_percent: u32,
     /// Whether it rests although its programs have connections to other hosts.
     pub with_streams: bool,
+    /// Whether it rests although a program plays or records sound.
+    pub with_sound: bool,
 }
 
 /// How deep a desktop rests.
@@ -46,10 +48,10 @@ impl RestPolicy {
 }
 
 impl Default for RestPolicy {
-    /// Frozen, unless its programs work or talk with others. An idle desktop
+    /// Frozen, unless its programs work, talk with others or use sound. An idle desktop
     /// with a task bar takes a third of a hundredth of a processor.
     fn default() -> Self {
-        Self { mode: RestMode::default(), after_s: None, busy_percent: 3, with_streams: false }
+        Self { mode: RestMode::default(), after_s: None, busy_percent: 3, with_streams: false, with_sound: false }
     }
 }
 

@@ -89,6 +89,14 @@ impl Desktop {
         })
     }
 
+    /// Whether somebody may be listening to it; what is not known counts as yes.
+    pub(crate) fn uses_sound(&self) -> bool {
+        self.container.uses_sound().unwrap_or_else(|error| {
+            tracing::debug!(desktop = %self.id, error = &error as &dyn StdError, "use of sound not known");
+            true
+        })
+    }
+
     /// Gives back the memory that it can do without while nobody looks.
     pub(crate) fn page_out(&self) {
         match self.container.page_out() {

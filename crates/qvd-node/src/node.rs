@@ -245,7 +245,8 @@ impl Inner {
     /// Lets a desktop stand still if it is time; true if it does from now on.
     fn settle(&self, slot: &Slot, desktop: &Desktop, attached: bool) -> bool {
         let mut rest = lock(&slot.rest);
-        rest.tick(attached, || desktop.cpu_time()) == Due::Look && rest.settle(desktop.cpu_time(), desktop.pid())
+        rest.tick(attached, || desktop.cpu_time()) == Due::Look
+            && rest.settle(desktop.cpu_time(), desktop.pid(), || desktop.uses_sound())
     }
 
     fn guest(&self, id: DesktopId) -> Result<Guest, HostError> {

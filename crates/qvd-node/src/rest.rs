@@ -75,13 +75,13 @@ impl Rest {
     }
 
     /// Lets it stand still, unless its programs work (`used`: processor time so
-    /// far) or talk with others (process 1 is `pid`). True when it rests now
-    /// and its memory can be given back.
-    pub(crate) fn settle(&mut self, used: Duration, pid: u32) -> bool {
+    /// far), talk with others (process 1 is `pid`) or use sound (`sounds`). True
+    /// when it rests now and its memory can be given back.
+    pub(crate) fn settle(&mut self, used: Duration, pid: u32, sounds: impl FnOnce() -> bool) -> bool {
         let Alone::Since { when, used: before } = self.alone else { return false };
         let busy = used.saturating_sub(before).as_secs_f64() * 100.0
             > when.elapsed().as_secs_f64() * f64::from(self.policy.busy_percent);
-        if busy || (!self.policy.with_streams && has_streams(pid)) {
+        if busy || (!self.policy.with_streams && has_streams(pid)) || (!self.policy.with_sound && sounds()) {
             // Looked at again after as long.
             self.alone = Alone::Since { when: Instant::now(), used };
             return false;
@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(rest.tick(true, || NONE), Due::Nothing);
         assert_eq!(rest.tick(false, || NONE), Due::Nothing, "alone from now on");
         assert_eq!(rest.tick(false, || NONE), Due::Look);
-        assert!(rest.settle(NONE, 1));
+        assert!(rest.settle(NONE, 1, || false));
         assert!(rest.is_resting());
         assert_eq!(rest.tick(false, || NONE), Due::Nothing);
         drop(rest.wake());
@@ -194,7 +194,7 @@ mod tests {
         assert_eq!(rest.tick(false, || NONE), Due::Look);
         // Somebody came between the look and the rest.
         drop(rest.wake());
-        assert!(!rest.settle(NONE, 1));
+        assert!(!rest.settle(NONE, 1, || false));
     }
 
     #[test]
@@ -202,8 +202,22 @@ mod tests {
         let mut rest = rest(Duration::ZERO);
         assert_eq!(rest.tick(false, || NONE), Due::Nothing);
         assert_eq!(rest.tick(false, || NONE), Due::Look);
-        assert!(!rest.settle(Duration::from_secs(3600), 1), "an hour's work in no time");
-        assert!(rest.settle(Duration::from_secs(3600), 1), "and none since");
+        assert!(!rest.settle(Duration::from_secs(3600), 1, || false), "an hour's work in no time");
+        assert!(rest.settle(Duration::from_secs(3600), 1, || false), "and none since");
+    }
+
+    #[test]
+    fn it_does_not_rest_while_somebody_may_be_listening() {
+        let mut heard = rest(Duration::ZERO);
+        assert_eq!(heard.tick(false, || NONE), Due::Nothing);
+        assert!(!heard.settle(NONE, 1, || true));
+        assert_eq!(heard.tick(false, || NONE), Due::Look, "looked at again");
+        assert!(heard.settle(NONE, 1, || false));
+
+        let policy = RestPolicy { with_streams: true, with_sound: true, ..RestPolicy::default() };
+        let mut unheard = Rest::new(policy, Duration::ZERO, None);
+        assert_eq!(unheard.tick(false, || NONE), Due::Nothing);
+        assert!(unheard.settle(NONE, 1, || true), "the policy says so");
     }
 
     #[test]

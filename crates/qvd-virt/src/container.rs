@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::Duration,
@@ -18,6 +19,7 @@ use crate::{
     cgroup::Cgroup,
     error::io_error,
     runtime::{PLAN_WITHIN, Shared},
+    sound,
 };
 
 /// How long a killed process may take to be gone.
@@ -272,6 +274,23 @@ impl Container {
             asked += page_out(pid).map_err(io_error(op()))?;
         }
         Ok(asked)
+    }
+
+    /// Whether one of its programs has a stream of a sound device open, so that
+    /// somebody may be listening although nobody looks.
+    ///
+    /// # Errors
+    /// Its processes cannot be listed, or the kernel does not say.
+    pub fn uses_sound(&self) -> Result<bool, Error> {
+        let asked = || -> io::Result<bool> {
+            for pid in self.place.cgroup.processes()? {
+                if sound::is_used_by(pid)? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        asked().map_err(io_error(format!("look for sound of desktop {}", self.place.id)))
     }
 
     /// Processor time that its programs have used.

@@ -23,6 +23,7 @@ pub mod memory;
 mod probe;
 mod runtime;
 mod seccomp;
+mod sound;
 mod spec;
 pub mod vm;
 

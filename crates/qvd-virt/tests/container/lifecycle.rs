@@ -347,6 +347,7 @@ fn a_frozen_container_stands_still_goes_on_and_can_be_ended() {
             line
         };
         assert_eq!(answer("one\n"), "got one\n");
+        assert!(!container.uses_sound().unwrap());
         freezer.freeze().unwrap();
         assert!(freezer.is_frozen().unwrap());
         freezer.thaw().unwrap();
