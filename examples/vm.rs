@@ -12,7 +12,10 @@
 use std::{
     fs::{self, File},
     io::Read as _,
-    os::unix::{fs::PermissionsExt as _, net::UnixListener},
+    os::{
+        fd::AsFd as _,
+        unix::{fs::PermissionsExt as _, net::UnixListener},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -21,8 +24,8 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use qvd::core::{Bytes, DesktopId, Instance, UidRange};
 use qvd::guest::{
-    Base, BootConfig, Carrier, Channel, Identity, InitConfig, Link, Reply, Request, SessionConfig, SessionState, Stats,
-    VERSION, Writable,
+    Base, BootConfig, Carrier, Channel, ExecRequest, Identity, InitConfig, Link, Reply, Request, SessionConfig,
+    SessionState, Stats, VERSION, Writable,
 };
 use qvd::storage::{is_guest_base, make_guest_base};
 use qvd::virt::{
@@ -248,7 +251,7 @@ impl Bed {
         let session_ms = ms(began);
         let memory = running.stats()?.memory.unwrap_or_default();
         let line = json!({
-            "id": id, "pid": running.vm.pid(), "cloned": true, "qmp_ms": qmp_ms, "boot_ms": boot_ms,
+            "identity": running.identity()?, "id": id, "pid": running.vm.pid(), "cloned": true, "qmp_ms": qmp_ms, "boot_ms": boot_ms,
             "session_ms": session_ms, "guest_cached_mib": mib(memory.cached), "guest_free_mib": mib(memory.free),
         });
         Ok((running, line))
@@ -299,6 +302,27 @@ impl Running {
         let mut channel = Channel::new(std::os::unix::net::UnixStream::connect(&self.control)?.into());
         channel.send(request, &[])?;
         Ok(channel)
+    }
+
+    /// What tells the machine from others, as a program inside sees it; nothing
+    /// in a tree without `cat`.
+    fn identity(&self) -> Result<Value> {
+        const NAMES: [(&str, &str); 3] = [
+            ("machine_id", "/etc/machine-id"),
+            ("hostname", "/proc/sys/kernel/hostname"),
+            ("random", "/proc/sys/kernel/random/uuid"),
+        ];
+        let argv = ["cat"].into_iter().chain(NAMES.map(|(_, path)| path)).map(str::to_owned).collect();
+        let (input, _) = std::io::pipe()?;
+        let (mut output, theirs) = std::io::pipe()?;
+        let mut channel = Channel::new(std::os::unix::net::UnixStream::connect(&self.control)?.into());
+        let request = Request::Exec(ExecRequest { argv, env: Default::default(), root: true, tty: None });
+        channel.send(&request, &[input.as_fd(), theirs.as_fd(), theirs.as_fd()])?;
+        drop(theirs);
+        let Reply::Started { .. } = channel.recv(ANSWERS_WITHIN)?.0 else { return Ok(Value::Null) };
+        let mut said = String::new();
+        output.read_to_string(&mut said)?;
+        Ok(NAMES.iter().zip(said.lines()).map(|((name, _), line)| (*name, line)).collect())
     }
 
     fn wait_session(&self) -> Result<()> {

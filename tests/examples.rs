@@ -236,10 +236,18 @@ fn vm_clones_machines_from_a_template_and_removes_them() {
     privileged(&[Need::Root, Need::UserNamespaces, Need::Cgroup, Need::Bed, Need::Env("QVD_INIT")], || {
         let dir = tempfile::tempdir().unwrap();
         let before = Census::take(&Scope::marked(["qvd-c0de/"]));
+        let tree = base(dir.path());
+        fs::create_dir(tree.join("bin")).unwrap();
+        fs::copy("/bin/busybox", tree.join("bin/cat")).unwrap();
         let mut command = Command::new(example("vm"));
         command.args(["--template", "--count", "2", "--memory", "128", "--kernel"]);
-        command.arg(qvd_testkit::bed_directory().unwrap()).arg("--image").arg(base(dir.path()));
+        command.arg(qvd_testkit::bed_directory().unwrap()).arg("--image").arg(tree);
         with_roots(&mut command, 2, |machines| {
+            // Born of one memory, they share nothing that tells them apart.
+            for name in ["machine_id", "hostname", "random"] {
+                let [one, other] = [0, 1].map(|number| machines[number]["identity"][name].as_str().unwrap().to_owned());
+                assert!(!one.is_empty() && one != other, "{name}: {one} and {other}");
+            }
             for machine in machines {
                 assert_eq!(machine["cloned"], true);
                 let pid = machine["pid"].as_u64().unwrap();
