@@ -26,7 +26,7 @@ use crate::{
 
 /// How many desktops each processor takes apart at once: most of that is the
 /// kernel freeing memory, and some is waiting.
-const CLOSED_AT_ONCE: usize = 4;
+const CLOSED_AT_ONCE: usize = 32;
 
 /// Where a node keeps things and how long it waits for them.
 #[derive(Debug, Clone)]
