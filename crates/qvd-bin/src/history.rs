@@ -137,7 +137,7 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
         }
         Image::Gc { dry_run, keep_days } => {
             let cannot = "cannot collect what is not needed";
-            let commits = repository.in_use(&paths.root.join("roots")).context(cannot)?;
+            let commits = repository.in_use(&paths.root).context(cannot)?;
             let keep = Keep { reflog: Duration::from_secs(u64::from(keep_days) * 86_400), commits };
             let collected = repository.gc(&keep, dry_run).context(cannot)?;
             let verb = if dry_run { "would delete" } else { "deleted" };

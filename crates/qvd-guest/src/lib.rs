@@ -19,6 +19,7 @@
 mod boot;
 mod bridge;
 mod channel;
+mod connections;
 mod frame;
 mod link;
 mod message;
@@ -26,6 +27,7 @@ mod stream;
 
 pub use boot::{BASE_SERIAL, Base, BootConfig, Booted, HOME_SERIAL, Identity, Network, ROOT_SERIAL, Writable};
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_FRAME};
+pub use connections::has_streams;
 pub use frame::{LinkError, frames_of};
 pub use link::{Carrier, GuestLink, Link, carry_in_guest};
 pub use message::{

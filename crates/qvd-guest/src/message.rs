@@ -186,6 +186,9 @@ pub struct Stats {
     pub processes: u32,
     /// Clients attached to the display at the moment.
     pub clients: u32,
+    /// Whether its programs have connections to other hosts.
+    #[serde(default)]
+    pub streams: bool,
     /// Memory of a machine as its kernel counts it; `None` in a container.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<GuestMemory>,

@@ -4,7 +4,13 @@
 use std::{
     fs::{self, File},
     io::{self, Write as _},
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{MetadataExt as _, PermissionsExt as _, lchown},
+            net::UnixListener,
+        },
+    },
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
@@ -44,6 +50,16 @@ pub(crate) const MAKE_HOST_KEYS: [&str; 2] = ["/usr/bin/ssh-keygen", "-A"];
 const PORT: &str = "org.qvd.link";
 /// How long a device may take to appear after its driver was loaded.
 const DEVICE_WITHIN: Duration = Duration::from_secs(20);
+/// How file systems on the desktop's disks are mounted. The inode tables of a new
+/// one read as zeros: writing that down would make the host's file grow. What is
+/// deleted is given back to the host.
+///
+/// Source: Linux `Documentation/admin-guide/ext4.rst`.
+const DISK_OPTIONS: &str = "noinit_itable,discard";
+/// What every new file system has; nobody's home does.
+const LOST: &str = "lost+found";
+/// Directories nested deeper than this in a skeleton are not one's idea of a home.
+const SKEL_DEPTH_MAX: usize = 32;
 /// The file is compressed, and the kernel knows how.
 ///
 /// Source: Linux `include/uapi/linux/module.h`, `MODULE_INIT_COMPRESSED_FILE`.
@@ -197,7 +213,7 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
         Writable::Memory { bytes } => {
             place("writable", "/disk", "tmpfs", MsFlags::empty(), &format!("size={bytes},mode=755"))?;
         }
-        Writable::Disk => place(&find_disk(ROOT_SERIAL)?, "/disk", "ext4", MsFlags::empty(), "")?,
+        Writable::Disk => place(&find_disk(ROOT_SERIAL)?, "/disk", "ext4", MsFlags::empty(), DISK_OPTIONS)?,
     }
     // While it can be seen: the root that is entered below hides it.
     let direct = config.base == Base::Memory && is_direct("/proc/mounts");
@@ -212,7 +228,11 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
         // could have put a link there since.
         let target = format!("/root{home}");
         make(&target)?;
-        place(&find_disk(HOME_SERIAL)?, &target, "ext4", sealed, "")?;
+        place(&find_disk(HOME_SERIAL)?, &target, "ext4", sealed, DISK_OPTIONS)?;
+        if let Some(session) = &config.init.session {
+            fill_home(Path::new("/root/etc/skel"), Path::new(&target), (session.uid, session.gid))
+                .map_err(failed(format_args!("fill the new home {home}")))?;
+        }
     }
     for name in ["dev", "proc", "sys"] {
         make(&format!("/root/{name}"))?;
@@ -244,6 +264,55 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
     let listener = UnixListener::bind(&control).map_err(failed("listen for the host"));
     rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok((listener?.into(), Booted { uptime_ms: uptime_ms(), direct }))
+}
+
+/// Makes a new disk its user's home, from the image's skeleton. One that was
+/// interrupted is new again: it belongs to its user, and loses what every new
+/// file system has, at the very end.
+fn fill_home(skeleton: &Path, home: &Path, owner: (u32, u32)) -> io::Result<()> {
+    let about = fs::symlink_metadata(home)?;
+    // What is not root's any more may have been anybody's since.
+    if about.uid() != 0 || !home.join(LOST).is_dir() {
+        return Ok(());
+    }
+    if skeleton.is_dir() {
+        copy_skeleton(skeleton, home, owner, 0)?;
+    }
+    fs::set_permissions(home, fs::Permissions::from_mode(0o700))?;
+    fs::remove_dir(home.join(LOST))?;
+    rustix::fs::sync();
+    lchown(home, Some(owner.0), Some(owner.1))
+}
+
+/// Copies directories, files and links; links as such, and nothing else at all.
+fn copy_skeleton(from: &Path, to: &Path, owner: (u32, u32), depth: usize) -> io::Result<()> {
+    if depth > SKEL_DEPTH_MAX {
+        return Err(io::Error::other("/etc/skel is nested too deeply"));
+    }
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        let about = fs::symlink_metadata(&source)?;
+        let kind = about.file_type();
+        if kind.is_dir() {
+            fs::create_dir_all(&target)?;
+            copy_skeleton(&source, &target, owner, depth + 1)?;
+        } else if kind.is_file() {
+            fs::copy(&source, &target)?;
+        } else if kind.is_symlink() {
+            match std::os::unix::fs::symlink(fs::read_link(&source)?, &target) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+        } else {
+            continue;
+        }
+        lchown(&target, Some(owner.0), Some(owner.1))?;
+        if !kind.is_symlink() {
+            fs::set_permissions(&target, fs::Permissions::from_mode(about.mode() & 0o777))?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes `root` the root of everything. What the initramfs held was memory.

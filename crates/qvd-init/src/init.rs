@@ -680,6 +680,7 @@ impl Init {
             pss_bytes: pids.iter().filter_map(pss).fold(0, u64::saturating_add),
             processes: u32::try_from(pids.len()).unwrap_or(u32::MAX),
             clients: self.graphical.as_ref().map_or(0, Graphical::clients),
+            streams: qvd_guest::has_streams("/proc/net".as_ref()),
             memory: self.port.as_ref().map(|_| stats::memory()),
         }
     }

@@ -69,7 +69,7 @@ pub use mend::Mended;
 pub use netlink::NetlinkError;
 pub use network::{NetConfig, Network};
 pub use pool::{Subnet, SubnetError};
-pub use port::{Port, PortSpec, TapSpec, loopback_up};
+pub use port::{Port, PortPlace, PortSpec, TapSpec, loopback_up};
 pub use probe::probe;
 pub use qvd_core::ErrorKind;
 pub use subnet6::Subnet6;

@@ -50,6 +50,18 @@ pub struct TapSpec {
     pub header: bool,
 }
 
+/// A port's place in its network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PortPlace {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Bits of the address that are the network's.
+    pub prefix: u8,
+    /// Who forwards to other networks, if the port may reach any.
+    pub gateway: Option<Ipv4Addr>,
+}
+
 /// A desktop's connection to the bridge: link, MAC, address, rules.
 ///
 /// Dropping it disconnects the desktop, as [`Port::close`] does, but can only
@@ -174,6 +186,14 @@ impl Port {
     #[must_use]
     pub const fn mac(&self) -> Mac {
         self.identity.mac
+    }
+
+    /// Where it is in the network, for who configures itself: a machine.
+    #[must_use]
+    pub fn place(&self) -> PortPlace {
+        let subnet = self.network.config.subnet;
+        let gateway = self.access.goes_out().then(|| subnet.gateway());
+        PortPlace { address: self.identity.ipv4, prefix: subnet.prefix_len(), gateway }
     }
 
     /// Name of the host's end.

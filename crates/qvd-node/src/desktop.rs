@@ -5,30 +5,24 @@ use std::{
     collections::BTreeSet,
     error::Error as StdError,
     fmt,
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{BorrowedFd, OwnedFd},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use qvd_core::{
-    DesktopId, DesktopSpec, Digest, ErrorKind, FlavourName, NetPolicy, RestPolicy, RootPolicy, StartStep, Tag,
-    UidRange, Virtualizer,
-};
-use qvd_guest::{InitConfig, SessionConfig, VERSION};
-use qvd_net::{Guard, Mended, Network, Port, PortSpec, PortView, loopback_up};
-use qvd_storage::{BuildOptions, Home, HomeId, Image, Recipe, Repository, Root, RootId, Store};
-use qvd_virt::{Container, ContainerMount, ContainerSpec, Exit, InheritedFd, Program, Runtime, seal};
+use qvd_core::{DesktopId, DesktopSpec, Digest, ErrorKind, FlavourName, NetPolicy, RestPolicy, Tag, UidRange};
+use qvd_net::{Guard, Mended, Network, Port, PortView};
+use qvd_storage::{BuildOptions, HomeId, Image, Recipe, Repository, RootId, Store};
+use qvd_virt::{Exit, Runtime, seal};
 
 use crate::{
-    HostError, HostErrorKind, ImageSummary, NodeConfig, Timings,
+    HostError, HostErrorKind, ImageSummary, NodeConfig,
     guest::Guest,
+    machine::{Failure, InContainer, InVm, Machine, MachineRecord, Machines},
     record::{Record, Records},
     rest::Rest,
 };
-
-/// How long the init has beyond the programs' grace to end by itself.
-const INIT_GRACE: Duration = Duration::from_secs(2);
 
 /// What programs begin with. Source: elf(5), `EI_MAG0` to `EI_MAG3`.
 const ELF_MAGIC: &[u8] = b"\x7fELF";
@@ -36,21 +30,20 @@ const ELF_MAGIC: &[u8] = b"\x7fELF";
 /// A desktop that runs, or of which something is left.
 #[derive(Debug)]
 pub(crate) struct Desktop {
-    id: DesktopId,
-    uid_slot: u32,
-    guest: Guest,
-    root: Box<dyn Root>,
-    port: Option<Port>,
-    container: Container,
-    rest: RestPolicy,
+    pub(crate) id: DesktopId,
+    pub(crate) uid_slot: u32,
+    pub(crate) guest: Guest,
+    pub(crate) machine: Box<dyn Machine>,
+    pub(crate) port: Option<Port>,
+    pub(crate) rest: RestPolicy,
     /// How long a browser's head stays after it has left.
-    linger: Duration,
+    pub(crate) linger: Duration,
 }
 
 /// Why a desktop could not be taken apart whole; what is left stays owned.
 #[derive(Debug, thiserror::Error)]
 #[error("{} of its parts are left, first: {}", .0.len(), .0.first().map_or(String::new(), ToString::to_string))]
-pub(crate) struct Left(Vec<Box<dyn StdError + Send + Sync>>);
+pub(crate) struct Left(Vec<Failure>);
 
 impl Desktop {
     pub(crate) const fn id(&self) -> DesktopId {
@@ -62,47 +55,49 @@ impl Desktop {
     }
 
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
-        self.container.pidfd()
+        self.machine.pidfd()
     }
 
     /// Whether its first process still runs.
     pub(crate) fn is_alive(&mut self) -> bool {
-        matches!(self.container.try_wait(), Ok(None))
+        matches!(self.machine.exit(), Ok(None))
     }
 
     /// How it rests; `usual` is the node's own idea of when.
     pub(crate) fn rest(&self, usual: Duration) -> Rest {
-        Rest::new(self.rest, self.rest.after(usual, self.linger), self.container.freezer())
+        Rest::new(self.rest, self.rest.after(usual, self.linger), self.machine.freezer())
     }
 
-    /// Number of its first process on the host.
-    pub(crate) const fn pid(&self) -> u32 {
-        self.container.pid()
+    /// What was asked about it, or `else_` when that cannot be said.
+    fn known<T>(&self, what: &str, found: Result<T, Failure>, else_: T) -> T {
+        found.unwrap_or_else(|error| {
+            tracing::debug!(desktop = %self.id, error = &*error as &dyn StdError, "{what} not known");
+            else_
+        })
     }
 
     /// Processor time that its programs have used; what cannot be read counts
     /// as none.
     pub(crate) fn cpu_time(&self) -> Duration {
-        self.container.cpu_time().unwrap_or_else(|error| {
-            tracing::debug!(desktop = %self.id, error = &error as &dyn StdError, "processor time not known");
-            Duration::ZERO
-        })
+        self.known("processor time", self.machine.cpu_time(), Duration::ZERO)
     }
 
     /// Whether somebody may be listening to it; what is not known counts as yes.
     pub(crate) fn uses_sound(&self) -> bool {
-        self.container.uses_sound().unwrap_or_else(|error| {
-            tracing::debug!(desktop = %self.id, error = &error as &dyn StdError, "use of sound not known");
-            true
-        })
+        self.known("use of sound", self.machine.uses_sound(), true)
+    }
+
+    /// Whether its programs talk with other hosts; what is not known counts as yes.
+    pub(crate) fn has_streams(&self) -> bool {
+        self.known("use of the network", self.machine.has_streams(&self.guest), true)
     }
 
     /// Gives back the memory that it can do without while nobody looks.
     pub(crate) fn page_out(&self) {
-        match self.container.page_out() {
+        match self.machine.page_out() {
             Ok(asked_bytes) => tracing::debug!(desktop = %self.id, asked_bytes, "desktop rests"),
             Err(error) => {
-                tracing::info!(desktop = %self.id, error = &error as &dyn StdError, "desktop keeps its memory")
+                tracing::info!(desktop = %self.id, error = &*error as &dyn StdError, "desktop keeps its memory")
             }
         }
     }
@@ -112,8 +107,8 @@ impl Desktop {
         if let Some(port) = self.port {
             port.leave();
         }
-        if let Err(error) = self.container.detach() {
-            tracing::warn!(desktop = %self.id, error = &error as &dyn StdError, "cannot leave the desktop running");
+        if let Err(error) = self.machine.leave() {
+            tracing::warn!(desktop = %self.id, error = &*error as &dyn StdError, "cannot leave the desktop running");
         }
     }
 
@@ -122,9 +117,8 @@ impl Desktop {
         if grace.is_zero() {
             return;
         }
-        let asked = self.guest.stop(grace).map_err(|e| Box::new(e) as Box<dyn StdError + Send + Sync>);
-        let ended = asked.and_then(|()| Ok(self.container.wait(grace + INIT_GRACE)?));
-        if let Err(error) = ended {
+        let asked = self.guest.stop(grace).map_err(Failure::from);
+        if let Err(error) = asked.and_then(|()| self.machine.wait_end(grace)) {
             tracing::info!(desktop = %self.id, error, "the desktop did not end by itself");
         }
     }
@@ -133,43 +127,23 @@ impl Desktop {
 /// What every desktop of a node is made from.
 #[derive(Debug)]
 pub(crate) struct Parts {
-    store: Store,
-    runtime: Runtime,
+    pub(crate) store: Store,
+    pub(crate) runtime: Arc<Runtime>,
+    /// Virtual ones.
+    pub(crate) machines: Machines,
     /// `None` once it was closed.
     network: Mutex<Option<Network>>,
     /// Most that any of them may reach.
     tenant: NetPolicy,
     /// Watches over the network's rules.
     guard: Mutex<Guard>,
-    records: Records,
+    pub(crate) records: Records,
     /// The init program, sealed: one copy in memory for all desktops.
-    init: OwnedFd,
+    pub(crate) init: OwnedFd,
     slots: Mutex<BTreeSet<u32>>,
 }
 
-/// Undoes the steps of a start, last first, unless the start succeeds.
-#[derive(Default)]
-struct Undo<'a>(Vec<Box<dyn FnOnce() + 'a>>);
-
-impl<'a> Undo<'a> {
-    fn step(&mut self, undo: impl FnOnce() + 'a) {
-        self.0.push(Box::new(undo));
-    }
-
-    fn keep(mut self) {
-        self.0.clear();
-    }
-}
-
-impl Drop for Undo<'_> {
-    fn drop(&mut self) {
-        while let Some(undo) = self.0.pop() {
-            undo();
-        }
-    }
-}
-
-fn failed<E>(kind: HostErrorKind, what: impl fmt::Display) -> impl FnOnce(E) -> HostError
+pub(crate) fn failed<E>(kind: HostErrorKind, what: impl fmt::Display) -> impl FnOnce(E) -> HostError
 where
     E: Into<Box<dyn StdError + Send + Sync>>,
 {
@@ -210,6 +184,8 @@ impl Parts {
         drop(user_namespace(0, "cannot run desktops")?);
         let store = Store::open(&config.root).map_err(storage("cannot open the store"))?;
         let runtime = Runtime::new(config.instance).map_err(virt("cannot make the container runtime"))?;
+        let runtime = Arc::new(runtime);
+        let machines = Machines::new(Arc::clone(&runtime), config);
         let network = Network::open(config.network).map_err(net("cannot make the network"))?;
         let records = Records::open(&config.run).map_err(failed(
             HostErrorKind::Failed,
@@ -219,7 +195,7 @@ impl Parts {
             network.guard(RULES_CHECKED_EVERY, Box::new(report_rules)).map_err(net("cannot watch the rules"))?;
         let (network, guard, slots) = (Mutex::new(Some(network)), Mutex::new(guard), Mutex::default());
         let tenant = config.tenant.clone();
-        let parts = Self { store, runtime, network, tenant, guard, records, init, slots };
+        let parts = Self { store, runtime, machines, network, tenant, guard, records, init, slots };
         let adopted = parts.adopt_all()?;
         Ok((parts, adopted))
     }
@@ -247,25 +223,19 @@ impl Parts {
         let ports = keep.iter().copied().collect();
         self.with_network(|network| network.sweep(&ports).map_err(net("cannot remove ports that nobody owns")))?;
         // Persistent ones go when their desktops are removed, and not before.
-        let roots: Vec<_> = keep.iter().map(|&id| RootId::from(id)).collect();
         // A root that something else has mounted is no reason not to run others.
-        if let Err(error) = self.store.sweep_volatile(&roots) {
+        if let Err(error) = self.store.sweep_volatile(&keep) {
             tracing::warn!(error = &error as &dyn StdError, "roots that earlier desktops left are left again");
         }
         Ok(adopted)
     }
 
-    fn adopt(&self, id: DesktopId) -> Result<Desktop, Box<dyn StdError + Send + Sync>> {
-        let Record { spec, uid_slot, container, address, .. } = self.records.read(id)?;
-        let container = self.runtime.adopt(&container)?.ok_or("its first process has ended")?;
-        // It may have been at rest when its node died.
-        if let Some(freezer) = container.freezer() {
-            freezer.thaw()?;
-        }
+    fn adopt(&self, id: DesktopId) -> Result<Desktop, Failure> {
+        let Record { spec, uid_slot, machine, address, .. } = self.records.read(id)?;
         let guest = Guest::at(self.records.socket(id));
-        guest.check()?;
         let image = self.store.image(spec.image)?;
-        let root = self.store.root(&image, &RootId::from(id), spec.root)?;
+        let machine = self.adopt_machine(&spec, &image, &machine, &guest)?;
+        guest.check()?;
         let port = match address {
             None => None,
             Some(address) => Some(
@@ -276,95 +246,39 @@ impl Parts {
             return Err("its range of ids is another's".into());
         }
         let (rest, linger) = rest_of(&image);
-        Ok(Desktop { id, uid_slot, guest, root, port, container, rest, linger })
+        Ok(Desktop { id, uid_slot, guest, machine, port, rest, linger })
     }
 
-    /// Makes everything up to the running init. Each owner undoes its part
-    /// when it is dropped, so an early return leaves nothing.
-    ///
-    /// `began` is when it was asked for; `session_us` of the result is not
-    /// known yet.
-    pub(crate) fn start(
+    /// Takes over the processes of a desktop, and lets them go on if it was at
+    /// rest when its node died.
+    fn adopt_machine(
         &self,
         spec: &DesktopSpec,
-        began: Instant,
-        step: &mut dyn FnMut(StartStep),
-    ) -> Result<(Desktop, Timings), HostError> {
-        let id = spec.id;
-        let what = format!("cannot start desktop {id}");
-        if spec.virtualizer != Virtualizer::Container {
-            let missing = format!("{what}: this host runs containers only");
-            return Err(HostError::new(HostErrorKind::Unsupported, missing));
+        image: &Image,
+        record: &MachineRecord,
+        guest: &Guest,
+    ) -> Result<Box<dyn Machine>, Failure> {
+        const ENDED: &str = "its first process has ended";
+        match record {
+            MachineRecord::Container(record) => {
+                let container = self.runtime.adopt(record)?.ok_or(ENDED)?;
+                container.freezer().map_or(Ok(()), |freezer| freezer.thaw())?;
+                let root = self.store.root(image, &RootId::from(spec.id), spec.root)?;
+                Ok(Box::new(InContainer::new(container, root)))
+            }
+            MachineRecord::Vm(record) => {
+                let vm = self.machines.qemu()?.adopt(record)?.ok_or(ENDED)?;
+                let disks = self.guest_disks(spec, image)?;
+                Ok(Box::new(InVm::adopt(vm, disks, guest.listen()?)?))
+            }
         }
-        let image = self.store.image(spec.image).map_err(storage(&what))?;
-        let mut undo = Undo::default();
-        let uid_slot = self.take_slot()?;
-        undo.step(move || self.free_slot(uid_slot));
-        let ids = UidRange::of_slot(uid_slot).map_err(failed(HostErrorKind::Busy, &what))?;
-        let userns = user_namespace(uid_slot, &what)?;
-        let mut timings = Timings::default();
-
-        // By name, because making it can fail half-way, as on a full disk.
-        if spec.root == RootPolicy::Volatile {
-            undo.step(|| note(id, self.store.remove_root(&RootId::from(id))));
-        }
-        let root = self.store.root(&image, &RootId::from(id), spec.root).map_err(storage(&what))?;
-        let root_mount = root.mount(Some(userns.as_fd())).map_err(storage(&what))?;
-        let home = self.home(spec, &image).and_then(|home| home.mount(Some(userns.as_fd()))).map_err(storage(&what))?;
-        timings.root_us = micros(began);
-
-        step(StartStep::Confinement);
-        undo.step(|| note(id, self.records.end(id)));
-        self.records.begin(id).map_err(failed(HostErrorKind::Failed, &what))?;
-        let guest = Guest::at(self.records.socket(id));
-        let control = guest.listen().map_err(|e| e.into_host_error(what.clone()))?;
-        let init_config = serde_json::to_vec(&init_config(&image)).map_err(failed(HostErrorKind::Failed, &what))?;
-        let init_config = seal(c"qvd-init.json", &init_config).map_err(failed(HostErrorKind::Failed, &what))?;
-        let file = self.init.try_clone().map_err(failed(HostErrorKind::Failed, &what))?;
-        let program = Program { file, argv: vec!["qvd-init".to_owned()], env: Vec::new() };
-        let mut container = ContainerSpec::new(id, root_mount, ids, program);
-        container.hostname.clone_from(&spec.hostname);
-        container.limits = spec.limits;
-        container.mounts = vec![ContainerMount { target: image.config().user.home().into(), mount: home }];
-        container.fds = vec![
-            InheritedFd { number: qvd_guest::fds::CONTROL, fd: control },
-            InheritedFd { number: qvd_guest::fds::CONFIG, fd: init_config },
-        ];
-        let prepared = self.runtime.prepare(container).map_err(virt(&what))?;
-
-        step(StartStep::Port);
-        let port_began = Instant::now();
-        let netns = prepared.netns().map_err(virt(&what))?;
-        let port = if spec.net.port {
-            Some(self.with_network(|network| {
-                let policy = self.allowed(&spec.net, network);
-                let port = PortSpec { desktop: id, netns: netns.as_fd(), address: spec.address, policy };
-                network.attach(&port).map_err(net(&what))
-            })?)
-        } else {
-            loopback_up(netns.as_fd()).map_err(net(&what))?;
-            None
-        };
-        timings.port_us = micros(port_began);
-
-        step(StartStep::Init);
-        let container = prepared.start().map_err(virt(&what))?;
-        timings.start_us = micros(began);
-        let address = port.as_ref().map(Port::address);
-        let facts = container.record().map_err(virt(&what))?;
-        self.records
-            .write(&Record::new(spec.clone(), uid_slot, facts, address))
-            .map_err(failed(HostErrorKind::Failed, &what))?;
-        undo.keep();
-        let (rest, linger) = rest_of(&image);
-        Ok((Desktop { id, uid_slot, guest, root, port, container, rest, linger }, timings))
     }
 
     /// Takes a desktop apart, last made first, and goes on after a failure.
     /// Tells how its first process ended.
     pub(crate) fn close(&self, desktop: &mut Desktop) -> Result<String, Left> {
-        let mut errors: Vec<Box<dyn StdError + Send + Sync>> = Vec::new();
-        errors.extend(desktop.container.close().err().map(Into::into));
+        let mut errors = Vec::new();
+        errors.extend(desktop.machine.end().err());
         if errors.is_empty()
             && let Some(port) = &mut desktop.port
         {
@@ -375,7 +289,7 @@ impl Parts {
         }
         // While a process may be left, the root may be mounted.
         if errors.is_empty() {
-            errors.extend(desktop.root.close().err().map(Into::into));
+            errors.extend(desktop.machine.close_storage().err());
         }
         if errors.is_empty() {
             errors.extend(self.records.end(desktop.id).err().map(Into::into));
@@ -384,7 +298,7 @@ impl Parts {
             return Err(Left(errors));
         }
         self.free_slot(desktop.uid_slot);
-        Ok(match desktop.container.try_wait().ok().flatten() {
+        Ok(match desktop.machine.exit().ok().flatten() {
             Some(Exit::Code(0)) => "ended by itself".to_owned(),
             Some(Exit::Code(code)) => format!("ended with status {code}"),
             Some(Exit::Signal(signal)) => format!("was killed by signal {signal}"),
@@ -395,7 +309,9 @@ impl Parts {
     /// Deletes the root and the home that this node keeps for a desktop.
     pub(crate) fn forget(&self, id: DesktopId) -> Result<(), HostError> {
         let what = format!("cannot remove desktop {id}");
+        self.store.remove_guest_root(id).map_err(storage(&what))?;
         self.store.remove_root(&RootId::from(id)).map_err(storage(&what))?;
+        self.store.remove_guest_home(id).map_err(storage(&what))?;
         self.store.remove_home(&HomeId::from(id)).map_err(storage(&what))
     }
 
@@ -446,16 +362,9 @@ impl Parts {
         Ok(commit.map_err(storage(format!("cannot find what follows `{tag}` of {flavour}")))?.digest())
     }
 
-    fn home(&self, spec: &DesktopSpec, image: &Image) -> Result<Home, qvd_storage::Error> {
-        match &spec.home {
-            Some(dir) => Home::open(dir, image),
-            None => self.store.home(&HomeId::from(spec.id), image),
-        }
-    }
-
     /// What a desktop reaches needs the tenant's permission, and whatever is
     /// routed the host's.
-    fn allowed(&self, policy: &NetPolicy, network: &Network) -> NetPolicy {
+    pub(crate) fn allowed(&self, policy: &NetPolicy, network: &Network) -> NetPolicy {
         let allowed = policy.within(&self.tenant);
         if network.config().internet {
             return allowed;
@@ -463,12 +372,12 @@ impl Parts {
         NetPolicy { services: allowed.services, down_kbit_s: allowed.down_kbit_s, ..NetPolicy::host_only() }
     }
 
-    fn with_network<T>(&self, f: impl FnOnce(&Network) -> Result<T, HostError>) -> Result<T, HostError> {
+    pub(crate) fn with_network<T>(&self, f: impl FnOnce(&Network) -> Result<T, HostError>) -> Result<T, HostError> {
         let network = lock(&self.network);
         f(network.as_ref().ok_or_else(|| HostError::new(HostErrorKind::Busy, "this host is shutting down"))?)
     }
 
-    fn take_slot(&self) -> Result<u32, HostError> {
+    pub(crate) fn take_slot(&self) -> Result<u32, HostError> {
         let mut slots = lock(&self.slots);
         let free = (0..UidRange::COUNT).find(|slot| !slots.contains(slot));
         let slot = free.ok_or_else(|| HostError::new(HostErrorKind::Busy, "all ranges of user ids are taken"))?;
@@ -476,13 +385,13 @@ impl Parts {
         Ok(slot)
     }
 
-    fn free_slot(&self, slot: u32) {
+    pub(crate) fn free_slot(&self, slot: u32) {
         lock(&self.slots).remove(&slot);
     }
 }
 
 /// The user namespace of a range of ids. A refusal says what this host lacks.
-fn user_namespace(slot: u32, what: &str) -> Result<OwnedFd, HostError> {
+pub(crate) fn user_namespace(slot: u32, what: &str) -> Result<OwnedFd, HostError> {
     let ids = UidRange::of_slot(slot).map_err(failed(HostErrorKind::Busy, what))?;
     qvd_sys::userns::create(ids.base(), UidRange::LEN).map_err(|error| {
         // Source: user_namespaces(7) and clone(2). Their usual texts, such as
@@ -504,7 +413,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// A failed undo must not hide the failure that it follows.
-fn note<E: StdError + 'static>(id: DesktopId, undone: Result<(), E>) {
+pub(crate) fn note<E: StdError + 'static>(id: DesktopId, undone: Result<(), E>) {
     if let Err(error) = undone {
         tracing::warn!(desktop = %id, error = &error as &dyn StdError, "left behind by a start that failed");
     }
@@ -515,33 +424,16 @@ pub(crate) fn micros(since: Instant) -> u64 {
 }
 
 /// How desktops of an image rest, and how long a browser's head stays.
-fn rest_of(image: &Image) -> (RestPolicy, Duration) {
+pub(crate) fn rest_of(image: &Image) -> (RestPolicy, Duration) {
     let linger = image.config().session.as_ref().map_or(0, |session| session.head_linger_s);
     (image.config().defaults.rest, Duration::from_secs(linger.into()))
 }
 
-/// What the init is told, from what the image's recipe said.
-fn init_config(image: &Image) -> InitConfig {
-    let config = image.config();
-    let env = config.session.as_ref().map(|session| session.env.clone()).unwrap_or_default();
-    let session = config.session.as_ref().map(|session| SessionConfig {
-        user: config.user.name.clone(),
-        uid: config.user.uid,
-        gid: config.user.gid,
-        home: config.user.home(),
-        command: session.command.clone(),
-        autostart: session.autostart.clone(),
-        geometry: session.geometry,
-        head_linger_s: session.head_linger_s,
-    });
-    InitConfig { version: VERSION, env, services: config.services.clone(), session }
-}
-
-fn storage(what: impl fmt::Display) -> impl FnOnce(qvd_storage::Error) -> HostError {
+pub(crate) fn storage(what: impl fmt::Display) -> impl FnOnce(qvd_storage::Error) -> HostError {
     move |error| HostError::because(host_kind(error.kind()), what.to_string(), error)
 }
 
-fn net(what: impl fmt::Display) -> impl FnOnce(qvd_net::Error) -> HostError {
+pub(crate) fn net(what: impl fmt::Display) -> impl FnOnce(qvd_net::Error) -> HostError {
     move |error| HostError::because(host_kind(error.kind()), what.to_string(), error)
 }
 
@@ -555,7 +447,7 @@ const fn host_kind(kind: ErrorKind) -> HostErrorKind {
     }
 }
 
-fn virt(what: impl fmt::Display) -> impl FnOnce(qvd_virt::Error) -> HostError {
+pub(crate) fn virt(what: impl fmt::Display) -> impl FnOnce(qvd_virt::Error) -> HostError {
     move |error| {
         let kind = match &error {
             qvd_virt::Error::Invalid { .. } => HostErrorKind::Invalid,

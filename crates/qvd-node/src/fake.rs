@@ -299,7 +299,7 @@ impl Host for FakeHost {
         let state = self.begin(Op::Stats)?;
         let running = state.running.get(&id).ok_or_else(|| not_running(id))?;
         let clients = u32::from(running.client.as_ref().is_some_and(AttachmentEnd::is_open));
-        Ok(Stats { pss_bytes: 20 << 20, processes: 9, clients, memory: None })
+        Ok(Stats { pss_bytes: 20 << 20, processes: 9, clients, streams: false, memory: None })
     }
 
     fn network(&self, id: DesktopId, _frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {

@@ -8,10 +8,12 @@ mod gate;
 mod guest;
 mod host;
 mod limits;
+mod machine;
 mod node;
 mod probe;
 mod record;
 mod rest;
+mod start;
 mod supervisor;
 mod swap;
 
@@ -20,9 +22,10 @@ pub use host::{
     HostErrorKind, ImageSummary, Timings,
 };
 pub use limits::raise_limits;
-pub use node::{Node, NodeConfig};
-pub use probe::{Probe, probe, survey};
+pub use node::{Node, NodeConfig, VmConfig};
+pub use probe::{Probe, probe, probe_vms, survey};
 pub use qvd_guest::{ExecRequest, Exit, Stats};
 pub use qvd_net::{Counters, Decision, PortView};
 pub use qvd_storage::Survey;
+pub use qvd_virt::vm::AccelChoice;
 pub use swap::Swap;

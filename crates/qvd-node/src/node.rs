@@ -8,11 +8,12 @@ use std::{
 };
 
 use qvd_core::{
-    DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, NetPolicy, StartStep, Tag,
+    Bytes, DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, NetPolicy, StartStep, Tag,
 };
 use qvd_guest::{ExecRequest, Stats};
 use qvd_net::PortView;
 use qvd_storage::Repository;
+use qvd_virt::vm::AccelChoice;
 
 use crate::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, Host, HostError, HostErrorKind, ImageSummary,
@@ -44,6 +45,8 @@ pub struct NodeConfig {
     pub network: qvd_net::NetConfig,
     /// Most that the tenant's desktops may reach, whatever their own policies say.
     pub tenant: NetPolicy,
+    /// How desktops run that are virtual machines.
+    pub vm: VmConfig,
     /// How long a session may take until its window manager is up.
     pub session_limit: Duration,
     /// How long a session may take to open a display.
@@ -64,11 +67,33 @@ impl NodeConfig {
             instance,
             network: qvd_net::NetConfig::new(instance),
             tenant: NetPolicy::unlimited(),
+            vm: VmConfig::default(),
             session_limit: Duration::from_secs(60),
             attach_limit: Duration::from_secs(30),
             // Beyond the few seconds that a browser's head lingers.
             rest_after: Duration::from_secs(8),
         }
+    }
+}
+
+/// How a node runs virtual machines.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct VmConfig {
+    /// Directory with a kernel and its modules, as `/` of a host has them, for
+    /// images that have none; the host's own if not said.
+    pub kernel: Option<PathBuf>,
+    /// What executes them.
+    pub accel: AccelChoice,
+    /// Size of the disk that a machine writes to its system on, and of the one
+    /// that its home is on. Both take the space of what is on them.
+    pub disk: Bytes,
+}
+
+impl Default for VmConfig {
+    /// The host's kernel, KVM where it works, disks of 16 GiB.
+    fn default() -> Self {
+        Self { kernel: None, accel: AccelChoice::Auto, disk: Bytes::gib(16) }
     }
 }
 
@@ -246,7 +271,7 @@ impl Inner {
     fn settle(&self, slot: &Slot, desktop: &Desktop, attached: bool) -> bool {
         let mut rest = lock(&slot.rest);
         rest.tick(attached, || desktop.cpu_time()) == Due::Look
-            && rest.settle(desktop.cpu_time(), desktop.pid(), || desktop.uses_sound())
+            && rest.settle(desktop.cpu_time(), || desktop.has_streams(), || desktop.uses_sound())
     }
 
     fn guest(&self, id: DesktopId) -> Result<Guest, HostError> {

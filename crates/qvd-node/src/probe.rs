@@ -6,6 +6,8 @@ use qvd_core::{Missing, Support};
 use qvd_storage::{Backends, Store, Survey};
 use serde::Serialize;
 
+use crate::{VmConfig, machine::probe_machines};
+
 /// One answer about this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
@@ -21,6 +23,10 @@ pub struct Probe {
     /// How to get it.
     pub remedy: String,
 }
+
+/// Names of what is asked about virtual machines.
+pub(crate) const QEMU: &str = "virtual machines (QEMU)";
+pub(crate) const KVM: &str = "hardware virtualisation (KVM)";
 
 /// What is known of a thing that was tried: whether desktops need it, what is
 /// lost without it, how to get it.
@@ -87,12 +93,32 @@ const ADVICE: &[Advice] = &[
         remedy: "nothing has to be done: `qvd up` raises it",
     },
     Advice {
+        name: QEMU,
+        required: false,
+        cost: "desktops run in containers only",
+        remedy: "install the package qemu-system-x86 (or qemu-kvm), and erofs-utils and e2fsprogs",
+    },
+    Advice {
+        name: KVM,
+        required: false,
+        cost: "virtual machines are emulated: ten times slower or worse, with some 60 MiB more memory for each",
+        remedy: "use a host whose processor offers virtualisation, or, in a machine, one with nested virtualisation",
+    },
+    Advice {
         name: "image building (mmdebstrap)",
         required: false,
         cost: "images cannot be built on this host",
         remedy: "install the package mmdebstrap",
     },
 ];
+
+/// As [`probe`], about virtual machines: `init` is the static init of desktops.
+/// What is found out is remembered below `run` if that is there. It takes up to
+/// three seconds, once per boot of the host.
+#[must_use]
+pub fn probe_vms(config: &VmConfig, init: &Path, run: &Path) -> Vec<Probe> {
+    probe_machines(config, init, run).into_iter().map(|(name, support)| advise(name, support)).collect()
+}
 
 /// Tries what desktops need of a host and of the file system that `root` is,
 /// or would be, on. Nothing is left of the trials.

@@ -12,11 +12,12 @@ use std::{
 };
 
 use qvd_core::{DesktopId, DesktopSpec};
-use qvd_virt::ContainerRecord;
 use serde::{Deserialize, Serialize};
 
+use crate::machine::MachineRecord;
+
 /// Format of the record; another version is not adopted but swept.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// A running desktop.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -26,13 +27,13 @@ pub(crate) struct Record {
     pub(crate) spec: DesktopSpec,
     /// Which range of host uids it has, see [`qvd_core::UidRange::of_slot`].
     pub(crate) uid_slot: u32,
-    pub(crate) container: ContainerRecord,
+    pub(crate) machine: MachineRecord,
     pub(crate) address: Option<Ipv4Addr>,
 }
 
 impl Record {
-    pub(crate) fn new(spec: DesktopSpec, uid_slot: u32, container: ContainerRecord, address: Option<Ipv4Addr>) -> Self {
-        Self { version: VERSION, spec, uid_slot, container, address }
+    pub(crate) fn new(spec: DesktopSpec, uid_slot: u32, machine: MachineRecord, address: Option<Ipv4Addr>) -> Self {
+        Self { version: VERSION, spec, uid_slot, machine, address }
     }
 }
 
@@ -52,19 +53,20 @@ impl Records {
         Ok(Self { dir })
     }
 
-    fn of(&self, id: DesktopId) -> PathBuf {
+    /// Directory of a desktop; nobody but root can enter it.
+    pub(crate) fn dir(&self, id: DesktopId) -> PathBuf {
         self.dir.join(id.to_string())
     }
 
     /// Path of the socket to the init of a desktop.
     pub(crate) fn socket(&self, id: DesktopId) -> PathBuf {
-        self.of(id).join("init.sock")
+        self.dir(id).join("init.sock")
     }
 
     /// Makes the directory of a desktop about to start.
     pub(crate) fn begin(&self, id: DesktopId) -> io::Result<()> {
         use std::os::unix::fs::DirBuilderExt;
-        match std::fs::DirBuilder::new().mode(0o700).create(self.of(id)) {
+        match std::fs::DirBuilder::new().mode(0o700).create(self.dir(id)) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other,
         }
@@ -72,7 +74,7 @@ impl Records {
 
     /// Writes a record, whole or not at all.
     pub(crate) fn write(&self, record: &Record) -> io::Result<()> {
-        let dir = self.of(record.spec.id);
+        let dir = self.dir(record.spec.id);
         let mut file = tempfile::NamedTempFile::new_in(&dir)?;
         serde_json::to_writer(&mut file, record)?;
         file.flush()?;
@@ -82,7 +84,7 @@ impl Records {
 
     /// The record of a desktop, or why there is none that can be used.
     pub(crate) fn read(&self, id: DesktopId) -> io::Result<Record> {
-        let record: Record = serde_json::from_slice(&std::fs::read(self.of(id).join("record.json"))?)?;
+        let record: Record = serde_json::from_slice(&std::fs::read(self.dir(id).join("record.json"))?)?;
         if record.version != VERSION || record.spec.id != id {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the record is of another version or desktop"));
         }
@@ -91,7 +93,7 @@ impl Records {
 
     /// Forgets a desktop. Forgetting what is not there is `Ok`.
     pub(crate) fn end(&self, id: DesktopId) -> io::Result<()> {
-        match std::fs::remove_dir_all(self.of(id)) {
+        match std::fs::remove_dir_all(self.dir(id)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         }

@@ -1,19 +1,12 @@
 //! Rest: a desktop that nobody looks at stands still and gives back memory.
 
 use std::{
-    fs::File,
-    io::{self, Read as _},
-    net::{Ipv4Addr, Ipv6Addr},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use qvd_core::{RestMode, RestPolicy};
 use qvd_virt::Freezer;
-
-/// Largest table of connections read, in bytes: some thousand of them. With
-/// more, a desktop is not idle.
-const TABLE_MAX_BYTES: u64 = 1 << 20;
 
 /// Whether a desktop may rest, and whether it does.
 #[derive(Debug, Default)]
@@ -75,13 +68,18 @@ impl Rest {
     }
 
     /// Lets it stand still, unless its programs work (`used`: processor time so
-    /// far), talk with others (process 1 is `pid`) or use sound (`sounds`). True
-    /// when it rests now and its memory can be given back.
-    pub(crate) fn settle(&mut self, used: Duration, pid: u32, sounds: impl FnOnce() -> bool) -> bool {
+    /// far), talk with others (`talks`) or use sound (`sounds`). True when it rests
+    /// now and its memory can be given back.
+    pub(crate) fn settle(
+        &mut self,
+        used: Duration,
+        talks: impl FnOnce() -> bool,
+        sounds: impl FnOnce() -> bool,
+    ) -> bool {
         let Alone::Since { when, used: before } = self.alone else { return false };
         let busy = used.saturating_sub(before).as_secs_f64() * 100.0
             > when.elapsed().as_secs_f64() * f64::from(self.policy.busy_percent);
-        if busy || (!self.policy.with_streams && has_streams(pid)) || (!self.policy.with_sound && sounds()) {
+        if busy || (!self.policy.with_streams && talks()) || (!self.policy.with_sound && sounds()) {
             // Looked at again after as long.
             self.alone = Alone::Since { when: Instant::now(), used };
             return false;
@@ -118,47 +116,6 @@ impl Rest {
     }
 }
 
-/// Whether a program in the network namespace of process `pid` has a TCP
-/// connection to another host. What cannot be read counts as one.
-fn has_streams(pid: u32) -> bool {
-    ["tcp", "tcp6"].into_iter().any(|table| match read(&format!("/proc/{pid}/net/{table}")) {
-        Ok(text) => text.lines().skip(1).any(is_stream),
-        // A kernel without IPv6 has no such table.
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
-    })
-}
-
-fn read(path: &str) -> io::Result<String> {
-    let mut text = String::new();
-    File::open(path)?.take(TABLE_MAX_BYTES).read_to_string(&mut text)?;
-    Ok(text)
-}
-
-/// Source: Linux `Documentation/networking/proc_net_tcp.rst`; state 01 is
-/// `TCP_ESTABLISHED`, addresses are words of the machine's own byte order.
-fn is_stream(line: &str) -> bool {
-    let mut fields = line.split_ascii_whitespace();
-    let (Some(remote), Some("01")) = (fields.nth(2), fields.next()) else { return false };
-    let Some((address, _port)) = remote.split_once(':') else { return false };
-    let words: Option<Vec<u32>> = address
-        .as_bytes()
-        .chunks(8)
-        .map(|word| u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok())
-        .collect();
-    match words.as_deref() {
-        Some(&[word]) => !Ipv4Addr::from(word.to_ne_bytes()).is_loopback(),
-        Some(&[a, b, c, d]) => {
-            let mut bytes = [0; 16];
-            for (place, word) in bytes.chunks_exact_mut(4).zip([a, b, c, d]) {
-                place.copy_from_slice(&word.to_ne_bytes());
-            }
-            let address = Ipv6Addr::from(bytes);
-            !address.is_loopback() && !address.to_ipv4_mapped().is_some_and(|mapped| mapped.is_loopback())
-        }
-        _ => true,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,7 +132,7 @@ mod tests {
         assert_eq!(rest.tick(true, || NONE), Due::Nothing);
         assert_eq!(rest.tick(false, || NONE), Due::Nothing, "alone from now on");
         assert_eq!(rest.tick(false, || NONE), Due::Look);
-        assert!(rest.settle(NONE, 1, || false));
+        assert!(rest.settle(NONE, || false, || false));
         assert!(rest.is_resting());
         assert_eq!(rest.tick(false, || NONE), Due::Nothing);
         drop(rest.wake());
@@ -194,7 +151,7 @@ mod tests {
         assert_eq!(rest.tick(false, || NONE), Due::Look);
         // Somebody came between the look and the rest.
         drop(rest.wake());
-        assert!(!rest.settle(NONE, 1, || false));
+        assert!(!rest.settle(NONE, || false, || false));
     }
 
     #[test]
@@ -202,22 +159,22 @@ mod tests {
         let mut rest = rest(Duration::ZERO);
         assert_eq!(rest.tick(false, || NONE), Due::Nothing);
         assert_eq!(rest.tick(false, || NONE), Due::Look);
-        assert!(!rest.settle(Duration::from_secs(3600), 1, || false), "an hour's work in no time");
-        assert!(rest.settle(Duration::from_secs(3600), 1, || false), "and none since");
+        assert!(!rest.settle(Duration::from_secs(3600), || false, || false), "an hour's work in no time");
+        assert!(rest.settle(Duration::from_secs(3600), || false, || false), "and none since");
     }
 
     #[test]
     fn it_does_not_rest_while_somebody_may_be_listening() {
         let mut heard = rest(Duration::ZERO);
         assert_eq!(heard.tick(false, || NONE), Due::Nothing);
-        assert!(!heard.settle(NONE, 1, || true));
+        assert!(!heard.settle(NONE, || false, || true));
         assert_eq!(heard.tick(false, || NONE), Due::Look, "looked at again");
-        assert!(heard.settle(NONE, 1, || false));
+        assert!(heard.settle(NONE, || false, || false));
 
         let policy = RestPolicy { with_streams: true, with_sound: true, ..RestPolicy::default() };
         let mut unheard = Rest::new(policy, Duration::ZERO, None);
         assert_eq!(unheard.tick(false, || NONE), Due::Nothing);
-        assert!(unheard.settle(NONE, 1, || true), "the policy says so");
+        assert!(unheard.settle(NONE, || false, || true), "the policy says so");
     }
 
     #[test]
@@ -227,22 +184,5 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(rest.tick(false, || NONE), Due::Nothing);
         }
-    }
-
-    #[test]
-    fn streams_to_other_hosts_are_told_from_those_inside() {
-        let line = |remote: &str, state: &str| format!("   0: 0100007F:1F90 {remote} {state} 00000000:00000000 00:0");
-        let v4 = |address: Ipv4Addr| format!("{:08X}:01BB", u32::from_ne_bytes(address.octets()));
-        assert!(is_stream(&line(&v4(Ipv4Addr::new(192, 0, 2, 1)), "01")));
-        assert!(!is_stream(&line(&v4(Ipv4Addr::new(192, 0, 2, 1)), "0A")), "listening");
-        assert!(!is_stream(&line(&v4(Ipv4Addr::LOCALHOST), "01")));
-        let v6 = |address: Ipv6Addr| {
-            let words = address.octets();
-            let words = words.chunks_exact(4).map(|w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]));
-            words.map(|word| format!("{word:08X}")).collect::<String>() + ":01BB"
-        };
-        assert!(is_stream(&line(&v6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)), "01")));
-        assert!(!is_stream(&line(&v6(Ipv6Addr::LOCALHOST), "01")));
-        assert!(!is_stream(&line(&v6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()), "01")));
     }
 }

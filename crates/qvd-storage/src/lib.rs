@@ -31,6 +31,7 @@ mod error;
 mod fsio;
 mod glob;
 mod guest_base;
+mod guests;
 mod home;
 mod image;
 mod probe;
@@ -59,6 +60,7 @@ pub use disk::{
 };
 pub use error::{Error, RecipeError};
 pub use guest_base::{is_guest_base, make_guest_base};
+pub use guests::GuestBase;
 pub use home::{Home, HomeId};
 pub use image::Image;
 pub use qvd_core::ErrorKind;

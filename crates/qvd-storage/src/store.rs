@@ -16,6 +16,7 @@ use rustix::{
 use crate::{
     Backends, BuildOptions, Capability, Error, Home, HomeId, Image, ImageConfig, Recipe, Root, RootBackend, RootId,
     RootOptions, build, fsio,
+    guests::Guests,
     image::{Images, Made},
     probe,
     repository::{CommitId, Repository},
@@ -32,6 +33,7 @@ pub struct Store {
     root: PathBuf,
     images: Images,
     roots: Roots,
+    guests: Guests,
     trash: Arc<Trash>,
     building: Mutex<()>,
     // Last, so that nobody else opens the store before the rest is dropped.
@@ -70,7 +72,8 @@ impl Store {
         let images = Images::open(&root.join("images"), &root.join("making"), Arc::clone(&trash))?;
         trash.take_temporary(&root.join("homes"))?;
         let roots = Roots::open(&root.join("roots"), backends, Arc::clone(&trash))?;
-        Ok(Self { images, roots, trash, building: Mutex::new(()), _lock: lock, root })
+        let guests = Guests::open(&root, images.repository(), &trash)?;
+        Ok(Self { images, roots, guests, trash, building: Mutex::new(()), _lock: lock, root })
     }
 
     /// Makes roots by the back end `name` from now on, where neither the caller
@@ -94,6 +97,11 @@ impl Store {
     /// The names of all back ends that there are, whether they work here or not.
     pub fn backends(&self) -> impl Iterator<Item = &'static str> + '_ {
         self.roots.names()
+    }
+
+    /// What machines are given.
+    pub(crate) const fn guests(&self) -> &Guests {
+        &self.guests
     }
 
     /// Where it is.
@@ -226,7 +234,7 @@ impl Store {
     /// # Errors
     /// A directory cannot be read.
     pub fn in_use(&self) -> Result<Vec<CommitId>, Error> {
-        self.images.repository().in_use(&self.root.join("roots"))
+        self.images.repository().in_use(&self.root)
     }
 
     /// Removes a root for good: see [`RootBackend::remove`].
@@ -253,23 +261,6 @@ impl Store {
     /// Something cannot be deleted; the next open tries again.
     pub fn empty_trash(&self) -> Result<(), Error> {
         self.trash.empty()
-    }
-
-    /// Removes every volatile root but those in `keep`. A root that is still
-    /// mounted stays; the others go all the same.
-    ///
-    /// # Errors
-    /// The last failure, after everything was tried.
-    pub fn sweep_volatile(&self, keep: &[RootId]) -> Result<(), Error> {
-        let mut failure = None;
-        let volatile = self.roots()?.into_iter().filter(|(_, policy)| *policy == RootPolicy::Volatile);
-        for (id, _) in volatile.filter(|(id, _)| !keep.contains(id)) {
-            if let Err(error) = self.remove_root(&id) {
-                tracing::warn!(root = %id, %error, "root left behind");
-                failure = Some(error);
-            }
-        }
-        failure.map_or(Ok(()), Err)
     }
 
     /// The home of a user or a desktop, made at its first use.

@@ -192,7 +192,7 @@ fn roots_that_nobody_owns_are_swept_and_deleted_in_the_background() {
                 fs::write(path(&mount, &n.to_string()), "").unwrap();
             }
         }
-        store.sweep_volatile(&[id("2")]).unwrap();
+        store.sweep_volatile(&[DesktopId::new(2).unwrap()]).unwrap();
         assert_eq!(store.roots().unwrap(), [(id("2"), RootPolicy::Volatile)]);
         for _ in 0..2000 {
             if fs::read_dir(dir.path().join("trash")).unwrap().next().is_none() {

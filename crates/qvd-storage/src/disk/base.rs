@@ -54,7 +54,7 @@ impl FromStr for DiskFormat {
 
 /// A read-only disk that disks stand on: a file or a block device. Nobody may
 /// change it while they do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BaseDisk {
     digest: Digest,
     path: PathBuf,

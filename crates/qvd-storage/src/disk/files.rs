@@ -24,6 +24,8 @@ pub(super) trait Make: fmt::Debug + Clone + Send + Sync + 'static {
     const FILE: &'static str;
     /// Its format.
     const FORMAT: DiskFormat;
+    /// Whether its base stays behind it.
+    const ON_BASE: bool = false;
 
     /// Fills the empty file `to` with a disk on `base`. Nothing is synced.
     fn make(&self, base: &BaseDisk, size: Option<Bytes>, to: &File, path: &Path) -> Result<(), Error>;
@@ -179,7 +181,8 @@ impl<M: Make> Disk for FileDisk<M> {
         }
         let path = self.files.file(&self.id);
         let size = self.files.making.size(&self.base, &path)?;
-        Ok(Device::new(path, M::FORMAT, Bytes::new(size)))
+        let device = Device::new(path, M::FORMAT, Bytes::new(size));
+        Ok(if M::ON_BASE { device.on(self.base.clone()) } else { device })
     }
 
     fn check(&self) -> Result<DiskReport, Error> {

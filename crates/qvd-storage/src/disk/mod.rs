@@ -119,13 +119,22 @@ pub struct Device {
     pub format: DiskFormat,
     /// Size of the disk.
     pub size: Bytes,
+    /// What shows where nothing was written, when that is another file. It is
+    /// to be opened by this, never by what the disk says of itself.
+    pub backing: Option<BaseDisk>,
 }
 
 impl Device {
-    /// A device for a back end to hand out.
+    /// A device for a back end to hand out, with nothing behind it.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>, format: DiskFormat, size: Bytes) -> Self {
-        Self { path: path.into(), format, size }
+        Self { path: path.into(), format, size, backing: None }
+    }
+
+    /// With this behind it.
+    #[must_use]
+    pub fn on(self, base: BaseDisk) -> Self {
+        Self { backing: Some(base), ..self }
     }
 }
 

@@ -1,11 +1,14 @@
 //! Disks that are qcow2 files with their base behind them.
 
-use std::{fs::File, path::Path};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
 
 use qvd_core::{Bytes, Missing, Support};
 
 use super::{
-    BaseDisk, DiskCapability, DiskFormat, DiskReport,
+    BaseDisk, DiskCapability, DiskFormat, DiskId, DiskReport,
     files::{self, Files, Make, delegate},
     qcow2::{self, BackingPolicy, Chain},
 };
@@ -29,6 +32,11 @@ impl Qcow2 {
     #[must_use]
     pub const fn with_policy(place: Place, policy: BackingPolicy) -> Self {
         Self(Files::new(place, Overlay { policy }))
+    }
+
+    /// The file of a disk, if there is one.
+    pub(crate) fn file(&self, id: &DiskId) -> PathBuf {
+        self.0.file(id)
     }
 
     fn probe(&self) -> Result<super::DiskCapabilities, Error> {
@@ -60,6 +68,7 @@ impl Overlay {
 impl Make for Overlay {
     const FILE: &'static str = "disk.qcow2";
     const FORMAT: DiskFormat = DiskFormat::Qcow2;
+    const ON_BASE: bool = true;
 
     fn make(&self, base: &BaseDisk, size: Option<Bytes>, to: &File, path: &Path) -> Result<(), Error> {
         let real = base.path().canonicalize().map_err(Error::io("open base", base.path()))?;

@@ -47,17 +47,21 @@ impl Repository {
         }
     }
 
-    /// The commits that roots below `roots` stand on: of back ends in a directory
-    /// each, roots in a directory each. Notes of roots that are gone count for
-    /// nothing.
+    /// The commits that roots of the store `store` stand on: those of containers
+    /// below `roots` and those of machines below `disks`, of back ends in a directory
+    /// each, in a directory each. Notes of roots that are gone count for nothing.
     ///
     /// # Errors
     /// A directory cannot be read.
-    pub fn in_use(&self, roots: &Path) -> Result<Vec<CommitId>, Error> {
-        let backends = match fs::read_dir(roots) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(Error::io("read", roots))?,
-        };
+    pub fn in_use(&self, store: &Path) -> Result<Vec<CommitId>, Error> {
+        let mut backends = Vec::new();
+        for kind in ["roots", "disks"] {
+            let dir = store.join(kind);
+            match fs::read_dir(&dir).and_then(Iterator::collect::<io::Result<Vec<_>>>) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                entries => backends.append(&mut entries.map_err(Error::io("read", &dir))?),
+            }
+        }
         let leases = match ids(&self.leases(), |name| name.parse::<RootId>().ok()) {
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             leases => leases?,

@@ -141,6 +141,10 @@ impl Qemu {
     pub fn adopt(&self, record: &VmRecord) -> Result<Option<Vm>, Error> {
         let Some(container) = self.runtime.adopt(&record.container)? else { return Ok(None) };
         let id = container.id();
+        // It may have been at rest, and would not answer.
+        if let Some(freezer) = container.freezer() {
+            freezer.thaw()?;
+        }
         let sockets = Sockets::new(&record.dir);
         let control = Qmp::connect(sockets.control(), GREETS_WITHIN).map_err(|source| Error::Qmp { id, source })?;
         let mut vm = Vm::new(container, control, sockets, None, record.memory_file);

@@ -62,35 +62,33 @@ impl AccelChoice {
     /// # Errors
     /// [`Error::Unsupported`] when KVM is required and not usable, with the reason.
     pub fn choose(self, kvm: &Kvm) -> Result<(Accel, Option<String>), Error> {
-        match (self, kvm.trouble()) {
+        match (self, kvm.missing()) {
             (Self::Tcg, _) => Ok((Accel::Tcg, None)),
             (Self::Auto | Self::Kvm, None) => Ok((Accel::Kvm, None)),
-            (Self::Auto, Some(trouble)) => {
+            (Self::Auto, Some(missing)) => {
                 let cost = "machines are emulated: ten times slower or worse, with some 60 MiB more memory for each";
-                Ok((Accel::Tcg, Some(format!("{trouble}; {cost}"))))
+                Ok((Accel::Tcg, Some(format!("{missing}; {cost}"))))
             }
-            (Self::Kvm, Some(trouble)) => {
-                Err(Error::Unsupported { op: "run a virtual machine by KVM", missing: Missing::Kernel(trouble) })
-            }
+            (Self::Kvm, Some(missing)) => Err(Error::Unsupported { op: "run a virtual machine by KVM", missing }),
         }
     }
 }
 
 impl Kvm {
-    /// Why it cannot be used, if it cannot.
+    /// What is missing, if something is.
     #[must_use]
-    pub fn trouble(&self) -> Option<String> {
+    pub fn missing(&self) -> Option<Missing> {
         match self {
             Self::Usable { .. } => None,
-            Self::Unusable { reason } => Some(format!("{DEVICE} is present but not usable: {reason}")),
-            Self::Absent => Some(format!("there is no {DEVICE}")),
+            Self::Unusable { reason } => Some(Missing::Device(format!("{DEVICE} (present, but {reason})"))),
+            Self::Absent => Some(Missing::Device(format!("{DEVICE} (absent)"))),
         }
     }
 
     /// As an answer about the host.
     #[must_use]
     pub fn support(&self) -> Support {
-        self.trouble().map_or(Support::Yes, |trouble| Support::No(Missing::Kernel(trouble)))
+        self.missing().map_or(Support::Yes, Support::No)
     }
 
     /// Tries it by booting `spec`, a machine of our own kernel, up to the point
@@ -204,7 +202,7 @@ mod tests {
     fn a_requirement_is_refused_with_the_reason_and_a_wish_is_not() {
         let hangs = Kvm::Unusable { reason: "an ordinary Linux hangs".to_owned() };
         let error = AccelChoice::Kvm.choose(&hangs).unwrap_err().to_string();
-        assert!(error.contains("present but not usable: an ordinary Linux hangs"), "{error}");
+        assert!(error.contains("present, but an ordinary Linux hangs"), "{error}");
         let (accel, warning) = AccelChoice::Auto.choose(&hangs).unwrap();
         assert_eq!(accel, Accel::Tcg);
         assert!(warning.unwrap().contains("ten times slower"));

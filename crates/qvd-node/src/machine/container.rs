@@ -1,0 +1,75 @@
+//! Desktops in containers.
+
+use std::{os::fd::BorrowedFd, path::PathBuf, time::Duration};
+
+use qvd_storage::Root;
+use qvd_virt::{Container, Exit, Freezer};
+
+use super::{END_GRACE, Failure, Machine, MachineRecord};
+use crate::guest::Guest;
+
+/// A container and its root.
+#[derive(Debug)]
+pub(crate) struct InContainer {
+    container: Container,
+    root: Box<dyn Root>,
+}
+
+impl InContainer {
+    pub(crate) fn new(container: Container, root: Box<dyn Root>) -> Self {
+        Self { container, root }
+    }
+}
+
+impl Machine for InContainer {
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        self.container.pidfd()
+    }
+
+    fn exit(&mut self) -> Result<Option<Exit>, Failure> {
+        Ok(self.container.try_wait()?)
+    }
+
+    fn freezer(&self) -> Option<Freezer> {
+        self.container.freezer()
+    }
+
+    fn cpu_time(&self) -> Result<Duration, Failure> {
+        Ok(self.container.cpu_time()?)
+    }
+
+    fn uses_sound(&self) -> Result<bool, Failure> {
+        Ok(self.container.uses_sound()?)
+    }
+
+    fn has_streams(&self, _: &Guest) -> Result<bool, Failure> {
+        let net: PathBuf = format!("/proc/{}/net", self.container.pid()).into();
+        Ok(qvd_guest::has_streams(&net))
+    }
+
+    fn page_out(&self) -> Result<u64, Failure> {
+        Ok(self.container.page_out()?)
+    }
+
+    fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
+        self.container.wait(grace + END_GRACE)?;
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<(), Failure> {
+        Ok(self.container.close()?)
+    }
+
+    fn close_storage(&mut self) -> Result<(), Failure> {
+        Ok(self.root.close()?)
+    }
+
+    fn record(&self) -> Result<MachineRecord, Failure> {
+        Ok(MachineRecord::Container(self.container.record()?))
+    }
+
+    fn leave(self: Box<Self>) -> Result<(), Failure> {
+        self.container.detach()?;
+        Ok(())
+    }
+}

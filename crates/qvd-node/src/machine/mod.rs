@@ -1,0 +1,74 @@
+//! What a desktop runs in: a container, or a virtual machine of the same image.
+
+mod container;
+mod hypervisor;
+mod vm;
+
+use std::{error::Error as StdError, fmt, os::fd::BorrowedFd, time::Duration};
+
+use qvd_virt::{ContainerRecord, Exit, Freezer, vm::VmRecord};
+use serde::{Deserialize, Serialize};
+
+pub(crate) use self::{
+    container::InContainer,
+    hypervisor::{Machines, probe_machines},
+    vm::{Boot, InVm},
+};
+use crate::guest::Guest;
+
+/// What a part of a machine reports; whose it was is said around it.
+pub(crate) type Failure = Box<dyn StdError + Send + Sync>;
+
+/// How long a desktop has beyond its programs' grace to end by itself.
+const END_GRACE: Duration = Duration::from_secs(2);
+
+/// A running desktop's processes, and the storage that is theirs alone.
+pub(crate) trait Machine: fmt::Debug + Send {
+    /// Becomes readable when that has ended.
+    fn pidfd(&self) -> BorrowedFd<'_>;
+
+    /// How its first process ended, if it did.
+    fn exit(&mut self) -> Result<Option<Exit>, Failure>;
+
+    /// What stops all of it and lets it go on; `None` on a host that cannot.
+    fn freezer(&self) -> Option<Freezer>;
+
+    /// Processor time that it has used.
+    fn cpu_time(&self) -> Result<Duration, Failure>;
+
+    /// Whether somebody may be listening to it.
+    fn uses_sound(&self) -> Result<bool, Failure>;
+
+    /// Whether its programs talk with other hosts. `guest` is its init.
+    fn has_streams(&self, guest: &Guest) -> Result<bool, Failure>;
+
+    /// Gives back memory; returns how many bytes the kernel was asked for.
+    fn page_out(&self) -> Result<u64, Failure>;
+
+    /// Waits until it has ended by itself, as its init was asked to.
+    fn wait_end(&mut self, grace: Duration) -> Result<(), Failure>;
+
+    /// Ends all of its processes now, if any are left. After an error, calling
+    /// again tries again.
+    fn end(&mut self) -> Result<(), Failure>;
+
+    /// Lets go of its storage, once no process is left: what is volatile is
+    /// forgotten. After an error, calling again tries again.
+    fn close_storage(&mut self) -> Result<(), Failure>;
+
+    /// What the next node needs to take it over.
+    fn record(&self) -> Result<MachineRecord, Failure>;
+
+    /// Lets go of it while it runs.
+    fn leave(self: Box<Self>) -> Result<(), Failure>;
+}
+
+/// What is remembered of a running machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum MachineRecord {
+    /// Its container.
+    Container(ContainerRecord),
+    /// Its QEMU.
+    Vm(VmRecord),
+}

@@ -1,0 +1,186 @@
+//! Desktops in virtual machines.
+
+use std::{
+    fs::File,
+    os::fd::{BorrowedFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+use qvd_guest::{BootConfig, Carrier, Link};
+use qvd_storage::{Device, Disk, DiskFormat};
+use qvd_virt::{
+    Exit, Freezer,
+    vm::{BackingSpec, DiskFormat as Format, DiskSpec, StopLimits, Vm},
+};
+
+use super::{END_GRACE, Failure, Machine, MachineRecord};
+use crate::guest::Guest;
+
+/// How long a kernel may take to come up and find its disks: ten seconds by
+/// emulation on a host with nothing else to do.
+const BOOTS_WITHIN: Duration = Duration::from_secs(120);
+
+/// How long a machine may take to write back what its disks wait for and switch
+/// itself off, once its programs have ended.
+const OFF_WITHIN: Duration = Duration::from_secs(15);
+
+/// Lines of the console that an error shows.
+const CONSOLE_LINES: usize = 4;
+
+/// A machine, its disks, and the line to its init.
+#[derive(Debug)]
+pub(crate) struct InVm {
+    vm: Vm,
+    /// Carries what is said at the socket of its init.
+    carrier: Carrier,
+    /// What it writes to its system, and its home; in this order.
+    disks: [Box<dyn Disk>; 2],
+}
+
+/// What makes a machine a desktop.
+pub(crate) struct Boot<'a> {
+    /// What its init becomes.
+    pub(crate) config: &'a BootConfig,
+    /// Where the node talks with that.
+    pub(crate) listener: OwnedFd,
+}
+
+impl InVm {
+    /// Lets a machine boot, and tells its init what to become.
+    pub(crate) fn boot(mut vm: Vm, disks: [Box<dyn Disk>; 2], boot: Boot<'_>) -> Result<Self, Failure> {
+        let mut tell = || -> Result<Carrier, Failure> {
+            vm.resume()?;
+            let mut link = Link::connect(vm.link(), BOOTS_WITHIN)?;
+            link.boot(boot.config, BOOTS_WITHIN)?;
+            Ok(link.carry(boot.listener.try_clone()?)?)
+        };
+        match tell() {
+            Ok(carrier) => Ok(Self { vm, carrier, disks }),
+            Err(error) => {
+                let said = last_lines(&vm.console().unwrap_or_default());
+                let error = Silent { said, source: error };
+                if let Err(left) = vm.close() {
+                    tracing::warn!(desktop = %vm.id(), error = &left as &dyn std::error::Error, "machine left behind");
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Takes over a machine that an earlier node left running.
+    pub(crate) fn adopt(vm: Vm, disks: [Box<dyn Disk>; 2], listener: OwnedFd) -> Result<Self, Failure> {
+        let link = Link::reconnect(vm.link(), BOOTS_WITHIN)?;
+        Ok(Self { carrier: link.carry(listener)?, vm, disks })
+    }
+
+    /// Opens a disk for QEMU, with what the back end says is behind it.
+    pub(crate) fn disk(serial: &str, disk: &dyn Disk) -> Result<DiskSpec, Failure> {
+        let Device { path, format, backing, .. } = disk.attach()?;
+        let open = |path: &Path, write| {
+            let opened = File::options().read(true).write(write).open(path);
+            opened.map_err(|error| format!("cannot open `{}`: {error}", path.display()))
+        };
+        let backing = match backing {
+            Some(base) => {
+                let qcow2 = base.format() == DiskFormat::Qcow2;
+                Some(Box::new(BackingSpec { file: open(base.path(), false)?.into(), qcow2 }))
+            }
+            None => None,
+        };
+        let format = match format {
+            DiskFormat::Qcow2 => Format::Qcow2 { backing },
+            _ => Format::Raw,
+        };
+        Ok(DiskSpec { serial: serial.to_owned(), file: open(&path, true)?.into(), format })
+    }
+}
+
+/// A machine whose init did not become a desktop's.
+#[derive(Debug, thiserror::Error)]
+#[error("the machine did not become a desktop; its console ended with: {said}")]
+struct Silent {
+    said: String,
+    source: Failure,
+}
+
+fn last_lines(console: &str) -> String {
+    let lines: Vec<_> = console.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let last = lines.get(lines.len().saturating_sub(CONSOLE_LINES)..).unwrap_or_default().join(" | ");
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    if last.is_empty() { "nothing".to_owned() } else { last.chars().map(plain).collect() }
+}
+
+impl Machine for InVm {
+    fn pidfd(&self) -> BorrowedFd<'_> {
+        self.vm.pidfd()
+    }
+
+    fn exit(&mut self) -> Result<Option<Exit>, Failure> {
+        Ok(self.vm.wait(Duration::ZERO)?)
+    }
+
+    fn freezer(&self) -> Option<Freezer> {
+        self.vm.container().freezer()
+    }
+
+    fn cpu_time(&self) -> Result<Duration, Failure> {
+        Ok(self.vm.container().cpu_time()?)
+    }
+
+    /// Machines have no sound device.
+    fn uses_sound(&self) -> Result<bool, Failure> {
+        Ok(false)
+    }
+
+    fn has_streams(&self, guest: &Guest) -> Result<bool, Failure> {
+        Ok(guest.stats()?.streams)
+    }
+
+    fn page_out(&self) -> Result<u64, Failure> {
+        Ok(self.vm.container().page_out()?)
+    }
+
+    fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
+        let limits = StopLimits { guest: grace + END_GRACE + OFF_WITHIN, button: Duration::ZERO };
+        self.vm.stop(limits, || true)?;
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<(), Failure> {
+        self.vm.close()?;
+        if let Err(error) = self.carrier.close() {
+            // It ends with the machine: how is of no account any more.
+            tracing::debug!(desktop = %self.vm.id(), %error, "line to a machine that has ended");
+        }
+        Ok(())
+    }
+
+    fn close_storage(&mut self) -> Result<(), Failure> {
+        for disk in &mut self.disks {
+            disk.close()?;
+        }
+        Ok(())
+    }
+
+    fn record(&self) -> Result<MachineRecord, Failure> {
+        Ok(MachineRecord::Vm(self.vm.record()?))
+    }
+
+    fn leave(self: Box<Self>) -> Result<(), Failure> {
+        let Self { vm, mut carrier, .. } = *self;
+        vm.detach()?;
+        Ok(carrier.close()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_shows_the_end_of_the_console_in_one_line() {
+        assert_eq!(last_lines("a\r\n\nb\nc\nd\ne\x1b[0m\n"), "b | c | d | e [0m");
+        assert_eq!(last_lines(" \n"), "nothing");
+    }
+}

@@ -1,0 +1,270 @@
+//! How a desktop comes to run: the steps of a start, undone in reverse when one
+//! of them fails.
+
+use std::{os::fd::AsFd as _, time::Instant};
+
+use qvd_core::{Bytes, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
+use qvd_guest::{BootConfig, HOME_SERIAL, Identity, InitConfig, ROOT_SERIAL, SessionConfig, VERSION, Writable};
+use qvd_net::{Port, PortSpec, TapSpec, loopback_up};
+use qvd_storage::{Disk, Home, HomeId, Image, RootId};
+use qvd_virt::{ContainerMount, ContainerSpec, InheritedFd, Program, seal, vm::NicSpec};
+
+use crate::{
+    HostError, HostErrorKind, Timings,
+    desktop::{Desktop, Parts, failed, micros, net, note, rest_of, storage, user_namespace, virt},
+    guest::Guest,
+    machine::{Boot, Failure, InContainer, InVm, Machine},
+    record::Record,
+};
+
+/// What the memory of a machine is a multiple of.
+const MEMORY_STEP: u64 = 2 << 20;
+
+/// Undoes the steps of a start, last first, unless the start succeeds.
+#[derive(Default)]
+struct Undo<'a>(Vec<Box<dyn FnOnce() + 'a>>);
+
+impl<'a> Undo<'a> {
+    fn step(&mut self, undo: impl FnOnce() + 'a) {
+        self.0.push(Box::new(undo));
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        while let Some(undo) = self.0.pop() {
+            undo();
+        }
+    }
+}
+
+/// What both kinds of start have to know.
+struct Start<'a> {
+    spec: &'a DesktopSpec,
+    image: &'a Image,
+    ids: UidRange,
+    uid_slot: u32,
+    began: Instant,
+    /// Begins the error of any step.
+    what: &'a str,
+}
+
+/// What a start made.
+type Made = (Box<dyn Machine>, Option<Port>, Timings);
+
+impl Parts {
+    /// Makes everything up to the running init. Each owner undoes its part
+    /// when it is dropped, so an early return leaves nothing.
+    ///
+    /// `began` is when it was asked for; `session_us` of the result is not
+    /// known yet.
+    pub(crate) fn start(
+        &self,
+        spec: &DesktopSpec,
+        began: Instant,
+        step: &mut dyn FnMut(StartStep),
+    ) -> Result<(Desktop, Timings), HostError> {
+        let id = spec.id;
+        let what = format!("cannot start desktop {id}");
+        let image = self.store.image(spec.image).map_err(storage(&what))?;
+        let mut undo = Undo::default();
+        let uid_slot = self.take_slot()?;
+        undo.step(move || self.free_slot(uid_slot));
+        let ids = UidRange::of_slot(uid_slot).map_err(failed(HostErrorKind::Busy, &what))?;
+        let guest = Guest::at(self.records.socket(id));
+        let start = Start { spec, image: &image, ids, uid_slot, began, what: &what };
+        let (machine, port, timings) = match spec.virtualizer {
+            Virtualizer::Container => self.start_container(&start, &guest, &mut undo, step),
+            Virtualizer::Qemu => self.start_vm(&start, &guest, &mut undo, step),
+            other => {
+                let missing = format!("{what}: this host runs containers and machines by QEMU, not by {other:?}");
+                Err(HostError::new(HostErrorKind::Unsupported, missing))
+            }
+        }?;
+        let address = port.as_ref().map(Port::address);
+        let facts = machine.record().map_err(failed(HostErrorKind::Failed, &what))?;
+        self.records
+            .write(&Record::new(spec.clone(), uid_slot, facts, address))
+            .map_err(failed(HostErrorKind::Failed, &what))?;
+        undo.keep();
+        let (rest, linger) = rest_of(&image);
+        Ok((Desktop { id, uid_slot, guest, machine, port, rest, linger }, timings))
+    }
+
+    fn start_container<'a>(
+        &'a self,
+        start: &Start<'_>,
+        guest: &Guest,
+        undo: &mut Undo<'a>,
+        step: &mut dyn FnMut(StartStep),
+    ) -> Result<Made, HostError> {
+        let Start { spec, image, ids, uid_slot, began, what } = start;
+        let id = spec.id;
+        let userns = user_namespace(*uid_slot, what)?;
+        let mut timings = Timings::default();
+
+        // By name, because making it can fail half-way, as on a full disk.
+        if spec.root == RootPolicy::Volatile {
+            undo.step(move || note(id, self.store.remove_root(&RootId::from(id))));
+        }
+        let root = self.store.root(image, &RootId::from(id), spec.root).map_err(storage(what))?;
+        let root_mount = root.mount(Some(userns.as_fd())).map_err(storage(what))?;
+        let home = self.home(spec, image).and_then(|home| home.mount(Some(userns.as_fd()))).map_err(storage(what))?;
+        timings.root_us = micros(*began);
+
+        step(StartStep::Confinement);
+        self.begin(id, undo, what)?;
+        let control = guest.listen().map_err(|e| e.into_host_error((*what).to_owned()))?;
+        let init_config = serde_json::to_vec(&init_config(image)).map_err(failed(HostErrorKind::Failed, what))?;
+        let init_config = seal(c"qvd-init.json", &init_config).map_err(failed(HostErrorKind::Failed, what))?;
+        let file = self.init.try_clone().map_err(failed(HostErrorKind::Failed, what))?;
+        let program = Program { file, argv: vec!["qvd-init".to_owned()], env: Vec::new() };
+        let mut container = ContainerSpec::new(id, root_mount, *ids, program);
+        container.hostname.clone_from(&spec.hostname);
+        container.limits = spec.limits;
+        container.mounts = vec![ContainerMount { target: image.config().user.home().into(), mount: home }];
+        container.fds = vec![
+            InheritedFd { number: qvd_guest::fds::CONTROL, fd: control },
+            InheritedFd { number: qvd_guest::fds::CONFIG, fd: init_config },
+        ];
+        let prepared = self.runtime.prepare(container).map_err(virt(what))?;
+
+        step(StartStep::Port);
+        let port_began = Instant::now();
+        let netns = prepared.netns().map_err(virt(what))?;
+        let port = if spec.net.port {
+            Some(self.with_network(|network| {
+                let policy = self.allowed(&spec.net, network);
+                let port = PortSpec { desktop: id, netns: netns.as_fd(), address: spec.address, policy };
+                network.attach(&port).map_err(net(what))
+            })?)
+        } else {
+            loopback_up(netns.as_fd()).map_err(net(what))?;
+            None
+        };
+        timings.port_us = micros(port_began);
+
+        step(StartStep::Init);
+        let container = prepared.start().map_err(virt(what))?;
+        timings.start_us = micros(*began);
+        Ok((Box::new(InContainer::new(container, root)), port, timings))
+    }
+
+    fn start_vm<'a>(
+        &'a self,
+        start: &Start<'_>,
+        guest: &Guest,
+        undo: &mut Undo<'a>,
+        step: &mut dyn FnMut(StartStep),
+    ) -> Result<Made, HostError> {
+        let Start { spec, image, ids, began, what, .. } = start;
+        let id = spec.id;
+        let mut timings = Timings::default();
+        if let Some(home) = &spec.home {
+            let reason = format!("{what}: a machine keeps its home on a disk of its own, not in `{}`", home.display());
+            return Err(HostError::new(HostErrorKind::Unsupported, reason));
+        }
+        let base = self.store.guest_base(image).map_err(storage(what))?;
+        if spec.root == RootPolicy::Volatile {
+            undo.step(move || note(id, self.store.remove_guest_root(id)));
+        }
+        let disks = self.guest_disks(spec, image).map_err(storage(what))?;
+        timings.root_us = micros(*began);
+
+        step(StartStep::Confinement);
+        self.begin(id, undo, what)?;
+        let listener = guest.listen().map_err(|e| e.into_host_error((*what).to_owned()))?;
+        let planned = self.machines.plan(id, *ids, image, &base, self.records.dir(id));
+        let (qemu, mut machine) = planned.map_err(refused(what))?;
+        machine.limits = spec.limits;
+        machine.limits.memory = Bytes::new(spec.limits.memory.get().next_multiple_of(MEMORY_STEP));
+        for (serial, disk) in [ROOT_SERIAL, HOME_SERIAL].into_iter().zip(&disks) {
+            machine.disks.push(InVm::disk(serial, &**disk).map_err(failed(HostErrorKind::Failed, what))?);
+        }
+
+        step(StartStep::Port);
+        let port_began = Instant::now();
+        let (port, network) = if spec.net.port {
+            let (port, tap, network) = self.with_network(|network| {
+                let policy = self.allowed(&spec.net, network);
+                let tap = TapSpec { desktop: id, address: spec.address, policy, header: true };
+                let (port, tap) = network.attach_tap(&tap).map_err(net(what))?;
+                let place = port.place();
+                Ok((port, tap, place))
+            })?;
+            machine.nics.push(NicSpec { tap, mac: port.mac().octets() });
+            let gateway = network.gateway;
+            (Some(port), Some(qvd_guest::Network { address: network.address, prefix: network.prefix, gateway }))
+        } else {
+            (None, None)
+        };
+        timings.port_us = micros(port_began);
+
+        step(StartStep::Init);
+        let vm = qemu.start(machine).map_err(virt(what))?;
+        let identity = Identity::fresh(&*spec.hostname, network);
+        let config = BootConfig {
+            identity: identity.map_err(failed(HostErrorKind::Failed, what))?,
+            base: qvd_guest::Base::Memory,
+            writable: Writable::Disk,
+            home: Some(image.config().user.home()),
+            init: init_config(image),
+        };
+        let vm = InVm::boot(vm, disks, Boot { config: &config, listener });
+        let vm = vm.map_err(failed(HostErrorKind::Failed, what))?;
+        timings.start_us = micros(*began);
+        Ok((Box::new(vm), port, timings))
+    }
+
+    /// What a machine writes to its system, and its home.
+    pub(crate) fn guest_disks(
+        &self,
+        spec: &DesktopSpec,
+        image: &Image,
+    ) -> Result<[Box<dyn Disk>; 2], qvd_storage::Error> {
+        let size = self.machines.disk();
+        Ok([self.store.guest_root(image, spec.id, spec.root, size)?, self.store.guest_home(spec.id, size)?])
+    }
+
+    /// Makes the directory of what is remembered of a desktop.
+    fn begin<'a>(&'a self, id: DesktopId, undo: &mut Undo<'a>, what: &str) -> Result<(), HostError> {
+        undo.step(move || note(id, self.records.end(id)));
+        self.records.begin(id).map_err(failed(HostErrorKind::Failed, what))
+    }
+
+    fn home(&self, spec: &DesktopSpec, image: &Image) -> Result<Home, qvd_storage::Error> {
+        match &spec.home {
+            Some(dir) => Home::open(dir, image),
+            None => self.store.home(&HomeId::from(spec.id), image),
+        }
+    }
+}
+
+/// Why machines cannot be run here at all is for whoever asked to change.
+fn refused(what: &str) -> impl FnOnce(Failure) -> HostError {
+    move |error| match error.downcast::<qvd_virt::Error>() {
+        Ok(error) => virt(what)(*error),
+        Err(error) => HostError::because(HostErrorKind::Unsupported, what, error),
+    }
+}
+
+/// What the init is told, from what the image's recipe said.
+fn init_config(image: &Image) -> InitConfig {
+    let config = image.config();
+    let env = config.session.as_ref().map(|session| session.env.clone()).unwrap_or_default();
+    let session = config.session.as_ref().map(|session| SessionConfig {
+        user: config.user.name.clone(),
+        uid: config.user.uid,
+        gid: config.user.gid,
+        home: config.user.home(),
+        command: session.command.clone(),
+        autostart: session.autostart.clone(),
+        geometry: session.geometry,
+        head_linger_s: session.head_linger_s,
+    });
+    InitConfig { version: VERSION, env, services: config.services.clone(), session }
+}
