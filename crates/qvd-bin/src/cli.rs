@@ -9,6 +9,8 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use qvd_core::{Bytes, DesktopId, FlavourName, Tag, UserName};
 use qvd_storage::repository::{Reference, Rollout};
 
+use crate::machines::{Doctor, Kind, Machines};
+
 /// Port of the gateway unless told otherwise: QVD's own since its first release.
 const DEFAULT_LISTEN: &str = "0.0.0.0:8443";
 
@@ -45,7 +47,7 @@ pub(crate) enum Command {
     /// Run everything on this machine, until SIGINT or SIGTERM
     Up(Up),
     /// Try what this host can do
-    Doctor,
+    Doctor(Doctor),
     /// Images
     #[command(subcommand)]
     Image(Image),
@@ -100,6 +102,8 @@ pub(crate) struct Up {
     /// Swap what idle desktops give back to compressed memory, up to SIZE of it, if this host has no swap
     #[arg(long, value_name = "SIZE")]
     pub(crate) zram: Option<qvd_core::Bytes>,
+    #[command(flatten)]
+    pub(crate) machines: Machines,
     /// Stop every desktop at the end; otherwise they keep running
     #[arg(long)]
     pub(crate) ephemeral: bool,
@@ -410,6 +414,9 @@ pub(crate) struct Create {
     /// Version of the flavour that it follows
     #[arg(long)]
     pub(crate) tag: Option<Tag>,
+    /// What it runs in: the same image does for both
+    #[arg(long, value_enum, default_value_t = Kind::Container)]
+    pub(crate) virtualizer: Kind,
     /// Memory, such as 512M or 2G
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Bytes>,

@@ -4,12 +4,13 @@ use std::process::ExitCode;
 
 use comfy_table::{ContentArrangement, Table, presets};
 use qvd_core::Support;
-use qvd_node::{Probe, Survey};
+use qvd_node::{Probe, Survey, VmConfig};
 use qvd_storage::Capability;
 use serde::Serialize;
 
 use crate::{
     failure::Exit,
+    machines::Doctor,
     output::{Output, one_line},
     paths::Paths,
 };
@@ -32,8 +33,9 @@ struct FilterGaps {
 
 /// Prints what was found. The status says whether containers can run here:
 /// without the rest desktops are only slower or poorer.
-pub(crate) fn run(paths: &Paths, output: &Output) -> anyhow::Result<ExitCode> {
-    let checks = qvd_node::probe(&paths.root);
+pub(crate) fn run(paths: &Paths, args: &Doctor, output: &Output) -> anyhow::Result<ExitCode> {
+    let mut checks = qvd_node::probe(&paths.root);
+    checks.extend(machines(paths, args)?);
     let fit = checks.iter().all(|check| !check.required || check.support.is_yes());
     let roots = match qvd_node::survey(&paths.root) {
         Ok(survey) => Some(survey),
@@ -50,6 +52,21 @@ pub(crate) fn run(paths: &Paths, output: &Output) -> anyhow::Result<ExitCode> {
         text.join("\n")
     })?;
     Ok(if fit { ExitCode::SUCCESS } else { Exit::Unsupported.into() })
+}
+
+/// What is found about virtual machines, where there is an init to try them with.
+fn machines(paths: &Paths, args: &Doctor) -> anyhow::Result<Vec<Probe>> {
+    let init = match crate::up::find_init(args.init.as_deref()) {
+        Ok(init) => init,
+        Err(error) if args.init.is_some() => return Err(error),
+        Err(error) => {
+            tracing::info!(error = %error, "virtual machines were not tried");
+            return Ok(Vec::new());
+        }
+    };
+    let mut config = VmConfig::default();
+    config.kernel.clone_from(&args.vm_kernel);
+    Ok(qvd_node::probe_vms(&config, &init, &paths.root))
 }
 
 /// What a filter lets by, a line each.

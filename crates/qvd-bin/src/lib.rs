@@ -10,6 +10,7 @@ mod graph;
 mod history;
 mod image;
 mod logging;
+mod machines;
 mod net;
 mod output;
 mod password;
@@ -55,7 +56,7 @@ fn dispatch(global: &Global, command: Command, output: &Output) -> anyhow::Resul
     };
     match command {
         Command::Up(up) => up::run(&paths()?, &up, output)?,
-        Command::Doctor => return doctor::run(&paths()?, output),
+        Command::Doctor(doctor) => return doctor::run(&paths()?, &doctor, output),
         Command::Completions { shell } => generate::completions(shell, output)?,
         Command::Man { directory } => generate::man(&directory, output)?,
         Command::Image(command) => image::run(&paths()?, global.server.as_deref(), command, output)?,

@@ -3,7 +3,7 @@
 use std::{future::Future, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Context;
-use qvd_core::{DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy};
+use qvd_core::{DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
 use qvd_farm::{DesktopInfo, OwnedDesktops};
 use qvd_gateway::api::{
     Client,
@@ -122,6 +122,7 @@ async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDe
     }
     new.name = create.name;
     new.tag = create.tag;
+    new.virtualizer = Some(create.virtualizer.into());
     new.root = create.persistent.then_some(RootPolicy::Persistent);
     new.net = match (create.no_network, create.isolated) {
         (true, _) => Some(NetPolicy::none()),
@@ -159,6 +160,14 @@ pub(crate) fn reach(net: &NetPolicy) -> String {
     words.join("; ")
 }
 
+const fn kind(virtualizer: Virtualizer) -> &'static str {
+    match virtualizer {
+        Virtualizer::Qemu => "a virtual machine by QEMU",
+        Virtualizer::Libvirt => "a virtual machine by libvirt",
+        _ => "a container",
+    }
+}
+
 fn details(info: &DesktopInfo) -> String {
     let DesktopInfo { desktop, status } = info;
     let network = reach(&desktop.net);
@@ -167,6 +176,7 @@ fn details(info: &DesktopInfo) -> String {
         ("user", desktop.user.to_string()),
         ("name", desktop.name.clone()),
         ("image", format!("{}:{}", desktop.flavour, desktop.tag)),
+        ("runs in", kind(desktop.virtualizer).to_owned()),
         ("memory", desktop.limits.memory.to_string()),
         ("processor", format!("{} thousandths of a core", desktop.limits.cpu.0)),
         ("processes", format!("at most {}", desktop.limits.pids)),

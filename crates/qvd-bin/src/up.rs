@@ -49,6 +49,7 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
 
     let mut config = NodeConfig::new(&paths.root, &paths.run, init, paths.instance);
     config.network.internet = args.internet;
+    config.vm = args.machines.config();
     for server in &args.name_server {
         match *server {
             IpAddr::V4(server) => config.network.name_server = Some(server),
@@ -138,7 +139,7 @@ fn signals() -> anyhow::Result<impl Future<Output = &'static str>> {
 }
 
 /// The static init: the one named, or the one beside this program.
-fn find_init(named: Option<&Path>) -> anyhow::Result<PathBuf> {
+pub(crate) fn find_init(named: Option<&Path>) -> anyhow::Result<PathBuf> {
     let path = match named {
         Some(path) => std::path::absolute(path).context("cannot find the init for desktops")?,
         None => env::current_exe().context("cannot find this program")?.with_file_name("qvd-init"),

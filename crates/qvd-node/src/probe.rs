@@ -113,11 +113,11 @@ const ADVICE: &[Advice] = &[
 ];
 
 /// As [`probe`], about virtual machines: `init` is the static init of desktops.
-/// What is found out is remembered below `run` if that is there. It takes up to
+/// What is found out is remembered below the state directory `root` if that is there. It takes up to
 /// three seconds, once per boot of the host.
 #[must_use]
-pub fn probe_vms(config: &VmConfig, init: &Path, run: &Path) -> Vec<Probe> {
-    probe_machines(config, init, run).into_iter().map(|(name, support)| advise(name, support)).collect()
+pub fn probe_vms(config: &VmConfig, init: &Path, root: &Path) -> Vec<Probe> {
+    probe_machines(config, init, root).into_iter().map(|(name, support)| advise(name, support)).collect()
 }
 
 /// Tries what desktops need of a host and of the file system that `root` is,

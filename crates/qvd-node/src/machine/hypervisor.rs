@@ -22,6 +22,10 @@ use crate::{NodeConfig, VmConfig};
 /// has one.
 const HOST: &str = "/";
 
+/// File in the state directory with what was found out about KVM. It says for
+/// which boot of the host.
+const KNOWN: &str = "kvm.json";
+
 /// What machines of a host are made from. Nothing is looked for before the
 /// first one starts: most hosts have none.
 #[derive(Debug)]
@@ -29,7 +33,9 @@ pub(crate) struct Machines {
     runtime: Arc<Runtime>,
     config: VmConfig,
     init: PathBuf,
-    /// Where the answer about KVM is remembered, and tried.
+    /// Where the answer about KVM is remembered.
+    known: PathBuf,
+    /// Where it is tried.
     run: PathBuf,
     ready: Mutex<Option<Ready>>,
     /// Of images that have one of their own.
@@ -50,6 +56,7 @@ impl Machines {
             runtime,
             config: config.vm.clone(),
             init: config.init.clone(),
+            known: config.root.join(KNOWN),
             run: config.run.clone(),
             ready: Mutex::default(),
             kernels: Mutex::default(),
@@ -94,7 +101,7 @@ impl Machines {
             return Ok(ready.clone());
         }
         let qemu = Arc::new(self.qemu()?);
-        let kvm = kvm(&qemu, kernel, ids, &self.run)?;
+        let kvm = kvm(&qemu, kernel, ids, &self.known, &self.run)?;
         let (accel, warning) = self.config.accel.choose(&kvm)?;
         if let Some(warning) = warning {
             tracing::warn!("{warning}");
@@ -140,8 +147,8 @@ struct NoKernel {
 }
 
 /// What is known of KVM on this host, or found out now by booting `kernel`.
-fn kvm(qemu: &Qemu, kernel: &GuestKernel, ids: UidRange, run: &Path) -> Result<Kvm, qvd_virt::Error> {
-    let memory = KvmMemory::at(run.join("kvm.json"));
+fn kvm(qemu: &Qemu, kernel: &GuestKernel, ids: UidRange, known: &Path, run: &Path) -> Result<Kvm, qvd_virt::Error> {
+    let memory = KvmMemory::at(known);
     let dir = tempfile::Builder::new().prefix("kvm-").tempdir_in(run);
     let dir = dir.map_err(|source| qvd_virt::Error::Io { op: format!("try KVM in `{}`", run.display()), source })?;
     // A number that no desktop gets before ten million others have.
@@ -154,8 +161,8 @@ fn kvm(qemu: &Qemu, kernel: &GuestKernel, ids: UidRange, run: &Path) -> Result<K
 /// What a host answers about virtual machines: whether there is a QEMU, and
 /// whether KVM runs an ordinary Linux, found by booting one. `init` is the
 /// static init of desktops; `config` says where a kernel is. The answer is
-/// remembered below `run` if that is there.
-pub(crate) fn probe_machines(config: &VmConfig, init: &Path, run: &Path) -> Vec<(&'static str, Support)> {
+/// remembered below the state directory `root` if that is there.
+pub(crate) fn probe_machines(config: &VmConfig, init: &Path, root: &Path) -> Vec<(&'static str, Support)> {
     let qemu = |support| (crate::probe::QEMU, support);
     let failed = |error: &(dyn std::error::Error + 'static)| {
         let why = qvd_core::causes(error).join(": ");
@@ -171,8 +178,8 @@ pub(crate) fn probe_machines(config: &VmConfig, init: &Path, run: &Path) -> Vec<
     let tried = || -> Result<Kvm, Failure> {
         let kernel = GuestKernel::find(config.kernel.as_deref().unwrap_or(Path::new(HOST)), init)?;
         let scratch = tempfile::tempdir()?;
-        let run = if run.is_dir() { run } else { scratch.path() };
-        Ok(kvm(&found, &kernel, UidRange::of_slot(UidRange::COUNT - 1)?, run)?)
+        let known = if root.is_dir() { root } else { scratch.path() }.join(KNOWN);
+        Ok(kvm(&found, &kernel, UidRange::of_slot(UidRange::COUNT - 1)?, &known, scratch.path())?)
     };
     let kvm = tried().map_or_else(|error| failed(&*error), |kvm| kvm.support());
     vec![qemu(Support::Yes), (crate::probe::KVM, kvm)]

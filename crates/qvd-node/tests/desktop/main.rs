@@ -1,6 +1,8 @@
 //! Real desktops on a real image: what a node promises, and what it leaves.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod machine;
+
 use std::{
     collections::BTreeMap,
     error::Error as _,
@@ -63,7 +65,9 @@ fn on_a_host(test: impl FnOnce(&Host) + Send) {
         let run = tempfile::tempdir().unwrap();
         let instance = Instance::of_root(run.path().as_os_str().as_encoded_bytes());
         let marks = [instance.bridge_name(), instance.cgroup_name(), run.path().display().to_string()];
-        let scope = Scope::marked(marks).files_under(run.path()).files_under(root.join("roots/overlayfs"));
+        let scope = Scope::marked(marks).files_under(run.path());
+        let scope =
+            ["roots/overlayfs", "disks/qcow2", "home-disks"].iter().fold(scope, |s, dir| s.files_under(root.join(dir)));
         let netns = qvd_sys::netns::create().unwrap();
         let init = std::env::var_os("QVD_INIT").unwrap().into();
         let config = NodeConfig::new(&root, run.path(), init, instance);

@@ -1,0 +1,70 @@
+//! The command line's words for virtual machines.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum, ValueHint};
+use qvd_core::{Bytes, Virtualizer};
+use qvd_node::{AccelChoice, VmConfig};
+
+/// How desktops run that are virtual machines.
+#[derive(Debug, Args)]
+pub(crate) struct Machines {
+    /// Directory with boot/vmlinuz-VERSION and lib/modules/VERSION, for images without a kernel; the host's own, unless given
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) vm_kernel: Option<PathBuf>,
+    /// What executes machines; auto takes KVM where an ordinary Linux runs by it
+    #[arg(long, value_enum, default_value_t = Accel::Auto)]
+    pub(crate) accel: Accel,
+    /// Size of the disks that a machine's system and home are on; they take the space of what is written
+    #[arg(long, value_name = "SIZE", default_value = "16G")]
+    pub(crate) vm_disk: Bytes,
+}
+
+impl Machines {
+    /// What it comes to.
+    pub(crate) fn config(&self) -> VmConfig {
+        let accel = match self.accel {
+            Accel::Auto => AccelChoice::Auto,
+            Accel::Kvm => AccelChoice::Kvm,
+            Accel::Tcg => AccelChoice::Tcg,
+        };
+        let mut config = VmConfig::default();
+        (config.kernel, config.accel, config.disk) = (self.vm_kernel.clone(), accel, self.vm_disk);
+        config
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Accel {
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// The static qvd-init to try virtual machines with, unless the one beside this program
+    #[arg(long, value_name = "FILE", env = "QVD_INIT", value_hint = ValueHint::FilePath)]
+    pub(crate) init: Option<PathBuf>,
+    /// Directory with a kernel and its modules to try KVM with; the host's own, unless given
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) vm_kernel: Option<PathBuf>,
+}
+
+/// What a desktop runs in.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Kind {
+    /// Namespaces on the host's kernel
+    Container,
+    /// A virtual machine by QEMU, with a kernel of its own
+    Qemu,
+}
+
+impl From<Kind> for Virtualizer {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Container => Self::Container,
+            Kind::Qemu => Self::Qemu,
+        }
+    }
+}
