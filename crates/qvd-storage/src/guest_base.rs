@@ -5,9 +5,10 @@
 //! which all guests of an image share, instead of keeping its own.
 
 use std::{
-    fs::File,
-    os::unix::fs::{FileExt, PermissionsExt},
-    path::Path,
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
@@ -51,9 +52,7 @@ pub fn make_guest_base(from: &Path, to: &Path) -> Result<Bytes, Error> {
     let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let file =
         tempfile::Builder::new().prefix(".new-").tempfile_in(parent).map_err(Error::io("make a file in", parent))?;
-    // A directory by its name alone would be taken as it is; what a descriptor
-    // leads to is meant, whatever stands for it.
-    let from = from.join(".");
+    let from = &named(from)?;
     // Everything of a root is in it: also times, which programs compare.
     let arguments = ["--quiet".as_ref(), "-Enoinline_data".as_ref(), file.path().as_os_str(), from.as_os_str()];
     MAKER.run("make a guest's base", arguments, Stdio::null(), MADE_WITHIN)?;
@@ -70,6 +69,19 @@ pub fn make_guest_base(from: &Path, to: &Path) -> Result<Bytes, Error> {
     file.persist(to).map_err(|error| Error::io("name", to)(error.error))?;
     fsio::sync_dir(parent).map_err(Error::io("sync", parent))?;
     Ok(Bytes::new(size))
+}
+
+/// The path of a directory that another program finds it by. What only a
+/// descriptor leads to (`/proc/self/fd/7`) has none: the program would resolve
+/// it to something else, as likely as not the host's own `/`.
+fn named(dir: &Path) -> Result<PathBuf, Error> {
+    let identity = |path: &Path| fs::metadata(path).map(|about| (about.dev(), about.ino()));
+    let wanted = identity(dir).map_err(Error::io("open", dir))?;
+    let path = dir.canonicalize().map_err(Error::io("open", dir))?;
+    match identity(&path) {
+        Ok(found) if found == wanted => Ok(path),
+        _ => Err(Error::io("open", dir)(io::Error::new(io::ErrorKind::InvalidInput, "no path leads to it"))),
+    }
 }
 
 #[cfg(test)]

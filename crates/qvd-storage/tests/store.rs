@@ -449,3 +449,73 @@ fn a_package_that_does_not_exist_is_named_and_nothing_is_left() {
         assert_eq!(mounts(), before);
     });
 }
+
+/// What machines are given: made once, found again, and gone with their image.
+#[test]
+fn machines_share_a_base_and_have_disks_of_their_own() {
+    privileged(&[Need::Root, Need::Filesystem("overlay"), Need::Filesystem("erofs")], || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store_with_image(dir.path());
+        let desktop = DesktopId::new(7).unwrap();
+        let base = store.guest_base(&image).unwrap();
+        assert!(qvd_storage::is_guest_base(&base.path).unwrap());
+        assert_eq!(base.size.get() % (2 << 20), 0);
+        let made = fs::metadata(&base.path).unwrap().ino();
+        assert_eq!(store.guest_base(&image).unwrap(), base);
+        assert_eq!(fs::metadata(&base.path).unwrap().ino(), made, "it is made once");
+
+        let size = qvd_core::Bytes::mib(100);
+        let mut root = store.guest_root(&image, desktop, RootPolicy::Volatile, size).unwrap();
+        let device = root.attach().unwrap();
+        assert_eq!(device.size, size);
+        let behind = device.backing.expect("an empty file system is behind it");
+        let said = Command::new("e2fsck").args(["-f", "-n"]).arg(behind.path()).output().unwrap();
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stdout));
+        assert!(fs::metadata(&device.path).unwrap().blocks() * 512 < 1 << 20, "an empty disk takes next to nothing");
+        // A root in use keeps its image.
+        assert_eq!(store.in_use().unwrap(), [CommitId::new(image.digest())]);
+        let home = store.guest_home(desktop, size).unwrap();
+        let kept = home.attach().unwrap().path;
+        drop(home);
+        // It has the size that it was made with.
+        assert_eq!(store.guest_home(desktop, qvd_core::Bytes::mib(200)).unwrap().attach().unwrap().size, size);
+        root.close().unwrap();
+        assert!(!device.path.exists() && kept.exists());
+        assert_eq!(store.in_use().unwrap(), []);
+
+        // A killed node leaves a volatile one; the next sweeps it, and no home.
+        drop(store.guest_root(&image, desktop, RootPolicy::Volatile, size).unwrap());
+        store.sweep_volatile(&[desktop]).unwrap();
+        assert!(device.path.exists());
+        store.sweep_volatile(&[]).unwrap();
+        assert!(!device.path.exists() && kept.exists());
+        store.remove_guest_root(desktop).unwrap();
+        store.remove_guest_home(desktop).unwrap();
+        store.remove_guest_home(desktop).unwrap();
+        assert!(!kept.exists());
+
+        // A base goes when its image has gone.
+        for tag in ["head", "default"] {
+            let (flavour, tag) = (recipe().flavour().clone(), tag.parse().unwrap());
+            store.repository().move_tag(&flavour, &tag, Expect::Anything, None, ("ana", "gone")).unwrap();
+        }
+        store.repository().gc(&Keep { reflog: Duration::ZERO, commits: Vec::new() }, false).unwrap();
+        drop(store);
+        let store = Store::open(dir.path()).unwrap();
+        assert!(!base.path.exists() && store.image(image.digest()).is_err());
+    });
+}
+
+/// A path that only a descriptor leads to would be another one for `mkfs.erofs`.
+#[test]
+fn a_base_is_made_of_what_was_named_or_not_at_all() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (_store, image) = store_with_image(dir.path());
+        let tree = image.base().open().unwrap();
+        let by_number = format!("/proc/self/fd/{}", tree.as_raw_fd());
+        let error = qvd_storage::make_guest_base(by_number.as_ref(), &dir.path().join("base")).unwrap_err();
+        assert!(qvd_core::causes(&error).join(": ").contains("no path leads to it"), "{error}");
+        assert!(!dir.path().join("base").exists());
+    });
+}
