@@ -156,6 +156,12 @@ pub(crate) fn reach(net: &NetPolicy) -> String {
     ];
     words.extend(limits.iter().filter_map(|(most, what, unit)| most.map(|most| format!("{what} {most} {unit}"))));
     words.extend((!net.names.is_any()).then(|| "names of the site's servers".to_owned()));
+    for (what, some) in [
+        ("groups", net.multicast.iter().map(ToString::to_string).collect::<Vec<_>>()),
+        ("also as", net.addresses.iter().map(ToString::to_string).collect()),
+    ] {
+        words.extend((!some.is_empty()).then(|| format!("{what} {}", list(some))));
+    }
     words.extend(net.routed.then(|| "routed".to_owned()));
     words.join("; ")
 }

@@ -17,7 +17,9 @@ mod unit;
 pub use cause::causes;
 pub use error::ErrorKind;
 pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, UserName};
-pub use net::{Destination, NameServers, Neighbours, NetPolicy, NetWordError, Service, Transport};
+pub use net::{
+    Destination, ExtraAddresses, MulticastGroup, NameServers, Neighbours, NetPolicy, NetWordError, Service, Transport,
+};
 pub use rest::{RestMode, RestPolicy};
 pub use spec::{
     DesktopSpec, DesktopState, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, RootPolicy, StartStep,

@@ -10,6 +10,29 @@ use std::{
 
 use serde::{Deserialize, Serialize, de};
 
+pub use self::addresses::{ExtraAddresses, MulticastGroup};
+
+/// Written in recipes and policies as it prints.
+macro_rules! as_text {
+    ($($type:ty),+) => {$(
+        impl Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: de::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+            }
+        }
+    )+};
+}
+
+use as_text;
+
+mod addresses;
+
 /// What a desktop may reach.
 ///
 /// ```
@@ -55,6 +78,14 @@ pub struct NetPolicy {
     /// Whether others see its own address, and not the host's.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub routed: bool,
+    /// Multicast groups that it may send to and hear: at the host, which may
+    /// route them further. Neighbours it reaches by no group.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub multicast: Vec<MulticastGroup>,
+    /// Addresses that it may send from beside its own, outside of the network's
+    /// subnets. Others see them as they are.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<ExtraAddresses>,
 }
 
 impl NetPolicy {
@@ -70,6 +101,8 @@ impl NetPolicy {
             connections: None,
             names: NameServers::Any,
             routed: false,
+            multicast: Vec::new(),
+            addresses: Vec::new(),
         }
     }
 
@@ -100,8 +133,8 @@ impl NetPolicy {
     /// As much of this as `ceiling` allows too: a tenant's limits, or a host's,
     /// over what a flavour or a desktop says.
     ///
-    /// A ceiling without destinations or services of its own that allows
-    /// `internet` allows all of either.
+    /// A ceiling that allows `internet` and has no destinations of its own allows
+    /// all of them, and so with services, groups and further addresses.
     #[must_use]
     pub fn within(&self, ceiling: &Self) -> Self {
         let least = |a: Option<NonZeroU32>, b: Option<NonZeroU32>| match (a, b) {
@@ -127,6 +160,13 @@ impl NetPolicy {
             } else {
                 Neighbours::None
             };
+        let all_groups = ceiling.internet && ceiling.multicast.is_empty();
+        let multicast = self.multicast.iter().filter(|group| all_groups || ceiling.multicast.contains(group));
+        let all_addresses = ceiling.internet && ceiling.addresses.is_empty();
+        let addresses = self
+            .addresses
+            .iter()
+            .filter(|wanted| all_addresses || ceiling.addresses.iter().any(|allowed| allowed.covers(wanted)));
         Self {
             port: self.port && ceiling.port,
             internet,
@@ -138,6 +178,8 @@ impl NetPolicy {
             connections: least(self.connections, ceiling.connections),
             names: if ceiling.names.is_any() { self.names } else { NameServers::Ours },
             routed: self.routed && ceiling.routed,
+            multicast: multicast.copied().collect(),
+            addresses: addresses.copied().collect(),
         }
     }
 }
@@ -387,22 +429,6 @@ impl NameServers {
     }
 }
 
-macro_rules! as_text {
-    ($($type:ty),+) => {$(
-        impl Serialize for $type {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: de::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
-            }
-        }
-    )+};
-}
-
 as_text!(Service, Destination, Neighbours);
 
 #[cfg(test)]
@@ -457,5 +483,24 @@ mod tests {
         let left = NetPolicy::internet().within(&ceiling);
         assert_eq!((left.internet, left.destinations), (false, ceiling.destinations));
         assert!(!wanted.within(&NetPolicy::default()).port);
+    }
+
+    #[test]
+    fn a_ceiling_names_groups_and_addresses() {
+        let wanted = NetPolicy {
+            multicast: vec!["239.1.2.3".parse().unwrap(), "ff15::42".parse().unwrap()],
+            addresses: vec!["192.0.2.8/31".parse().unwrap(), "192.0.2.12".parse().unwrap()],
+            ..NetPolicy::host_only()
+        };
+        assert_eq!(wanted.within(&NetPolicy::unlimited()), wanted);
+        let bare = wanted.within(&NetPolicy::host_only());
+        assert!(bare.multicast.is_empty() && bare.addresses.is_empty());
+        let ceiling = NetPolicy {
+            multicast: vec!["ff15::42".parse().unwrap()],
+            addresses: vec!["192.0.2.8/30".parse().unwrap()],
+            ..NetPolicy::host_only()
+        };
+        let left = wanted.within(&ceiling);
+        assert_eq!((left.multicast, left.addresses), (ceiling.multicast, vec!["192.0.2.8/31".parse().unwrap()]));
     }
 }

@@ -7,6 +7,12 @@ use qvd_core::{DesktopId, NameServers, Neighbours, NetPolicy};
 
 use crate::{Error, NetConfig};
 
+/// Most multicast groups of a desktop.
+const GROUPS_MAX: usize = 64;
+
+/// Most addresses of a desktop beside its own.
+const EXTRA_MAX: usize = 64;
+
 /// A policy, as rules know it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Access {
@@ -31,6 +37,24 @@ impl Access {
             let what = format!("desktop {desktop} may ask only our name servers and network {bridge} knows none");
             return Err(Error::Invalid(what));
         }
+        let groups = policy.multicast.len();
+        if groups > GROUPS_MAX {
+            return Err(Error::Invalid(format!(
+                "desktop {desktop} wants {groups} multicast groups, at most {GROUPS_MAX} can be"
+            )));
+        }
+        let mut extra = policy.addresses.iter().flat_map(|some| some.iter());
+        if extra.by_ref().nth(EXTRA_MAX).is_some() {
+            let what = format!("desktop {desktop} wants more than {EXTRA_MAX} further addresses");
+            return Err(Error::Invalid(what));
+        }
+        let mut extra = policy.addresses.iter().flat_map(|some| some.iter());
+        if let Some(address) = extra.find(|&address| config.contains(address)) {
+            let what = format!(
+                "desktop {desktop} cannot have {address} besides its own: network {bridge} gives its addresses away by itself"
+            );
+            return Err(Error::Invalid(what));
+        }
         Ok(access)
     }
 
@@ -52,6 +76,16 @@ impl Access {
     /// Whether the host serves it anything.
     pub(crate) fn is_served(&self) -> bool {
         !self.policy.services.is_empty()
+    }
+
+    /// Whether it takes part in multicast groups.
+    pub(crate) fn takes_part(&self) -> bool {
+        !self.policy.multicast.is_empty()
+    }
+
+    /// Whether ports of this policy share anything.
+    pub(crate) fn has_rules(&self) -> bool {
+        self.is_particular() || self.is_served() || self.takes_part()
     }
 
     /// Whether anything of it is routed.
@@ -96,6 +130,9 @@ fn class(policy: &NetPolicy) -> String {
     for service in &policy.services {
         let _infallible = write!(text, "!{service}");
     }
+    if !policy.multicast.is_empty() {
+        text.push('*');
+    }
     format!("{:016x}", hash(text.as_bytes()))
 }
 
@@ -134,6 +171,7 @@ mod tests {
             NetPolicy { names: NameServers::Ours, ..plain.clone() },
             NetPolicy { up_kbit_s: NonZeroU32::new(1), ..plain.clone() },
             NetPolicy { connections: NonZeroU32::new(1), ..plain.clone() },
+            NetPolicy { multicast: vec!["239.1.2.3".parse().unwrap()], ..plain.clone() },
         ];
         let mut names: Vec<_> = others.iter().chain([&plain]).map(class).collect();
         names.sort();

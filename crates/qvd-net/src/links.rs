@@ -267,6 +267,15 @@ pub(crate) fn route_to(index: u32, to: impl Into<IpAddr>) -> Request {
     Request::new(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
+/// It no longer is.
+pub(crate) fn forget_route(index: u32, to: IpAddr) -> Request {
+    let mut message = route(index, family(to));
+    message.header.scope = RouteScope::Link;
+    message.header.destination_prefix_length = if to.is_ipv4() { 32 } else { 128 };
+    message.attributes.push(RouteAttribute::Destination(route_address(to)));
+    Request::new(RouteNetlinkMessage::DelRoute(message), 0)
+}
+
 /// Everything else is behind `gateway`.
 pub(crate) fn default_route(index: u32, gateway: impl Into<IpAddr>) -> Request {
     let gateway = gateway.into();

@@ -1,6 +1,6 @@
 use std::{
     fmt,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     str::FromStr,
 };
 
@@ -23,6 +23,20 @@ impl Mac {
         let [high, low] = u16::from_str_radix(&instance.to_string(), 16).unwrap_or_default().to_be_bytes();
         let [_, b, c, d] = address.octets();
         Self([Self::FIRST, high, low, b, c, d])
+    }
+
+    /// The one that frames to a multicast group have (RFC 1112, 6.4; RFC 2464, 7).
+    pub(crate) const fn of_group(group: IpAddr) -> Self {
+        match group {
+            IpAddr::V4(group) => {
+                let [_, b, c, d] = group.octets();
+                Self([1, 0, 0x5e, b & 0x7f, c, d])
+            }
+            IpAddr::V6(group) => {
+                let [.., c, d, e, f] = group.octets();
+                Self([0x33, 0x33, c, d, e, f])
+            }
+        }
     }
 
     /// The address that its link has in IPv6 by itself (RFC 4291, appendix A).

@@ -13,7 +13,6 @@ use rustix::io::Errno;
 use crate::{
     Error, Mac, Port, PortSpec, Subnet, Subnet6, TapSpec, TeardownErrors,
     filter::{self, Backend, Filter, Notes},
-    identity::Identity,
     links::{self, LinkFacts},
     mend::Record,
     netlink::Netlink,
@@ -55,6 +54,14 @@ impl NetConfig {
             name_server: None,
             name_server6: None,
             backend: Backend::default(),
+        }
+    }
+
+    /// Whether an address is one of those that the network gives away.
+    pub(crate) fn contains(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.subnet.contains(address),
+            IpAddr::V6(address) => self.subnet6.is_some_and(|subnet6| subnet6.contains(address)),
         }
     }
 
@@ -283,11 +290,7 @@ impl Network {
         });
         let mut route = self.inner.route();
         for address in addresses {
-            // Its number does not matter for the addresses that follow from this one.
-            let identity = Identity::of_address(&self.inner.config, address);
-            for address in identity.addresses() {
-                errors.extend(forget_neighbour(&mut route, self.inner.bridge, address).err());
-            }
+            errors.extend(forget_address(&mut route, &self.inner.config, self.inner.bridge, address).err());
         }
         let swept = sweep_links(&mut route, instance, &kept).unwrap_or_else(|error| {
             errors.push(error);
@@ -347,7 +350,37 @@ pub(crate) fn no_ipv6_address(route: &mut Netlink, index: u32) -> Result<(), cra
     }
 }
 
-pub(crate) fn forget_neighbour(route: &mut Netlink, bridge: u32, address: IpAddr) -> Result<(), Error> {
+/// Takes away what was told of an address: whose it is, and where.
+pub(crate) fn forget_address(
+    route: &mut Netlink,
+    config: &NetConfig,
+    bridge: u32,
+    address: IpAddr,
+) -> Result<(), Error> {
+    forget_neighbour(route, bridge, address)?;
+    let local = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
+    if local || config.contains(address) {
+        return Ok(());
+    }
+    match route.batch(vec![links::forget_route(bridge, address)]) {
+        Err(error) if error.is(Errno::SRCH) || error.is(Errno::NODEV) => Ok(()),
+        other => other.map(drop).map_err(Error::netlink("forget the route to", address.to_string())),
+    }
+}
+
+/// Refuses what the host itself has.
+pub(crate) fn refuse_own(route: &mut Netlink, wanted: &[IpAddr]) -> Result<(), Error> {
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let addresses = route.dump(links::every_address()).map_err(Error::netlink("list", "addresses"))?;
+    let own = addresses.iter().filter_map(links::address_facts).find(|(_, address, _)| wanted.contains(address));
+    own.map_or(Ok(()), |(_, address, _)| {
+        Err(Error::Invalid(format!("address {address} is the host's own, and so no desktop's")))
+    })
+}
+
+fn forget_neighbour(route: &mut Netlink, bridge: u32, address: IpAddr) -> Result<(), Error> {
     match route.batch(vec![links::forget_neighbour(bridge, address)]) {
         Err(error) if error.is(Errno::NOENT) || error.is(Errno::NODEV) => Ok(()),
         other => other.map(drop).map_err(Error::netlink("forget the neighbour", address.to_string())),

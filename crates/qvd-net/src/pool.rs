@@ -1,4 +1,9 @@
-use std::{collections::BTreeMap, fmt, net::Ipv4Addr, str::FromStr};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+    str::FromStr,
+};
 
 use qvd_core::{DesktopId, Instance};
 use serde::{Deserialize, Serialize, de};
@@ -164,11 +169,13 @@ impl<'de> Deserialize<'de> for Subnet {
 pub(crate) struct Pool {
     subnet: Subnet,
     taken: BTreeMap<Ipv4Addr, DesktopId>,
+    /// Addresses beside those of the subnet.
+    extra: BTreeMap<IpAddr, DesktopId>,
 }
 
 impl Pool {
     pub(crate) const fn new(subnet: Subnet) -> Self {
-        Self { subnet, taken: BTreeMap::new() }
+        Self { subnet, taken: BTreeMap::new(), extra: BTreeMap::new() }
     }
 
     /// Takes `wanted`, or else the address that a desktop of this number gets
@@ -203,8 +210,19 @@ impl Pool {
             .ok_or(Error::Exhausted(self.subnet))
     }
 
-    /// Gives an address back, if this desktop has it.
+    /// Takes all of `extra` for a desktop, or none.
+    pub(crate) fn take_extra(&mut self, desktop: DesktopId, extra: &[IpAddr]) -> Result<(), Error> {
+        let taken = extra.iter().find_map(|address| Some((address, self.extra.get(address)?)));
+        if let Some((address, by)) = taken.filter(|&(_, &by)| by != desktop) {
+            return Err(Error::Invalid(format!("address {address} is taken by desktop {by}")));
+        }
+        self.extra.extend(extra.iter().map(|&address| (address, desktop)));
+        Ok(())
+    }
+
+    /// Gives an address back, if this desktop has it, and those beside it.
     pub(crate) fn give_back(&mut self, desktop: DesktopId, address: Ipv4Addr) {
+        self.extra.retain(|_, by| *by != desktop);
         if self.taken.get(&address) == Some(&desktop) {
             self.taken.remove(&address);
         }

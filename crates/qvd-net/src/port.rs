@@ -17,7 +17,7 @@ use crate::{
     links,
     mend::Record,
     netlink::Netlink,
-    network::{Inner, find, forget_neighbour, group, lock, no_ipv6_address},
+    network::{Inner, find, forget_address, group, lock, no_ipv6_address, refuse_own},
     qdisc,
     rules::Protection,
 };
@@ -148,15 +148,18 @@ impl Port {
         policy: &NetPolicy,
     ) -> Result<Self, Error> {
         let access = Access::of(&network.config, desktop, policy)?;
-        let address = lock(&network.pool).take(desktop, address)?;
-        Ok(Self {
-            network: Arc::clone(network),
-            desktop,
-            identity: Identity::new(&network.config, desktop, address),
-            index: None,
-            access,
-            open: true,
-        })
+        let of = |address| Identity::new(&network.config, desktop, address, policy);
+        // Those beside it do not depend on it.
+        refuse_own(&mut network.route(), &of(network.config.subnet.gateway()).extra)?;
+        let mut pool = lock(&network.pool);
+        let address = pool.take(desktop, address)?;
+        let identity = of(address);
+        if let Err(error) = pool.take_extra(desktop, &identity.extra) {
+            pool.give_back(desktop, address);
+            return Err(error);
+        }
+        drop(pool);
+        Ok(Self { network: Arc::clone(network), desktop, identity, index: None, access, open: true })
     }
 
     /// From now on it is watched.
@@ -219,11 +222,24 @@ impl Port {
         let Some(group) = self.access.group() else { return Vec::new() };
         let open = lock(&self.network.open);
         let others = open.values().filter(|record| record.access.group() == Some(group));
-        let routed = |record: &Record| {
-            let identity = &record.identity;
-            std::iter::once(IpAddr::V4(identity.ipv4)).chain(identity.ipv6.map(IpAddr::V6)).collect::<Vec<_>>()
-        };
-        others.flat_map(routed).collect()
+        others.flat_map(|record| record.identity.routed()).collect()
+    }
+
+    /// The addresses of all open ports beside those of the subnets.
+    pub(crate) fn extra_of_all(&self) -> Vec<IpAddr> {
+        lock(&self.network.open).values().flat_map(|record| record.identity.extra.iter().copied()).collect()
+    }
+
+    /// What it may send from beside its own addresses.
+    #[must_use]
+    pub fn extra_addresses(&self) -> &[IpAddr] {
+        &self.identity.extra
+    }
+
+    /// The multicast groups that it takes part in.
+    #[must_use]
+    pub fn groups(&self) -> &[IpAddr] {
+        &self.identity.groups
     }
 
     /// Created down, confined, its inside configured, raised last.
@@ -312,6 +328,7 @@ impl Port {
             let mut requests = vec![links::set_port_flags(index, flags), links::forward_to(index, self.identity.mac)];
             let known = |address| links::know_neighbour(network.bridge, address, self.identity.mac);
             requests.extend(self.identity.addresses().map(known));
+            requests.extend(self.identity.extra.iter().map(|&address| links::route_to(network.bridge, address)));
             route.batch(requests).map_err(refused("set the flags of"))?;
         }
         network.filter.add(&[self.confined()])?;
@@ -395,6 +412,7 @@ impl Port {
                 requests.push(links::default_route(eth0, gateway6));
             }
         }
+        requests.extend(self.identity.extra.iter().map(|&address| links::add_address(eth0, address, prefix(address))));
         inside.batch(requests).map(drop).map_err(refused())
     }
 
@@ -437,7 +455,7 @@ impl Port {
         errors.extend(network.filter.remove(&[self.confined()]).err());
         let mut route = network.route();
         for address in self.identity.addresses() {
-            errors.extend(forget_neighbour(&mut route, network.bridge, address).err());
+            errors.extend(forget_address(&mut route, &network.config, network.bridge, address).err());
         }
         if let Some(index) = self.index.filter(|_| delete_link || !errors.is_empty()) {
             let deleted = gone_is_done(route.batch(vec![links::delete(index)]).map(drop));
@@ -466,6 +484,11 @@ impl Drop for Port {
             tracing::warn!(%error, link = self.identity.link, "port left behind");
         }
     }
+}
+
+/// Bits of a whole address.
+const fn prefix(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
 }
 
 fn gone_is_done(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {

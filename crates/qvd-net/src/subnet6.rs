@@ -57,6 +57,12 @@ impl Subnet6 {
         Ipv6Addr::from_bits(self.base.to_bits() | place as u128)
     }
 
+    /// Whether `address` is in it.
+    #[must_use]
+    pub const fn contains(self, address: Ipv6Addr) -> bool {
+        (self.base.to_bits() ^ address.to_bits()) >> 64 == 0
+    }
+
     /// The host's address in it.
     #[must_use]
     pub const fn gateway(self, subnet: Subnet) -> Ipv6Addr {

@@ -369,7 +369,8 @@ impl Parts {
         if network.config().internet {
             return allowed;
         }
-        NetPolicy { services: allowed.services, down_kbit_s: allowed.down_kbit_s, ..NetPolicy::host_only() }
+        let NetPolicy { services, down_kbit_s, multicast, addresses, .. } = allowed;
+        NetPolicy { services, down_kbit_s, multicast, addresses, ..NetPolicy::host_only() }
     }
 
     pub(crate) fn with_network<T>(&self, f: impl FnOnce(&Network) -> Result<T, HostError>) -> Result<T, HostError> {

@@ -20,18 +20,21 @@ pub(crate) struct Beyond {
 }
 
 /// The addresses of all desktops of a network.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Subnets {
     pub(crate) four: crate::Subnet,
     pub(crate) six: Option<crate::Subnet6>,
+    /// What desktops have beside these.
+    pub(crate) extra: Vec<IpAddr>,
 }
 
 impl Subnets {
-    fn contain(self, address: IpAddr) -> bool {
-        match address {
+    fn contain(&self, address: IpAddr) -> bool {
+        let given = match address {
             IpAddr::V4(address) => self.four.contains(address),
-            IpAddr::V6(address) => self.six.is_some_and(|six| (six.base().to_bits() ^ address.to_bits()) >> 64 == 0),
-        }
+            IpAddr::V6(address) => self.six.is_some_and(|six| six.contains(address)),
+        };
+        given || self.extra.contains(&address)
     }
 }
 
@@ -75,6 +78,9 @@ pub(super) fn ruled(beyond: &Beyond, frame: &[u8]) -> Ruled {
     let Some(packet) = parse(frame) else { return Ok("the host resolves its gateway's addresses") };
     let policy = &beyond.policy;
     let multicast = packet.to.is_multicast() || packet.to == IpAddr::V4(Ipv4Addr::BROADCAST);
+    if policy.multicast.iter().any(|group| group.address() == packet.to) {
+        return Ok("the host's part in a group of the policy");
+    }
     if multicast {
         return Ok("the host's part in the link: neighbours, routers, addresses");
     }

@@ -37,7 +37,7 @@ fn parse(bytes: &[u8]) -> Option<Packet<'_>> {
 /// What becomes of a packet in a frame to `mac`.
 pub(super) fn ruled(party: &Party, mac: [u8; 6], bytes: &[u8]) -> Ruled {
     let packet = parse(bytes).ok_or("a packet has a header, and its length is true")?;
-    let own = |address| Some(address) == party.global || address == party.link_local;
+    let own = |address: Ipv6Addr| party.has(address.into());
     let nobody = packet.from.is_unspecified();
     demand(nobody || own(packet.from), "the source address is the port's own, or none yet")?;
     let to_gateway = mac == party.gateway_mac && !packet.to.is_multicast();
@@ -68,8 +68,14 @@ pub(super) fn ruled(party: &Party, mac: [u8; 6], bytes: &[u8]) -> Ruled {
             if packet.from == party.link_local && to_group(ALL_DHCP_SERVERS) && *ports == [2, 0x22, 2, 0x23] {
                 return Ok("a question of DHCPv6");
             }
+            let no_server = demand(!ports.starts_with(&[2, 0x23]), "no server of DHCPv6");
+            if party.groups.contains(&packet.to.into()) && to_group(packet.to) {
+                demand(!nobody, "nobody without an address speaks")?;
+                no_server?;
+                return Ok("UDP to a group of the policy");
+            }
             outward()?;
-            demand(!ports.starts_with(&[2, 0x23]), "no server of DHCPv6")?;
+            no_server?;
             Ok("UDP to the gateway")
         }
         58 => {
@@ -109,7 +115,7 @@ fn neighbour(
         option.len() == 8 && option.starts_with(&[kind, 1]) && option.ends_with(&party.mac)
     };
     let target = message.get(8..24).and_then(|target| <[u8; 16]>::try_from(target).ok()).map(Ipv6Addr::from);
-    let own_target = target.is_some_and(|target| Some(target) == party.global || target == party.link_local);
+    let own_target = target.is_some_and(|target| party.has(target.into()));
     let form = "a neighbour message has one form, with the port's own MAC";
     match kind {
         133 => {

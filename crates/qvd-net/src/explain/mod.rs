@@ -9,7 +9,7 @@ mod ipv6;
 use std::{
     borrow::Cow,
     fmt,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,20 @@ pub(crate) struct Party {
     /// Its address of IPv6, if it has one, and the link's.
     pub(crate) global: Option<Ipv6Addr>,
     pub(crate) link_local: Ipv6Addr,
+    /// What else it may send from.
+    pub(crate) extra: Vec<IpAddr>,
+    /// Multicast groups that it may send to.
+    pub(crate) groups: Vec<IpAddr>,
+}
+
+impl Party {
+    fn has(&self, address: IpAddr) -> bool {
+        let own = match address {
+            IpAddr::V4(address) => address == self.ipv4,
+            IpAddr::V6(address) => Some(address) == self.global || address == self.link_local,
+        };
+        own || self.extra.contains(&address)
+    }
 }
 
 impl Port {
@@ -83,6 +97,8 @@ impl Port {
             broadcast: config.subnet.broadcast(),
             global: self.ipv6(),
             link_local: self.mac().link_local(),
+            extra: self.extra_addresses().to_vec(),
+            groups: self.groups().to_vec(),
         };
         let gateway6 = config.subnet6.map(|six| six.gateway(config.subnet));
         let beyond = Beyond {
@@ -91,7 +107,7 @@ impl Port {
             gateways6: gateway6.into_iter().chain([gateway_mac.link_local()]).collect(),
             name_servers: config.name_servers().collect(),
             near: self.near(),
-            subnets: Subnets { four: config.subnet, six: config.subnet6 },
+            subnets: Subnets { four: config.subnet, six: config.subnet6, extra: self.extra_of_all() },
         };
         explain(&party, &beyond, frame)
     }
@@ -152,25 +168,42 @@ fn arp(party: &Party, packet: &[u8]) -> Ruled {
     let [m0, m1, m2, m3, m4, m5, i0, i1, i2, i3, ..] = sender;
     let ipv4 = Ipv4Addr::new(i0, i1, i2, i3);
     demand([m0, m1, m2, m3, m4, m5] == party.mac, "the sender of ARP has the port's own MAC")?;
-    demand(ipv4 == party.ipv4 || ipv4.is_unspecified(), "the sender of ARP has the port's own address, or none yet")?;
+    demand(
+        party.has(ipv4.into()) || ipv4.is_unspecified(),
+        "the sender of ARP has the port's own address, or none yet",
+    )?;
     Ok("ARP for itself")
 }
 
 fn ipv4(party: &Party, mac: [u8; 6], packet: &[u8]) -> Ruled {
     let (header, payload) = packet.split_first_chunk::<20>().ok_or("a packet has a header")?;
-    let [first, _, l0, l1, _, _, f0, f1, _, protocol, _, _, s0, s1, s2, s3, d0, d1, d2, d3] = *header;
+    let [first, _, l0, l1, _, _, f0, f1, ttl, protocol, _, _, s0, s1, s2, s3, d0, d1, d2, d3] = *header;
     let (source, to) = (Ipv4Addr::new(s0, s1, s2, s3), Ipv4Addr::new(d0, d1, d2, d3));
-    demand(source == party.ipv4 || source.is_unspecified(), "the source address is the port's own, or none yet")?;
-    demand(first == 0x45, "IPv4 has no options")?;
-    demand(u16::from_be_bytes([f0, f1]) & 0x3fff == 0, "no fragments")?;
+    demand(party.has(source.into()) || source.is_unspecified(), "the source address is the port's own, or none yet")?;
     let total_length = usize::from(u16::from_be_bytes([l0, l1]));
+    let whole = u16::from_be_bytes([f0, f1]) & 0x3fff == 0;
+    if first != 0x45 {
+        // A router alert, and a report of groups behind it (RFC 3376, 4.2).
+        let alert = first == 0x46 && ttl == 1 && protocol == 2 && payload.starts_with(&[0x94, 4, 0, 0, 0x22]);
+        let to_routers = mac == [1, 0, 0x5e, 0, 0, 22] && to == Ipv4Addr::new(224, 0, 0, 22);
+        let whole = whole && (32..=packet.len()).contains(&total_length);
+        demand(alert && to_routers && whole, "IPv4 has no options, but in a report of groups")?;
+        demand(party.groups.iter().any(IpAddr::is_ipv4), "who is in no group reports none")?;
+        return Ok("a report of groups");
+    }
+    demand(whole, "no fragments")?;
     demand((20..=packet.len()).contains(&total_length), "the length is true")?;
     if to.is_broadcast() && mac == BROADCAST {
         demand(protocol == 17 && dhcp(party, payload), "to all goes only a question of DHCP for itself")?;
         return Ok("a question of DHCP for itself");
     }
-    demand(mac == party.gateway_mac, "IPv4 goes to the gateway")?;
     demand(!source.is_unspecified(), "nobody without an address speaks")?;
+    if party.groups.contains(&to.into()) && mac == Mac::of_group(to.into()).octets() {
+        let port = payload.first_chunk::<2>().filter(|_| protocol == 17).ok_or("to a group goes only UDP")?;
+        demand(*port != [0, 67], "no server of DHCP")?;
+        return Ok("UDP to a group of the policy");
+    }
+    demand(mac == party.gateway_mac, "IPv4 goes to the gateway")?;
     let for_one_other_host = !(to.octets()[0] == 0
         || to.is_loopback()
         || to.is_link_local()

@@ -5,7 +5,7 @@ mod fingerprint;
 mod iptables;
 mod nft;
 
-use std::{collections::BTreeSet, fmt, net::Ipv4Addr, os::fd::BorrowedFd};
+use std::{collections::BTreeSet, fmt, net::IpAddr, os::fd::BorrowedFd};
 
 use serde::{Deserialize, Serialize};
 
@@ -104,7 +104,7 @@ pub(crate) trait Filter: fmt::Debug + Send + Sync {
     fn missing(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error>;
 
     /// Removes the rules of all ports but `kept`. Returns their addresses.
-    fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<Ipv4Addr>, Error>;
+    fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<IpAddr>, Error>;
 
     /// Removes every rule of the network.
     fn close(&self) -> Result<(), Error>;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -17,7 +17,7 @@ use crate::{
     identity::{Identity, address_of_element},
     netlink::Netlink,
     program,
-    rules::{self, Rules},
+    rules::{self, Protection, Rules},
 };
 
 #[derive(Debug)]
@@ -40,6 +40,8 @@ struct Loaded {
     shown: Vec<u8>,
     /// The policies that have chains, by name.
     classes: BTreeMap<String, Access>,
+    /// Left out of the rules. Only tests leave something out.
+    without: Vec<Protection>,
 }
 
 /// Also after a panic elsewhere: each call leaves these whole.
@@ -110,7 +112,7 @@ impl Nft {
 impl Nft {
     /// Makes the chains of policies that come for the first time.
     fn load_classes(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
-        if ports.iter().all(|port| !port.access.is_particular() && !port.access.is_served()) {
+        if ports.iter().all(|port| !port.access.has_rules()) {
             return Ok(());
         }
         // Held until the kernel's answer is known: who compares meanwhile waits.
@@ -120,7 +122,7 @@ impl Nft {
             .filter(|port| !loaded.classes.contains_key(port.access.class()))
             .map(|port| (port.access.class().to_owned(), port.access.clone()))
             .collect();
-        let rules = Rules::of(&self.config, Notes::default(), &[]);
+        let rules = Rules::of(&self.config, Notes::default(), &loaded.without);
         let text: String = new.values().map(|access| rules.class(access)).collect();
         if text.is_empty() {
             return Ok(());
@@ -140,6 +142,7 @@ impl Filter for Nft {
         let classes = loaded.classes.values().map(|access| rules.class(access));
         let text: String = std::iter::once(rules.render()).chain(classes).collect();
         program::run(program::NFT, &["-f", "-"], &self.table, &text)?;
+        loaded.without = rules.without.to_vec();
         *lock(&self.inherited) = self.every_element()?;
         loaded.shown = self.shown()?;
         Ok(())
@@ -195,19 +198,16 @@ impl Filter for Nft {
         Ok(lacks.map(|(place, set)| (place, format!("set {set} lacks its element"))))
     }
 
-    fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<Ipv4Addr>, Error> {
+    fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<IpAddr>, Error> {
         let every = self.every_element()?;
         let of_port = |element: &Element| rules::PORT_SETS.contains(&(element.family, element.set));
         let is_kept = |element: &Element| rules::port_of_key(&element.key).is_some_and(|port| kept.contains(port));
-        let identities = |element: &&Element| element.set == rules::IDENTITY;
-        let v4 = |element: &Element| rules::v4_of_key(&element.key).filter(|address| !address.is_unspecified());
-        let kept_addresses: BTreeSet<_> = every
-            .iter()
-            .filter(identities)
-            .filter(|element| is_kept(element))
-            .filter_map(v4)
-            .flat_map(|ipv4| Identity::of_address(&self.config, ipv4).addresses().collect::<Vec<_>>())
-            .collect();
+        let sender = |element: &Element| match element.set {
+            rules::IDENTITY => rules::v4_of_key(&element.key).map(IpAddr::V4).filter(|v4| !v4.is_unspecified()),
+            rules::IDENTITY6 => rules::v6_of_key(&element.key).map(IpAddr::V6).filter(|v6| !v6.is_unspecified()),
+            _ => None,
+        };
+        let kept_addresses: BTreeSet<_> = every.iter().filter(|element| is_kept(element)).filter_map(sender).collect();
         let stale: Vec<_> = every
             .into_iter()
             .filter(|element| {
@@ -223,7 +223,7 @@ impl Filter for Nft {
             let removed = elements::remove(&mut self.netfilter(), &self.table, stale);
             removed.map_err(Error::netlink("remove elements of", &self.table))?;
         }
-        Ok(stale.iter().filter(identities).filter_map(v4).collect())
+        Ok(stale.iter().filter_map(sender).collect())
     }
 
     fn close(&self) -> Result<(), Error> {

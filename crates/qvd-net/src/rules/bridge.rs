@@ -1,18 +1,26 @@
 //! The *bridge* family: what leaves a port at all, decided where it enters.
 
-use super::{ARP_IDENTITY, IDENTITY, IDENTITY6, LINK, Lines, Protection, Rules, SET_MAX, TARGET};
+use super::{
+    ARP_IDENTITY, GROUPS, GROUPS6, IDENTITY, IDENTITY6, LINK, Lines, Protection, REPORTERS, Rules, SET_MAX, TARGET,
+};
 
 /// Groups of IPv6 that a host of ours takes part in or is asked by: all nodes,
 /// all routers, listener reports, DHCP.
-const GROUPS6: &str = "33:33:00:00:00:01, 33:33:00:00:00:02, 33:33:00:00:00:16, 33:33:00:01:00:02";
+const OF_THE_LINK6: &str = "33:33:00:00:00:01, 33:33:00:00:00:02, 33:33:00:00:00:16, 33:33:00:01:00:02";
 
 /// Those that solicitations go to (RFC 4291, 2.7.1), in a frame and in a packet.
-const SOLICITED_MAC: &str = "ether daddr & ff:ff:ff:00:00:00 == 33:33:ff:00:00:00";
-const SOLICITED: &str = "ip6 daddr ff02::1:ff00:0/104";
+pub(super) const SOLICITED_MAC: &str = "ether daddr & ff:ff:ff:00:00:00 == 33:33:ff:00:00:00";
+pub(super) const SOLICITED: &str = "ip6 daddr ff02::1:ff00:0/104";
 
 /// A header of hop-by-hop options that holds a router alert for listener
 /// discovery and is followed by ICMPv6 (RFC 2711, RFC 3810).
 const ROUTER_ALERT: &str = "@nh,320,64 0x3a00050200000100";
+
+/// The same as an option of IPv4, which ends the header (RFC 2113).
+const ROUTER_ALERT4: &str = "@nh,160,32 0x94040000";
+
+/// Where reports of groups go (RFC 3376, 4.2.14).
+const REPORTS_MAC: &str = "01:00:5e:00:00:16";
 
 impl Rules<'_> {
     pub(super) fn bridge(&self) -> String {
@@ -25,6 +33,9 @@ impl Rules<'_> {
         // Fields that have no name in `nft` of every age are told by place.
         lines.push(set(TARGET, "typeof iifname . ether saddr . @th,64,128"));
         lines.push(set(LINK, "typeof iifname . @th,208,48"));
+        lines.push(set(GROUPS, "type ifname . ether_addr . ipv4_addr"));
+        lines.push(set(GROUPS6, "type ifname . ether_addr . ipv6_addr"));
+        lines.push(set(REPORTERS, "type ifname"));
 
         lines.base_chain("from_port", "prerouting priority -300; policy drop");
         lines.push(format!("iifname != {ports} accept"));
@@ -43,8 +54,11 @@ impl Rules<'_> {
         lines.base_chain("to_host", "input priority -300; policy accept");
         if self.on(Protection::Multicast) {
             lines.push(format!("iifname != {ports} accept"));
-            lines.push(format!("ether daddr {{ {}, ff:ff:ff:ff:ff:ff, {GROUPS6} }} accept", self.gateway_mac()));
+            lines.push(format!("ether daddr {{ {}, ff:ff:ff:ff:ff:ff, {OF_THE_LINK6} }} accept", self.gateway_mac()));
             lines.push(format!("{SOLICITED_MAC} accept"));
+            lines.push(format!("iifname . ether daddr . ip daddr @{GROUPS} accept"));
+            lines.push(format!("iifname . ether daddr . ip6 daddr @{GROUPS6} accept"));
+            lines.push(format!("iifname @{REPORTERS} ether daddr {REPORTS_MAC} accept"));
             lines.push("drop");
         }
         lines.end();
@@ -67,12 +81,12 @@ impl Rules<'_> {
 
         lines.chain("from_port_known");
         // The length of the header in 32-bit words.
-        lines.when(self.on(Protection::Options), "@nh,4,4 != 5 drop");
+        lines.when(self.on(Protection::Options), "@nh,4,4 != 5 goto from_port_report");
         // More fragments, or an offset.
         lines.when(self.on(Protection::Fragments), "ip frag-off & 0x3fff != 0 drop");
         lines.push("ether daddr ff:ff:ff:ff:ff:ff ip daddr 255.255.255.255 jump from_port_dhcp");
         lines.push("ip saddr 0.0.0.0 drop");
-        lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} drop"));
+        lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} goto from_port_group"));
         lines.when(
             self.on(Protection::Destinations),
             format!(
@@ -87,6 +101,22 @@ impl Rules<'_> {
         } else {
             "meta l4proto != udp accept"
         });
+        lines.push("drop");
+        lines.end();
+
+        let member = self.part(Protection::Groups, "iifname . ether daddr . ip daddr @groups");
+        lines.chain("from_port_group");
+        lines.push(format!("{member} udp sport != 67 accept"));
+        lines.push("drop");
+        lines.end();
+
+        // The one packet with an option: that the sender is in a group.
+        let report = self.part(Protection::IgmpReport, "iifname @reporters @th,0,8 0x22");
+        lines.chain("from_port_report");
+        lines.push(format!(
+            "@nh,4,4 6 ip frag-off & 0x3fff 0 ip ttl 1 ip length >= 32 {ROUTER_ALERT4} ether daddr {REPORTS_MAC} \
+             ip daddr 224.0.0.22 meta l4proto igmp {report} accept"
+        ));
         lines.push("drop");
         lines.end();
 
@@ -135,7 +165,7 @@ impl Rules<'_> {
             "ip6 nexthdr udp {eight} ip6 saddr fe80::/10 ether daddr 33:33:00:01:00:02 ip6 daddr ff02::1:2 \
              udp sport 546 udp dport 547 accept",
         ));
-        lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} drop"));
+        lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} goto from_port_group6"));
         lines.when(self.on(Protection::Destinations6), "ip6 daddr { ::/96, ::ffff:0:0/96, ff00::/8 } drop");
         // The protocol is named twice: in the first header, so that it is not
         // behind others, and as found in a packet whose length is true.
@@ -148,6 +178,12 @@ impl Rules<'_> {
         let twenty = self.part(Protection::Length6, "ip6 length >= 20");
         lines.push(format!("ip6 nexthdr tcp {twenty} meta l4proto tcp accept"));
         lines.when(!self.on(Protection::NextHeaders), "ip6 nexthdr != { icmpv6, udp, tcp } accept");
+        lines.push("drop");
+        lines.end();
+
+        let member = self.part(Protection::Groups, "iifname . ether daddr . ip6 daddr @groups6");
+        lines.chain("from_port_group6");
+        lines.push(format!("ip6 nexthdr udp {eight} {member} udp sport != 547 accept"));
         lines.push("drop");
         lines.end();
     }

@@ -6,8 +6,12 @@ use std::collections::BTreeMap;
 
 use qvd_core::{Service, Transport};
 
-use super::{Lines, NEAR, NEAR6, Rules, SET_MAX, table_name};
+use super::bridge::{SOLICITED, SOLICITED_MAC};
+use super::{GROUPS, GROUPS6, Lines, NEAR, NEAR6, Protection, REPORTERS, Rules, SET_MAX, table_name};
 use crate::access::{Access, burst_bytes, bytes_per_s};
+
+/// Chain of what the host sends to ports that are in groups.
+const MEMBERS_CHAIN: &str = "to_member";
 
 impl Rules<'_> {
     /// Text that makes or replaces the chains of a policy; empty if it has none.
@@ -34,11 +38,11 @@ impl Rules<'_> {
             chains.push("drop");
             chains.end();
         }
+        let mut text = if access.takes_part() { self.members(&table) } else { String::new() };
         if chains.0.is_empty() {
-            return String::new();
+            return text;
         }
         let named = |what: &str, name: &str| format!("{what} inet {table} {name}\n");
-        let mut text = String::new();
         for (has, chain) in
             [(access.is_particular(), access.outward_chain()), (access.is_served(), access.served_chain())]
         {
@@ -49,6 +53,28 @@ impl Rules<'_> {
         }
         text.push_str(&format!("table inet {table} {{\n{}{}}}\n", sets.0, chains.0));
         text
+    }
+
+    /// What the host sends to groups comes to their members alone: the bridge
+    /// floods what its own host sends, whatever the ports' flags (Linux
+    /// `net/bridge/br_forward.c`, `br_flood`). Here, because hosts whose desktops
+    /// are in no group need not look at what they send.
+    fn members(&self, table: &str) -> String {
+        let mut lines = Lines::default();
+        lines.base_chain(MEMBERS_CHAIN, "output priority -300; policy accept");
+        lines.push(format!("oifname != {} accept", self.ports()));
+        lines.push("ether daddr & 01:00:00:00:00:00 == 00:00:00:00:00:00 accept");
+        lines.push(format!("oifname . ether daddr . ip daddr @{GROUPS} accept"));
+        lines.push(format!("oifname . ether daddr . ip6 daddr @{GROUPS6} accept"));
+        // Who routes groups asks for their members.
+        lines.push(format!("oifname @{REPORTERS} ether daddr 01:00:5e:00:00:01 ip protocol igmp accept"));
+        // Questions of the link itself are for all.
+        lines.push("ether daddr 33:33:00:00:00:01 ip6 daddr ff02::1 accept");
+        lines.push(format!("{SOLICITED_MAC} {SOLICITED} accept"));
+        lines.when(self.on(Protection::Members), "drop");
+        lines.end();
+        let add = format!("add chain bridge {table} {MEMBERS_CHAIN} {{ type filter hook output priority -300; }}");
+        format!("{add}\nflush chain bridge {table} {MEMBERS_CHAIN}\ntable bridge {table} {{\n{}}}\n", lines.0)
     }
 
     fn outward(&self, access: &Access, class: &str, sets: &mut Lines, chain: &mut Lines) {

@@ -3,7 +3,7 @@
 
 use super::{
     ANSWERED, ANSWERED6, CLAMP, FORWARDING_WAS_OFF, FORWARDING6_WAS_OFF, INTERNET, INTERNET6, Lines, NEAR, NEAR6,
-    OUTWARD, OUTWARD6, Protection, ROUTED, ROUTED6, Rules, SERVED, SERVED6, SET_MAX,
+    OUTWARD, OUTWARD6, Protection, ROUTED, ROUTED6, Rules, SERVED, SERVED6, SET_MAX, TOLD, TOLD6,
 };
 
 impl Rules<'_> {
@@ -33,6 +33,8 @@ impl Rules<'_> {
             (ROUTED6, "ipv6_addr"),
             (NEAR, "mark . ipv4_addr"),
             (NEAR6, "mark . ipv6_addr"),
+            (TOLD, "ipv4_addr . ipv4_addr"),
+            (TOLD6, "ipv6_addr . ipv6_addr"),
         ] {
             lines.push(format!("set {set} {{ type {key}; size {SET_MAX}; }}"));
         }
@@ -69,6 +71,9 @@ impl Rules<'_> {
             for (family, set) in [("ip", INTERNET), ("ip6", INTERNET6), ("ip", ANSWERED), ("ip6", ANSWERED6)] {
                 lines.push(format!("ct state established,related {family} daddr @{set} accept"));
             }
+            // Who gets it is decided at each port.
+            lines.push("ip daddr 224.0.0.0/4 accept");
+            lines.push("ip6 daddr ff00::/8 accept");
         }
         lines.when(self.on(Protection::Inward), "drop");
         lines.end();
@@ -122,6 +127,8 @@ impl Rules<'_> {
         }
         lines.push(format!("ip saddr vmap @{SERVED}"));
         lines.push(format!("ip6 saddr vmap @{SERVED6}"));
+        lines.push(format!("ip daddr . ip saddr @{TOLD} accept"));
+        lines.push(format!("ip6 daddr . ip6 saddr @{TOLD6} accept"));
         lines.when(self.on(Protection::Host), "drop");
         lines.end();
     }

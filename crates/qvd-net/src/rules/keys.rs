@@ -57,6 +57,16 @@ pub(crate) fn near_key(group: u32, address: IpAddr) -> Vec<u8> {
     [&group.to_ne_bytes()[..], &address_key(address)].concat()
 }
 
+/// Key of [`REPORTERS`](super::REPORTERS).
+pub(crate) fn reporter_key(link: &str) -> Vec<u8> {
+    port_key(link).to_vec()
+}
+
+/// Key of [`TOLD`](super::TOLD) and [`TOLD6`](super::TOLD6).
+pub(crate) fn told_key(group: IpAddr, from: IpAddr) -> Vec<u8> {
+    [address_key(group), address_key(from)].concat()
+}
+
 /// Name of the port that a key begins with.
 pub(crate) fn port_of_key(key: &[u8]) -> Option<&str> {
     let name = key.get(..16)?;

@@ -36,8 +36,8 @@ use std::{
 use qvd_core::Instance;
 
 pub(crate) use self::keys::{
-    address_key, arp_key, identity_key, identity6_key, link_key, near_key, port_of_key, target_key, v4_of_key,
-    v6_of_key,
+    address_key, arp_key, identity_key, identity6_key, link_key, near_key, port_of_key, reporter_key, target_key,
+    told_key, v4_of_key, v6_of_key,
 };
 use crate::{Mac, NetConfig, Subnet, Subnet6, elements::Family, filter::Notes};
 
@@ -51,6 +51,17 @@ pub(crate) const IDENTITY6: &str = "identity6";
 pub(crate) const TARGET: &str = "target";
 /// Set of (port, MAC) that a message may tell as its sender's.
 pub(crate) const LINK: &str = "link";
+/// Set of (port, MAC of the group, multicast group of IPv4) that a port sends to
+/// and hears.
+pub(crate) const GROUPS: &str = "groups";
+/// The same of IPv6.
+pub(crate) const GROUPS6: &str = "groups6";
+/// Set of the ports that report groups of IPv4.
+pub(crate) const REPORTERS: &str = "reporters";
+/// Set of (group, address of a desktop that takes part in it).
+pub(crate) const TOLD: &str = "told";
+/// The same of IPv6.
+pub(crate) const TOLD6: &str = "told6";
 /// Set of the addresses that the host routes to other networks.
 pub(crate) const INTERNET: &str = "internet";
 /// The same of IPv6.
@@ -83,15 +94,18 @@ pub(crate) const FORWARDING_WAS_OFF: &str = "forwarding_was_off";
 pub(crate) const FORWARDING6_WAS_OFF: &str = "forwarding6_was_off";
 
 /// Sets whose keys begin with a port.
-pub(crate) const PORT_SETS: [(Family, &str); 5] = [
+pub(crate) const PORT_SETS: [(Family, &str); 8] = [
     (Family::Bridge, IDENTITY),
     (Family::Bridge, ARP_IDENTITY),
     (Family::Bridge, IDENTITY6),
     (Family::Bridge, TARGET),
     (Family::Bridge, LINK),
+    (Family::Bridge, GROUPS),
+    (Family::Bridge, GROUPS6),
+    (Family::Bridge, REPORTERS),
 ];
 /// Sets whose keys are a desktop's address, or end with it.
-pub(crate) const ADDRESS_SETS: [(Family, &str); 12] = [
+pub(crate) const ADDRESS_SETS: [(Family, &str); 14] = [
     (Family::Inet, INTERNET),
     (Family::Inet, INTERNET6),
     (Family::Inet, OUTWARD),
@@ -104,9 +118,11 @@ pub(crate) const ADDRESS_SETS: [(Family, &str); 12] = [
     (Family::Inet, NEAR6),
     (Family::Inet, ROUTED),
     (Family::Inet, ROUTED6),
+    (Family::Inet, TOLD),
+    (Family::Inet, TOLD6),
 ];
 /// Those of them whose addresses are of IPv6.
-pub(crate) const ADDRESS6_SETS: [&str; 6] = [INTERNET6, OUTWARD6, ANSWERED6, SERVED6, NEAR6, ROUTED6];
+pub(crate) const ADDRESS6_SETS: [&str; 7] = [INTERNET6, OUTWARD6, ANSWERED6, SERVED6, NEAR6, ROUTED6, TOLD6];
 
 /// Uplinks narrower than a desktop's link are common (tunnels, clouds) and so
 /// are routers that drop the ICMP that says so.
@@ -193,6 +209,12 @@ pub(crate) enum Protection {
     Dhcp6Server,
     /// Of multicast listener discovery, only reports.
     MldReport,
+    /// Of all groups only those of the policy.
+    Groups,
+    /// Of IGMP, only reports, and of ports that have groups.
+    IgmpReport,
+    /// What goes to a group comes only to its members.
+    Members,
 }
 
 /// What the rules depend on.

@@ -129,6 +129,9 @@ fn each_protection_is_needed() {
         (PortAlone, &[Multicast, ReservedGroups], "ip to reserved multicast", Side::Program),
         (PortAlone, &[ReservedGroups], "ip to the nearest bridge", Side::Program),
         (Host, &[], "a service of the host", Side::Program),
+        (Groups, &[Multicast], "mdns answer", Side::Host),
+        (Groups, &[Multicast], "mdns over ipv6", Side::Host),
+        (IgmpReport, &[Multicast], "report of groups by who is in none", Side::Host),
         (Hairpin, &[], "the way over the gateway", Side::Neighbour),
     ];
     privileged(NEEDS, || {

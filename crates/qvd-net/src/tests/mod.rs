@@ -5,6 +5,7 @@
 mod attacks;
 mod confinement;
 mod frames;
+mod groups;
 mod guard;
 mod internet;
 mod iptables;

@@ -15,10 +15,10 @@ use qvd_sys::{
 use qvd_testkit::privileged;
 
 use super::{
-    NEEDS, frames, vectors,
-    world::{INSTANCE, PATIENCE, Seen, World, connected, holds, on_a_host},
+    NEEDS, frames, groups,
+    world::{INSTANCE, PATIENCE, Seen, World, config, connected, holds, on_a_host},
 };
-use crate::{Backend, Mac, Network, links, netlink::Netlink};
+use crate::{Backend, Mac, NetConfig, links, netlink::Netlink};
 
 /// A rule as `nft` shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,13 +59,8 @@ impl Rule {
 
 /// Every frame, and whether the host is to see it.
 fn every_frame(world: &World) -> Vec<(String, Vec<u8>, bool)> {
-    let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
-    let hostile = matrix.chain(vectors::hostile(&world.cast()));
-    let honest = vectors::honest(&world.cast()).into_iter();
-    hostile
-        .map(|(name, frame)| (name.to_owned(), frame, false))
-        .chain(honest.map(|(n, f)| (n.to_string(), f, true)))
-        .collect()
+    let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame, false));
+    matrix.chain(groups::all_frames(&world.cast())).collect()
 }
 
 /// A bridge of somebody else's on the same host, with two ports.
@@ -110,10 +105,14 @@ impl Others {
     fn talk(&self) -> bool {
         const MARK: &[u8] = b"of-the-others";
         self.from.send(&[&Self::frame()[..], MARK].concat()).unwrap();
-        [&self.to, &self.host].iter().all(|ear| {
+        let hears = |ear: &PacketSocket, mark: &[u8]| {
             let mut heard = std::iter::from_fn(|| ear.receive(PATIENCE / 20).unwrap());
-            heard.any(|frame| holds(&frame, MARK))
-        })
+            heard.any(|frame| holds(&frame, mark))
+        };
+        let between = [&self.to, &self.host].iter().all(|ear| hears(ear, MARK));
+        const OF_HOST: &[u8] = b"of-their-host";
+        self.host.send(&[&Self::frame()[..], OF_HOST].concat()).unwrap();
+        between && hears(&self.to, OF_HOST)
     }
 }
 
@@ -121,8 +120,16 @@ fn changes(world: &mut World, others: &Others) -> Option<String> {
     if !world.is_heard() {
         return Some("arp".to_owned());
     }
+    if !world.is_told() {
+        return Some("what the host says".to_owned());
+    }
     if !others.talk() {
         return Some("frames of a bridge that is not ours".to_owned());
+    }
+    for (name, frame, [at_a, at_b]) in groups::from_host(world) {
+        if world.hears(&frame) != [at_a, at_b] {
+            return Some(name);
+        }
     }
     every_frame(world).into_iter().find_map(|(name, frame, passes)| {
         let seen = world.send(&frame);
@@ -135,7 +142,8 @@ fn changes(world: &mut World, others: &Others) -> Option<String> {
 fn silent() -> Vec<String> {
     let mut silent = Vec::new();
     on_a_host(|| {
-        let mut world = World::new(&[], true);
+        let config = NetConfig { internet: true, ..config() };
+        let mut world = World::of(config, groups::policy(true), &[]);
         let others = Others::new();
         assert_eq!(changes(&mut world, &others), None);
         let count = rules("bridge").len();
@@ -146,8 +154,8 @@ fn silent() -> Vec<String> {
             if changes(&mut world, &others).is_none() {
                 silent.push(format!("{}: {}", rule.chain, rule.text));
             }
-            // As after a restart: loads all rules, keeps the elements.
-            drop(Network::open(*world.network.config()).unwrap());
+            // As when they are mended: loads all rules, keeps the elements.
+            world.network.inner().load().unwrap();
         }
     });
     silent
@@ -158,11 +166,12 @@ fn silent() -> Vec<String> {
 /// [`super::confinement`] takes out together.
 const MADE_UP_FOR: &[&str] = &[
     "from_port_ip: drop",
-    "from_port_known: ether daddr != 52:7e:57:42:00:01 drop",
     "from_port_known: drop",
+    "from_port_group: drop",
+    "from_port_report: drop",
     "from_port_ip6: drop",
-    "from_port_known6: ether daddr != 52:7e:57:42:00:01 drop",
     "from_port_known6: drop",
+    "from_port_group6: drop",
     "from_port_ask: drop",
     "to_neighbour: iifname \"qvd7e57-*\" drop",
     "to_neighbour: oifname \"qvd7e57-*\" drop",

@@ -7,15 +7,19 @@ use proptest::{
     prelude::*,
     test_runner::{Config, TestCaseError, TestRunner},
 };
+use qvd_core::NetPolicy;
 use qvd_testkit::privileged;
 
-use crate::explain::{Party, at_port};
+use crate::{
+    NetConfig,
+    explain::{Party, at_port},
+};
 
 use super::{
     NEEDS,
     frames::{self, Station, ethernet, tagged},
-    vectors,
-    world::{Seen, World, on_a_host, subnet},
+    groups, vectors,
+    world::{Seen, World, config, on_a_host, subnet},
 };
 
 /// How a frame that would be good is spoiled.
@@ -114,45 +118,49 @@ fn seed(cast: vectors::Cast) -> impl Strategy<Value = Vec<u8>> {
     });
     let hostile = prop::sample::select(vectors::hostile(&cast)).prop_map(|(_, frame)| frame);
     let honest = prop::sample::select(vectors::honest(&cast)).prop_map(|(_, frame)| frame);
+    let of_groups = prop::sample::select(groups::frames_of_groups(&cast)).prop_map(|(_, frame, _)| frame);
     let noise = vec(any::<u8>(), 14..200);
-    prop_oneof![4 => ip, 3 => arp, 5 => honest, 3 => hostile, 1 => noise]
+    prop_oneof![4 => ip, 3 => arp, 5 => honest, 3 => hostile, 2 => of_groups, 1 => noise]
 }
 
 #[test]
 fn the_rules_decide_as_the_reference_does() {
+    for policy in [NetPolicy::internet(), groups::policy(true)] {
+        privileged(NEEDS, || on_a_host(|| rules_decide_as_the_reference_does(policy)));
+    }
+}
+
+fn rules_decide_as_the_reference_does(policy: NetPolicy) {
     const CASES: u32 = 16_000;
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let world = World::new(&[], true);
-            let cast = world.cast();
-            let party = Party {
-                mac: cast.own.mac,
-                ipv4: cast.own.ip,
-                gateway_mac: cast.gateway.mac,
-                broadcast: subnet().broadcast(),
-                global: Some(cast.own6.global),
-                link_local: cast.own6.link_local,
-            };
-            let (world, passed) = (RefCell::new(world), RefCell::new(0_u32));
-            let frames =
-                (seed(cast), vec(change(cast), 0..3)).prop_map(|(frame, changes)| changes.iter().fold(frame, changed));
-            let config = Config { cases: CASES, failure_persistence: None, ..Config::default() };
-            let outcome = TestRunner::new(config).run(&frames, |frame| {
-                let (sent, seen) = world.borrow_mut().send_marked(&frame);
-                let (expected, rule) = at_port(&party, &sent);
-                *passed.borrow_mut() += u32::from(expected);
-                if seen.host != expected || seen.neighbour {
-                    return Err(TestCaseError::fail(format!("{expected}, {rule}, {seen:?}: {sent:02x?}")));
-                }
-                Ok(())
-            });
-            outcome.unwrap_or_else(|error| panic!("{error}"));
-            // Neither answer is rare, or agreeing would mean little.
-            let passed = passed.into_inner();
-            assert!((CASES / 20..CASES * 19 / 20).contains(&passed), "{passed} of {CASES} passed");
-            let _no_frame_is_left: Seen = world.into_inner().send(&[0; 14]);
-        });
+    let world = World::of(NetConfig { internet: true, ..config() }, policy, &[]);
+    let cast = world.cast();
+    let party = Party {
+        mac: cast.own.mac,
+        ipv4: cast.own.ip,
+        gateway_mac: cast.gateway.mac,
+        broadcast: subnet().broadcast(),
+        global: Some(cast.own6.global),
+        link_local: cast.own6.link_local,
+        extra: world.a.port.extra_addresses().to_vec(),
+        groups: world.a.port.groups().to_vec(),
+    };
+    let (world, passed) = (RefCell::new(world), RefCell::new(0_u32));
+    let frames = (seed(cast), vec(change(cast), 0..3)).prop_map(|(frame, changes)| changes.iter().fold(frame, changed));
+    let config = Config { cases: CASES, failure_persistence: None, ..Config::default() };
+    let outcome = TestRunner::new(config).run(&frames, |frame| {
+        let (sent, seen) = world.borrow_mut().send_marked(&frame);
+        let (expected, rule) = at_port(&party, &sent);
+        *passed.borrow_mut() += u32::from(expected);
+        if seen.host != expected || seen.neighbour {
+            return Err(TestCaseError::fail(format!("{expected}, {rule}, {seen:?}: {sent:02x?}")));
+        }
+        Ok(())
     });
+    outcome.unwrap_or_else(|error| panic!("{error}"));
+    // Neither answer is rare, or agreeing would mean little.
+    let passed = passed.into_inner();
+    assert!((CASES / 20..CASES * 19 / 20).contains(&passed), "{passed} of {CASES} passed");
+    let _no_frame_is_left: Seen = world.into_inner().send(&[0; 14]);
 }
 
 /// The port's own answer agrees with where the frame goes, and names a rule.

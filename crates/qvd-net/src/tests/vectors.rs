@@ -207,6 +207,11 @@ fn internet4(cast: &Cast) -> Vec<Named> {
                 &ipv4(own.ip, Ipv4Addr::new(224, 0, 0, 18), with(112, 0), &[0x21, 1, 255, 0]),
             ),
         ),
+        ("report of groups by who is in none".into(), {
+            let to = Ipv4Addr::new(224, 0, 0, 22);
+            let report = super::groups::igmp(own.ip, to, 1, &[0x94, 4, 0, 0], 0x22);
+            ethernet([1, 0, 0x5e, 0, 0, 22], own.mac, IPV4, &report)
+        }),
         ("ipv4 of version six".into(), send(version)),
         ("header shorter than a header".into(), send(short_header)),
         ("ipv6 ethertype around ipv4".into(), {

@@ -73,8 +73,11 @@ pub(crate) struct Desktop {
 
 impl Desktop {
     pub(crate) fn new(network: &Network, number: u32, internet: bool) -> Self {
+        Self::with(network, number, NetPolicy { internet, ..NetPolicy::host_only() })
+    }
+
+    pub(crate) fn with(network: &Network, number: u32, policy: NetPolicy) -> Self {
         let netns = netns::create().unwrap();
-        let policy = NetPolicy { internet, ..NetPolicy::host_only() };
         let spec = PortSpec { desktop: desktop(number), netns: netns.as_fd(), address: None, policy };
         let port = network.attach(&spec).unwrap();
         Self { port, netns }
@@ -141,10 +144,15 @@ impl World {
 
     /// On a network of this kind; its desktops are let out if any are.
     pub(crate) fn with(config: NetConfig, without: &[Protection]) -> Self {
+        let policy = NetPolicy { internet: config.internet, ..NetPolicy::host_only() };
+        Self::of(config, policy, without)
+    }
+
+    /// The same, whose first desktop has this policy.
+    pub(crate) fn of(config: NetConfig, policy: NetPolicy, without: &[Protection]) -> Self {
         one_processor();
-        let internet = config.internet;
         let network = Network::open_without(config, without).unwrap();
-        let a = Desktop::new(&network, 7, internet);
+        let a = Desktop::with(&network, 7, policy);
         let mouth = Mouth::Link(a.socket());
         Self::around(network, a, mouth)
     }
@@ -213,6 +221,19 @@ impl World {
         false
     }
 
+    /// Whether what the host says still comes. Waits no longer either.
+    pub(crate) fn is_told(&mut self) -> bool {
+        let (own, gateway, control, at_a) = (self.a.station(), self.gateway(), self.mark(), self.a.socket());
+        let reply = frames::ethernet(own.mac, gateway.mac, frames::ARP, &frames::arp(2, gateway, own.ip));
+        self.bridge.send(&[&reply[..], &control].concat()).unwrap();
+        while let Some(frame) = at_a.receive(PATIENCE / 20).unwrap() {
+            if holds(&frame, &control) {
+                return true;
+            }
+        }
+        false
+    }
+
     pub(crate) fn gateway(&self) -> Station {
         let ip = subnet().gateway();
         Station::new(crate::Mac::of(INSTANCE, ip), ip)
@@ -267,6 +288,19 @@ impl World {
     /// Sends `frame` from the first desktop and finds out where `mark` went.
     pub(crate) fn send_exactly(&mut self, frame: &[u8], mark: &[u8]) -> Seen {
         self.send_and_listen(frame, mark, mark)
+    }
+
+    /// Sends a frame as the host, and tells whether the first desktop and the
+    /// second hear it.
+    pub(crate) fn hears(&mut self, frame: &[u8]) -> [bool; 2] {
+        let (mark, gateway, at_a) = (self.mark(), self.gateway(), self.a.socket());
+        self.bridge.send(&[frame, &mark].concat()).unwrap();
+        let control = self.mark();
+        for own in [self.a.station(), self.b.station()] {
+            let reply = frames::ethernet(own.mac, gateway.mac, frames::ARP, &frames::arp(2, gateway, own.ip));
+            self.bridge.send(&[&reply[..], &control].concat()).unwrap();
+        }
+        [&at_a, &self.at_b].map(|ear| heard_before(ear, &mark, &control))
     }
 
     /// The same, also of exactly `bare`: iptables has frames cut to the length

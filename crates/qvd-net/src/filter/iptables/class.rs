@@ -10,10 +10,17 @@ use super::{
     Kind,
     text::{Shared, Text},
 };
-use crate::access::{burst_bytes, bytes_per_s};
+use crate::{
+    Mac,
+    access::{burst_bytes, bytes_per_s},
+    identity::{Identity, REPORTS},
+};
 
 /// Marks the chain of what the host serves a port, behind the name of its link.
 pub(super) const SERVED: &str = "s";
+
+/// The same of what a port hears of groups.
+pub(super) const HEARD: &str = "g";
 
 fn ports(service: Service) -> String {
     let (first, last) = service.ports();
@@ -31,10 +38,11 @@ const fn is_of(kind: Kind, address: IpAddr) -> bool {
 impl Text {
     /// Chains of a port in the table `filter`, with their rules.
     pub(super) fn policy_chains(&self, kind: Kind, port: &Confined<'_>) -> Vec<(String, Vec<String>)> {
-        if kind == Kind::Ebtables {
-            return Vec::new();
-        }
         let (link, mut chains) = (&port.identity.link, Vec::new());
+        if kind == Kind::Ebtables {
+            let heard = || (format!("{link}{HEARD}"), Self::heard(port.identity));
+            return port.access.takes_part().then(heard).into_iter().collect();
+        }
         if port.access.is_particular() {
             chains.push((link.clone(), self.outward(kind, port)));
         }
@@ -98,14 +106,14 @@ impl Text {
         let shown = |address: IpAddr| format!("{address}/{whole}");
         let (access, identity, bridge) = (port.access, port.identity, self.bridge());
         let (link, mut rules) = (&identity.link, Vec::new());
-        let routed = std::iter::once(IpAddr::V4(identity.ipv4)).chain(identity.ipv6.map(IpAddr::V6));
-        for address in routed.filter(|&address| is_of(kind, address)).map(shown) {
+        for routed in identity.routed().filter(|&address| is_of(kind, address)) {
+            let address = shown(routed);
             if access.goes_out() {
                 let target = if access.is_particular() { link } else { "ACCEPT" };
                 rules.push(("filter", self.name("out"), format!("-s {address} -j {target}")));
                 rules.push(("filter", self.name("in"), format!("-d {address} -j ACCEPT")));
             }
-            if access.goes_out() && !access.policy.routed {
+            if access.goes_out() && !access.policy.routed && !identity.extra.contains(&routed) {
                 rules.push(("nat", self.name("nat"), format!("-s {address} ! -o {bridge} -j MASQUERADE")));
             }
             if let Some(group) = access.group() {
@@ -118,6 +126,27 @@ impl Text {
                 rules.push(("filter", self.name("served"), format!("-s {address} -j {link}{SERVED}")));
             }
         }
+        let groups = identity.groups.iter().copied().chain(identity.reports().then_some(REPORTS.into()));
+        for group in groups.filter(|&group| is_of(kind, group)).map(shown) {
+            let own = identity.addresses().filter(|&address| is_of(kind, address)).map(shown);
+            let told = |own: String| ("filter", self.name("told"), format!("-s {own} -d {group} -j ACCEPT"));
+            rules.extend(own.map(told));
+        }
+        rules
+    }
+
+    /// What the host sends to groups that a port takes part in.
+    fn heard(identity: &Identity) -> Vec<String> {
+        let group = |group: &IpAddr| {
+            let (mac, protocol, words) = match group {
+                IpAddr::V4(_) => (Mac::of_group(*group), "IPv4", "--ip-dst"),
+                IpAddr::V6(_) => (Mac::of_group(*group), "IPv6", "--ip6-dst"),
+            };
+            format!("-p {protocol} -d {mac} {words} {group} -j ACCEPT")
+        };
+        let mut rules: Vec<_> = identity.groups.iter().map(group).collect();
+        // Who routes groups asks for their members.
+        rules.push("-p IPv4 -d 01:00:5e:00:00:01 --ip-proto igmp -j ACCEPT".to_owned());
         rules
     }
 

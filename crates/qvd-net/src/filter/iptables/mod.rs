@@ -13,7 +13,7 @@ mod text;
 
 use std::{
     collections::BTreeSet,
-    net::Ipv4Addr,
+    net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{
         Mutex, PoisonError,
@@ -144,7 +144,7 @@ impl Filter for Iptables {
 
     fn remove(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
         let links: BTreeSet<_> = ports.iter().map(|port| &*port.identity.link).collect();
-        let addresses: BTreeSet<_> = ports.iter().map(|port| port.identity.ipv4).collect();
+        let addresses: BTreeSet<_> = ports.iter().flat_map(|port| port.identity.addresses()).collect();
         let gone = |link: &str| links.contains(link);
         self.change(|kind, state| self.text.remove(kind, &gone, &|address| addresses.contains(&address), state))
     }
@@ -162,12 +162,12 @@ impl Filter for Iptables {
         Ok(None)
     }
 
-    fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<Ipv4Addr>, Error> {
+    fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<IpAddr>, Error> {
         let state = self.state(Kind::Ebtables)?;
         let ports = self.text.ports(&state);
         let kept_addresses: BTreeSet<_> =
-            ports.iter().filter(|(link, _)| kept.contains(link)).filter_map(|&(_, address)| address).collect();
-        let swept = ports.into_iter().filter(|(link, _)| !kept.contains(link)).filter_map(|(_, address)| address);
+            ports.iter().filter(|(link, _)| kept.contains(link)).flat_map(|(_, addresses)| addresses.clone()).collect();
+        let swept = ports.into_iter().filter(|(link, _)| !kept.contains(link)).flat_map(|(_, addresses)| addresses);
         let swept = swept.collect();
         let stale = |link: &str| !kept.contains(link);
         let stale_address = |address| !kept_addresses.contains(&address);

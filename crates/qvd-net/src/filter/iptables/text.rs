@@ -8,10 +8,13 @@ use std::{
 use super::{
     super::{Confined, Notes},
     Kind,
-    class::SERVED,
+    class::{HEARD, SERVED},
     state::State,
 };
-use crate::{Mac, NetConfig, identity::Identity};
+use crate::{
+    Mac, NetConfig,
+    identity::{Identity, REPORTS},
+};
 
 /// Lines of one table.
 #[derive(Debug, Default)]
@@ -140,7 +143,7 @@ impl Text {
 
     /// The link whose chain it is, if it is a port's.
     fn port_of<'c>(&self, chain: &'c str) -> Option<&'c str> {
-        let link = chain.strip_suffix(SERVED).unwrap_or(chain);
+        let link = chain.strip_suffix(SERVED).or_else(|| chain.strip_suffix(HEARD)).unwrap_or(chain);
         let number = link.strip_prefix(&self.bridge)?.strip_prefix('-')?;
         (!number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit())).then_some(link)
     }
@@ -160,6 +163,7 @@ impl Text {
                 hook("nat", "PREROUTING", "hook"),
                 hook("filter", "INPUT", "host"),
                 hook("filter", "FORWARD", "route"),
+                hook("filter", "OUTPUT", "to"),
             ],
             Kind::Iptables | Kind::Ip6tables => {
                 let mut hooks = vec![
@@ -178,9 +182,11 @@ impl Text {
     fn shared(&self, kind: Kind) -> Vec<(&'static str, String)> {
         let mut shared = vec![(Self::port_table(kind), self.bridge.clone())];
         if kind == Kind::Ebtables {
+            shared.push(("filter", self.name("groups")));
             return shared;
         }
         shared.push(("filter", self.name("served")));
+        shared.push(("filter", self.name("told")));
         if self.config.internet {
             shared.extend(["out", "in", "near"].map(|part| ("filter", self.name(part))));
             shared.push(("nat", self.name("nat")));
@@ -218,6 +224,15 @@ impl Text {
         let mut arps: Vec<_> =
             [all, &*gateway_text].iter().flat_map(|to| [1, 2].map(|operation| arp(to, operation))).collect();
         arps.push("-j DROP".to_owned());
+        // What the host sends to groups comes to their members alone.
+        let multicast = format!("-o {ports} -d 01:00:00:00:00:00/01:00:00:00:00:00");
+        let to = vec![
+            format!("{multicast} -j {}", self.name("groups")),
+            // Questions of the link itself are for all.
+            format!("-o {ports} -p IPv6 -d 33:33:00:00:00:01 --ip6-dst ff02::1 -j ACCEPT"),
+            format!("-o {ports} -p IPv6 -d 33:33:ff:00:00:00/ff:ff:ff:00:00:00 --ip6-dst ff02::1:ff00:0/104 -j ACCEPT"),
+            format!("{multicast} -j DROP"),
+        ];
         let group = |mac: &str, to: &str| format!("-p IPv6 -d {mac} --ip6-dst {to} -j ACCEPT");
         vec![
             ("nat", self.name("hook"), vec![format!("-i {ports} -j {bridge}"), format!("-i {ports} -j DROP")]),
@@ -237,6 +252,7 @@ impl Text {
             ),
             ("filter", self.name("host"), vec![format!("-i {ports} -d 01:80:c2:00:00:00/ff:ff:ff:ff:ff:f0 -j DROP")]),
             ("filter", self.name("route"), vec![format!("-i {ports} -j DROP"), format!("-o {ports} -j DROP")]),
+            ("filter", self.name("to"), to),
         ]
     }
 
@@ -255,10 +271,13 @@ impl Text {
                 format!("-i {bridge} -p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu"),
                 format!("-i {bridge} -j {}", self.name("out")),
                 format!("-o {bridge} -m conntrack --ctstate ESTABLISHED,RELATED -j {}", self.name("in")),
+                // Who gets what is for groups is decided at each port.
+                format!("-o {bridge} -d {} -j ACCEPT", if kind == Kind::Iptables { "224.0.0.0/4" } else { "ff00::/8" }),
             ]);
         }
         host.extend(to_host);
         host.push(format!("-j {}", self.name("served")));
+        host.push(format!("-j {}", self.name("told")));
         host.push("-j DROP".to_owned());
         route.extend([format!("-i {bridge} -j DROP"), format!("-o {bridge} -j DROP")]);
         let names = self.names(kind);
@@ -324,13 +343,34 @@ impl Text {
     }
 
     fn port_ebtables(&self, identity: &Identity) -> Vec<String> {
-        let (mac, ipv4) = (identity.mac, identity.ipv4);
+        let mac = identity.mac;
+        let senders = || identity.addresses4().chain([Ipv4Addr::UNSPECIFIED]);
         let mut rules = vec![format!("-s ! {mac} -j DROP")];
-        for sender in [ipv4, Ipv4Addr::UNSPECIFIED] {
+        for sender in senders() {
             rules.push(format!("-p ARP --arp-ip-src {sender} --arp-mac-src {mac} -j {}", self.name("arp")));
         }
-        rules.push(format!("-p IPv4 -d {} --ip-src {ipv4} -j ACCEPT", self.gateway_mac()));
-        for sender in [ipv4, Ipv4Addr::UNSPECIFIED] {
+        // iptables no longer knows which MAC a packet came to.
+        let not_by_gateway = || format!("-p IPv4 -d {} --ip-dst 224.0.0.0/4 -j DROP", self.gateway_mac());
+        rules.extend(identity.reports().then(not_by_gateway));
+        for own in identity.addresses4() {
+            rules.push(format!("-p IPv4 -d {} --ip-src {own} -j ACCEPT", self.gateway_mac()));
+        }
+        for &group in &identity.groups {
+            let (protocol, from, to) = match group {
+                IpAddr::V4(_) => ("IPv4", "--ip-src", "--ip-dst"),
+                IpAddr::V6(_) => ("IPv6", "--ip6-src", "--ip6-dst"),
+            };
+            for own in identity.addresses().filter(|own| own.is_ipv4() == group.is_ipv4()) {
+                rules.push(format!("-p {protocol} -d {} {from} {own} {to} {group} -j ACCEPT", Mac::of_group(group)));
+            }
+        }
+        for sender in senders().filter(|_| identity.reports()) {
+            rules.push(format!(
+                "-p IPv4 -d {} --ip-src {sender} --ip-dst {REPORTS} --ip-proto igmp -j ACCEPT",
+                Mac::of_group(REPORTS.into())
+            ));
+        }
+        for sender in senders() {
             rules.push(format!(
                 "-p IPv4 -d ff:ff:ff:ff:ff:ff --ip-src {sender} --ip-dst 255.255.255.255 --ip-proto udp --ip-sport 68 \
                  --ip-dport 67 -j ACCEPT"
@@ -349,12 +389,22 @@ impl Text {
         let question = format!(
             "0>>22&0x3C@8>>8=0x010106 && 0>>22&0x3C@36=0x{a:02x}{b:02x}{c:02x}{d:02x} && 0>>22&0x3C@40>>16=0x{e:02x}{f:02x}"
         );
-        vec![
-            format!("-j {}", self.name("whole")),
-            format!("-d 255.255.255.255 -p udp --sport 68 --dport 67 -m u32 --u32 \"{question}\" -j ACCEPT"),
-            format!("-s {} -g {}", identity.ipv4, self.name("to")),
-            "-j DROP".to_owned(),
-        ]
+        let mut rules = Vec::new();
+        if identity.reports() {
+            // The one packet with an option, a router alert.
+            let report = "0>>24=0x46 && 0&0xFFFF=32:0xFFFF && 4&0x3FFF=0 && 20=0x94040000 && 24>>24=0x22";
+            rules.push(format!("-d {REPORTS} -p igmp -m ttl --ttl-eq 1 -m u32 --u32 \"{report}\" -j ACCEPT"));
+        }
+        rules.push(format!("-j {}", self.name("whole")));
+        rules.push(format!("-d 255.255.255.255 -p udp --sport 68 --dport 67 -m u32 --u32 \"{question}\" -j ACCEPT"));
+        for own in identity.addresses4() {
+            for group in identity.groups.iter().filter(|group| group.is_ipv4()) {
+                rules.push(format!("-s {own} -d {group} -p udp ! --sport 67 -j ACCEPT"));
+            }
+            rules.push(format!("-s {own} -g {}", self.name("to")));
+        }
+        rules.push("-j DROP".to_owned());
+        rules
     }
 
     fn port_ip6tables(&self, identity: &Identity) -> Vec<String> {
@@ -397,6 +447,10 @@ impl Text {
             "4>>16=8:0xFFFF && 4>>8&0xFF=17",
         ));
         for own in targets {
+            for group in identity.groups.iter().filter(|group| group.is_ipv6()) {
+                let whole = "4>>8&0xFF=17 && 4>>16=8:0xFFFF";
+                rules.push(rule(&format!("-s {own}/128 -d {group}/128 -p udp ! --sport 547"), whole));
+            }
             rules.push(format!("-s {own}/128 -g {}", self.name("to")));
         }
         rules.push("-j DROP".to_owned());
@@ -413,6 +467,8 @@ impl Text {
         let mut rules = vec![(Self::port_table(kind), self.bridge.clone(), matched)];
         if kind != Kind::Ebtables {
             rules.extend(self.policy_shared(kind, port));
+        } else if port.access.takes_part() {
+            rules.push(("filter", self.name("groups"), format!("-o {link} -j {link}{HEARD}")));
         }
         rules
     }
@@ -448,8 +504,8 @@ impl Text {
         for port in ports {
             let wanted = self.shared_rules(kind, port);
             // What an earlier process gave to this link or address beyond that.
-            let (link, address) = (&port.identity.link, port.identity.ipv4);
-            let surplus = self.shared_of(kind, &|other| other == link, &|other| other == address, state);
+            let (link, addresses) = (&port.identity.link, port.identity.addresses().collect::<Vec<_>>());
+            let surplus = self.shared_of(kind, &|other| other == link, &|other| addresses.contains(&other), state);
             for (table, chain, rule) in surplus {
                 if !wanted.contains(&(table, chain.clone(), rule.clone())) {
                     change.line(table, &format!("-D {chain} {rule}"));
@@ -479,16 +535,17 @@ impl Text {
         &self,
         kind: Kind,
         link: &dyn Fn(&str) -> bool,
-        address: &dyn Fn(Ipv4Addr) -> bool,
+        address: &dyn Fn(IpAddr) -> bool,
         state: &State,
     ) -> Vec<Shared> {
         let mut found = Vec::new();
         for (table, chain) in self.shared_now(kind, state) {
             for rule in state.rules(table, &chain) {
-                let concerns = if chain == self.bridge || chain == self.name("served") {
+                let by_target = [self.bridge.clone(), self.name("served"), self.name("groups")].contains(&chain);
+                let concerns = if by_target {
                     rule.rsplit(' ').next().and_then(|target| self.port_of(target)).is_some_and(link)
                 } else {
-                    self.address_of(rule).is_some_and(address)
+                    Self::address_of(rule).is_some_and(address)
                 };
                 if concerns {
                     found.push((table, chain.clone(), rule.clone()));
@@ -498,22 +555,19 @@ impl Text {
         found
     }
 
-    /// The IPv4 address of the port that a rule is about.
-    fn address_of(&self, rule: &str) -> Option<Ipv4Addr> {
+    /// The address of the port that a rule is about: its first.
+    fn address_of(rule: &str) -> Option<IpAddr> {
         let mut words = rule.split(' ');
-        let address = words.find(|&word| matches!(word, "-s" | "-d" | "--ip-src")).and_then(|_| words.next())?;
-        let address = address.split('/').next()?;
-        if let Ok(ipv4) = address.parse() {
-            return Some(ipv4);
-        }
-        crate::identity::v4_of_v6(&self.config, address.parse().ok()?)
+        let is_before = |word: &str| matches!(word, "-s" | "-d" | "--ip-src" | "--ip6-src");
+        let address = words.find(|word| is_before(word)).and_then(|_| words.next())?;
+        address.split('/').next()?.parse().ok()
     }
 
     pub(super) fn remove(
         &self,
         kind: Kind,
         link: &dyn Fn(&str) -> bool,
-        address: &dyn Fn(Ipv4Addr) -> bool,
+        address: &dyn Fn(IpAddr) -> bool,
         state: &State,
     ) -> Chains {
         let mut change = Chains::new(kind);
@@ -529,21 +583,23 @@ impl Text {
         change
     }
 
-    /// The ports that have chains, each with its address.
-    pub(super) fn ports(&self, ebtables: &State) -> Vec<(String, Option<Ipv4Addr>)> {
+    /// The ports that have chains, each with its addresses.
+    pub(super) fn ports(&self, ebtables: &State) -> Vec<(String, Vec<IpAddr>)> {
         let ports = ebtables.chains("nat").filter(|(chain, _)| self.port_of(chain).is_some());
         ports
             .map(|(chain, rules)| {
-                let addresses = rules.iter().filter(|rule| rule.contains("--ip-src"));
-                (chain.to_owned(), addresses.filter_map(|rule| self.address_of_source(rule)).next())
+                let mut addresses: Vec<_> = rules.iter().filter_map(|rule| Self::source_of(rule)).collect();
+                addresses.sort();
+                addresses.dedup();
+                (chain.to_owned(), addresses)
             })
             .collect()
     }
 
-    fn address_of_source(&self, rule: &str) -> Option<Ipv4Addr> {
-        let (_, rest) = rule.split_once("--ip-src ")?;
-        let address: Ipv4Addr = rest.split([' ', '/']).next()?.parse().ok()?;
-        self.config.subnet.contains(address).then_some(address)
+    fn source_of(rule: &str) -> Option<IpAddr> {
+        let (_, rest) = rule.split_once("--ip-src ").or_else(|| rule.split_once("--ip6-src "))?;
+        let address: IpAddr = rest.split([' ', '/']).next()?.parse().ok()?;
+        (!address.is_unspecified()).then_some(address)
     }
 
     /// What a chain of the host's, or one of ours, lacks.
