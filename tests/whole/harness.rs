@@ -47,11 +47,13 @@ pub(crate) fn on_a_host(test: impl FnOnce(&Host) + Send) {
             root: root.clone(),
             listen: "127.0.0.1:0".to_owned(),
             ephemeral: true,
+            arguments: Vec::new(),
             log: Some(std::env::temp_dir().join(format!("qvd-{instance}.log"))),
         };
         let marks = [instance.bridge_name(), instance.cgroup_name()];
-        let scope =
-            Scope::marked(marks).files_under(format!("/run/qvd-{instance}")).files_under(root.join("roots/overlayfs"));
+        let kept = ["roots/overlayfs", "disks/qcow2", "home-disks"].map(|dir| root.join(dir));
+        let scope = Scope::marked(marks).files_under(format!("/run/qvd-{instance}"));
+        let scope = kept.iter().fold(scope, Scope::files_under);
         let netns = qvd_sys::netns::create().unwrap();
         qvd_sys::netns::in_netns(netns.as_fd(), || {
             qvd_net::loopback_up(netns.as_fd()).unwrap();
@@ -74,8 +76,14 @@ pub(crate) fn user_with_desktop(server: &Server) -> (String, u32) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let user = format!("test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     server.add_user(&user, PASSWORD).unwrap();
-    let desktop: Desktop = server.json(&["desktop", "create", &user, "icewm"]).unwrap();
-    (user, desktop.id)
+    let desktop = create_desktop(server, &user, &[]);
+    (user, desktop)
+}
+
+/// One more desktop for a user; its number.
+pub(crate) fn create_desktop(server: &Server, user: &str, options: &[&str]) -> u32 {
+    let desktop: Desktop = server.json(&[&["desktop", "create", user, "icewm"], options].concat()).unwrap();
+    desktop.id
 }
 
 /// Removes a user with everything that is theirs.

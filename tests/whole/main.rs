@@ -7,4 +7,5 @@ mod bad_input;
 mod crash;
 mod harness;
 mod journey;
+mod machine;
 mod nx;

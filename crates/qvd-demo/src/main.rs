@@ -124,6 +124,7 @@ fn main() -> anyhow::Result<()> {
         root: root.clone(),
         listen,
         ephemeral: true,
+        arguments: Vec::new(),
         log: Some(log.clone()),
     };
     let server = setup.start().with_context(|| format!("the server's log is `{}`", log.display()))?;

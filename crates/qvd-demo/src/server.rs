@@ -31,6 +31,8 @@ pub struct Setup {
     pub listen: String,
     /// Whether desktops end with the server.
     pub ephemeral: bool,
+    /// Further arguments of `qvd up`.
+    pub arguments: Vec<String>,
     /// File for what the server logs; `None` is our own standard error.
     pub log: Option<PathBuf>,
 }
@@ -59,7 +61,7 @@ impl Setup {
     /// said on standard error went to ours.
     pub fn start(&self) -> anyhow::Result<Server> {
         let mut command = self.command();
-        command.args(["--json", "up", "--listen", &self.listen, "--init"]).arg(&self.init);
+        command.args(["--json", "up", "--listen", &self.listen, "--init"]).arg(&self.init).args(&self.arguments);
         if self.ephemeral {
             command.arg("--ephemeral");
         }

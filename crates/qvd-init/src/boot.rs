@@ -241,14 +241,16 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
             .map_err(|error| format!("cannot move {from}: {error}"))?;
     }
     enter("/root").map_err(failed("enter the root"))?;
-    for (target, kind, options) in [
-        ("/dev/pts", "devpts", "mode=620,ptmxmode=666,gid=5"),
-        ("/dev/shm", "tmpfs", "mode=1777"),
-        ("/tmp", "tmpfs", "mode=1777"),
-        ("/run", "tmpfs", "mode=755"),
+    // Terminals are devices: what forbids those would forbid to open them.
+    let terminals = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    for (target, kind, flags, options) in [
+        ("/dev/pts", "devpts", terminals, "mode=620,ptmxmode=666,gid=5"),
+        ("/dev/shm", "tmpfs", sealed, "mode=1777"),
+        ("/tmp", "tmpfs", sealed, "mode=1777"),
+        ("/run", "tmpfs", sealed, "mode=755"),
     ] {
         make(target)?;
-        place(kind, target, kind, sealed, options)?;
+        place(kind, target, kind, flags, options)?;
     }
     if let Err(error) = qvd_sys::guest::bring_up("lo") {
         let _written = writeln!(io::stderr(), "qvd-init: cannot bring the loopback interface up: {error}");
