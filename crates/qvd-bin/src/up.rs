@@ -17,7 +17,6 @@ use qvd_gateway::{
     api::{self, ApiState, UnixDoor},
 };
 use qvd_node::{Node, NodeConfig, Swap};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::{
     runtime,
@@ -43,7 +42,6 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     }
     let init = find_init(args.init.as_deref())?;
     is_free(args.listen)?;
-    raise_descriptor_limit();
     qvd_node::raise_limits();
     let runtime = runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
 
@@ -163,15 +161,6 @@ fn is_free(listen: SocketAddr) -> Result<(), GatewayError> {
         std::io::ErrorKind::AddrInUse => GatewayError::PortInUse { address: listen, source },
         _ => GatewayError::Listen { address: listen, source },
     })
-}
-
-/// Each desktop takes a few descriptors; the usual limit of 1024 is for programs
-/// that use `select`.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        tracing::warn!(%error, "the number of open files stays limited");
-    }
 }
 
 /// An address that a browser can use: a listener on all of them has to name one.

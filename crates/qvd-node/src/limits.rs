@@ -7,6 +7,7 @@
 use std::{fs, io, path::Path};
 
 use qvd_core::{Missing, Support};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// A limit of the kernel that desktops share.
 struct Shared {
@@ -23,9 +24,15 @@ const SHARED: &[Shared] = &[
     Shared { file: "kernel/pty/max", wanted: 1 << 15 },
 ];
 
-/// Raises what all desktops share to what some thousand of them need. Lowers
-/// nothing. What stays too low is logged: fewer desktops fit then.
+/// Raises what all desktops share to what some thousand of them need, and the
+/// number of files that this process may have open to the most that it may: each
+/// desktop takes a few, and the usual 1024 is for programs that use `select`.
+/// Lowers nothing. What stays too low is logged: fewer desktops fit then.
 pub fn raise_limits() {
+    let most = getrlimit(Resource::Nofile).maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }) {
+        tracing::warn!(%error, "the number of open files stays limited: fewer desktops fit");
+    }
     for limit in SHARED {
         match raise(Path::new("/proc/sys"), limit) {
             Ok(None) => {}
