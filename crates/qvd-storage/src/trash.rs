@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
@@ -37,6 +37,9 @@ struct Shared {
     subvolumes: bool,
     stop: AtomicBool,
     next: AtomicU64,
+    /// Held by who deletes: what another thread is at has no name any more and
+    /// is not gone yet.
+    emptying: Mutex<()>,
 }
 
 impl Trash {
@@ -44,7 +47,8 @@ impl Trash {
         fsio::ensure_private_dir(path).map_err(Error::io("use", path))?;
         let dir = fsio::open_dir(path).map_err(Error::io("open", path))?;
         let subvolumes = qvd_sys::btrfs::is_btrfs(dir.as_fd()).map_err(Error::io("open", path))?;
-        let shared = Arc::new(Shared { dir, subvolumes, stop: AtomicBool::new(false), next: AtomicU64::new(0) });
+        let (stop, next, emptying) = (AtomicBool::new(false), AtomicU64::new(0), Mutex::new(()));
+        let shared = Arc::new(Shared { dir, subvolumes, stop, next, emptying });
         let (wake, woken) = mpsc::channel();
         let worker = {
             let shared = Arc::clone(&shared);
@@ -129,8 +133,10 @@ impl Shared {
     /// Deletes everything in the trash. A directory that is not empty is first
     /// pulled up to the trash itself: so neither the stack nor the descriptors
     /// in use grow with the depth that a desktop chose for its directories.
-    /// Nothing below a mount point is ever touched.
+    /// Nothing below a mount point is ever touched. One thread does it at a time:
+    /// who comes second returns when the first has finished too.
     fn empty(&self) -> io::Result<()> {
+        let _one_at_a_time = self.emptying.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let mut progress = false;
             let mut failure = None;
@@ -151,7 +157,7 @@ impl Shared {
         }
     }
 
-    /// Deletes one entry of the trash, or what is directly in it. Another thread
+    /// Deletes one entry of the trash, or what is directly in it. Another process
     /// may be at the same: what is gone meanwhile was deleted.
     fn delete(&self, name: &CString) -> io::Result<()> {
         match self.delete_some(name) {
@@ -272,6 +278,45 @@ mod tests {
         let trash = Trash::open(&dir.path().join("trash")).unwrap();
         trash.discard(&tree).unwrap();
         wait_empty(&dir.path().join("trash"));
+    }
+
+    #[test]
+    fn what_was_discarded_is_gone_when_that_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trash");
+        let trash = Trash::open(&path).unwrap();
+        for round in 0..50 {
+            let trees: Vec<_> = (0..4).map(|tree| dir.path().join(format!("{round}-{tree}"))).collect();
+            thread::scope(|scope| {
+                for tree in &trees {
+                    scope.spawn(|| {
+                        fs::create_dir_all(tree.join("a/b/c")).unwrap();
+                        fs::write(tree.join("a/b/c/f"), "x").unwrap();
+                        let file = fs::File::open(tree.join("a/b/c/f")).unwrap();
+                        trash.discard(tree).unwrap();
+                        trash.empty().unwrap();
+                        assert_eq!(rustix::fs::fstat(&file).unwrap().st_nlink, 0);
+                    });
+                }
+            });
+        }
+        // Somebody is still at something that has no name any more.
+        let other = trash.shared.emptying.lock().unwrap();
+        let (done, begun) = (AtomicBool::new(false), std::sync::Barrier::new(2));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                begun.wait();
+                trash.empty().unwrap();
+                done.store(true, Ordering::Release);
+            });
+            begun.wait();
+            for _ in 0..20 {
+                thread::park_timeout(Duration::from_millis(1));
+                assert!(!done.load(Ordering::Acquire), "it is said before the other has finished");
+            }
+            drop(other);
+        });
+        assert!(done.into_inner());
     }
 
     #[test]

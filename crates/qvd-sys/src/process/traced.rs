@@ -67,7 +67,10 @@ pub fn run(
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => child(limit, f),
-            pid => Tracer { child: pid, kill_after, counted, calls: 0, current: HashMap::new(), killed: None }.run(),
+            pid => {
+                let current = HashMap::new();
+                Tracer { child: pid, kill_after, counted, calls: 0, current, killed: None, ended: false }.run()
+            }
         }
     })?;
     tracer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -114,6 +117,8 @@ struct Tracer {
     /// child started, which are only kept so that they can be killed.
     current: HashMap<libc::pid_t, Option<CallInfo>>,
     killed: Option<c_long>,
+    /// Whether everything was killed: what shows from then on is killed too.
+    ended: bool,
 }
 
 impl Tracer {
@@ -136,7 +141,12 @@ impl Tracer {
                 if std::mem::take(&mut first) {
                     self.begin()?;
                 }
-                self.stopped(pid, status)?;
+                if self.ended {
+                    // Born just before the others were killed, and heard of only now.
+                    kill(pid);
+                } else {
+                    self.stopped(pid, status)?;
+                }
             } else {
                 self.current.remove(&pid);
                 if pid == self.child {
@@ -216,13 +226,17 @@ impl Tracer {
         Ok(())
     }
 
-    fn kill_all(&self) {
-        for pid in self.current.keys().chain([&self.child]) {
-            // SAFETY: each is a thread that is traced, so its number is its own;
-            // one that has ended is not there, which is what was wanted.
-            unsafe { libc::kill(*pid, libc::SIGKILL) };
-        }
+    fn kill_all(&mut self) {
+        self.ended = true;
+        self.current.keys().chain([&self.child]).copied().for_each(kill);
     }
+}
+
+/// Kills a thread that is traced, and its process.
+fn kill(pid: libc::pid_t) {
+    // SAFETY: it is traced, so its number is its own; one that has ended is not
+    // there, which is what was wanted.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
 }
 
 /// The process that a thread belongs to.
@@ -384,6 +398,33 @@ mod tests {
         assert!(run(None, Counted::Every, LIMIT, work).unwrap().calls > whole.calls);
         clean();
         fs::remove_dir(dir).unwrap();
+    }
+
+    #[test]
+    fn what_was_born_just_before_the_end_does_not_outlive_it() {
+        let dir = std::env::temp_dir().join(format!("qvd-traced-born-{}", std::process::id()));
+        fs::create_dir(&dir).unwrap();
+        let at = dir.clone();
+        let work = move || {
+            for number in 0..8 {
+                // SAFETY: the child makes no use of what other threads hold.
+                if unsafe { libc::fork() } == 0 {
+                    // Outlives everything unless it is killed, and then shows.
+                    thread::sleep(Duration::from_secs(1));
+                    fs::write(at.join(number.to_string()), "").unwrap();
+                    // SAFETY: ends the process and nothing else.
+                    unsafe { libc::_exit(0) };
+                }
+            }
+            0
+        };
+        let calls = run(None, Counted::Every, LIMIT, work.clone()).unwrap().calls;
+        for after in (1..=calls).cycle().take(200) {
+            run(Some(after), Counted::Every, LIMIT, work.clone()).unwrap();
+            let outlived = fs::read_dir(&dir).unwrap().count();
+            assert_eq!(outlived, 0, "after call {after} of {calls}");
+        }
+        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
