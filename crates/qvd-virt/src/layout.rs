@@ -30,6 +30,7 @@ use rustix::{
 use crate::{
     ContainerMount, ContainerSpec, Error,
     error::io_error,
+    measures::Measures,
     spec::{c_string, components},
 };
 
@@ -79,10 +80,10 @@ pub(crate) struct Layout {
     /// The same with the device for virtual machines.
     dev_kvm: OwnedFd,
     null: OwnedFd,
-    proc_files: Vec<&'static str>,
-    proc_dirs: Vec<&'static str>,
-    proc_read_only: Vec<&'static str>,
-    sys_dirs: Vec<&'static str>,
+    pub(crate) proc_files: Vec<&'static str>,
+    pub(crate) proc_dirs: Vec<&'static str>,
+    pub(crate) proc_read_only: Vec<&'static str>,
+    pub(crate) sys_dirs: Vec<&'static str>,
 }
 
 impl Layout {
@@ -114,7 +115,7 @@ impl Layout {
     pub(crate) fn compile(&self, plan: &mut Plan, spec: &mut Parts<'_>) -> Result<(), Error> {
         let own = io_error("keep a descriptor for the container");
         let root = spec.root.try_clone_to_owned().and_then(|fd| plan.own(fd)).map_err(own)?;
-        let mut tree = Tree { root_fd: spec.root, root, work: slot(plan)?, mounted: Vec::new() };
+        let mut tree = Tree { root_fd: spec.root, root, work: slot(plan)?, mounted: Vec::new(), how: spec.resolve };
 
         plan.step("attach the root", Op::Attach { mount: root, dir: PlanFd::CWD, path: c"/".to_owned() });
         let dev = clone_dir(if spec.kvm { &self.dev_kvm } else { &self.dev }.as_fd())
@@ -201,18 +202,18 @@ pub(crate) struct Parts<'a> {
     run: Bytes,
     inodes: u32,
     kvm: bool,
+    resolve: ResolveFlags,
 }
 
 impl<'a> Parts<'a> {
     /// Restricts the mounts of `spec` and takes them out of it.
-    pub(crate) fn of(spec: &mut ContainerSpec, root: BorrowedFd<'a>) -> Result<Self, Error> {
-        let nodev = Restrictions { nodev: true, ..Restrictions::default() };
-        restrict(root, nodev, None).map_err(io_error("restrict the root"))?;
+    pub(crate) fn of(spec: &mut ContainerSpec, root: BorrowedFd<'a>, measures: &Measures) -> Result<Self, Error> {
+        restrict(root, measures.root, None).map_err(io_error("restrict the root"))?;
         let mut mounts = Vec::new();
         for ContainerMount { target, mount } in spec.mounts.drain(..) {
             let target = text(&target)?;
-            let limited = Restrictions { nosuid: true, ..nodev };
-            restrict(mount.as_fd(), limited, None).map_err(io_error(format!("restrict the mount for `{target}`")))?;
+            restrict(mount.as_fd(), measures.mounts, None)
+                .map_err(io_error(format!("restrict the mount for `{target}`")))?;
             mounts.push((target, mount));
         }
         let profile = &spec.profile;
@@ -225,6 +226,7 @@ impl<'a> Parts<'a> {
             run: profile.run,
             inodes: profile.inodes,
             kvm: profile.kvm,
+            resolve: measures.resolve,
         })
     }
 }
@@ -263,6 +265,7 @@ struct Tree<'a> {
     root: PlanFd,
     work: PlanFd,
     mounted: Vec<(PathBuf, PlanFd)>,
+    how: ResolveFlags,
 }
 
 impl Tree<'_> {
@@ -295,11 +298,10 @@ impl Tree<'_> {
     fn resolve<'p>(&self, target: &'p Path) -> Result<(Option<OwnedFd>, Vec<&'p OsStr>), Error> {
         let names = components(target);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         for there in (1..=names.len()).rev() {
             let (path, missing) = names.split_at(there);
             let path: PathBuf = path.iter().collect();
-            match openat2(self.root_fd, &path, flags, Mode::empty(), how) {
+            match openat2(self.root_fd, &path, flags, Mode::empty(), self.how) {
                 Ok(fd) => return Ok((Some(fd), missing.to_vec())),
                 Err(Errno::NOENT) => {}
                 Err(Errno::LOOP | Errno::NOTDIR | Errno::XDEV) => {

@@ -14,11 +14,16 @@
 //! kernel what of that is really so.
 #![forbid(unsafe_code)]
 
+// Tests in here share the bed of those in `tests`, which name the crate.
+#[cfg(test)]
+extern crate self as qvd_virt;
+
 mod cgroup;
 mod container;
 mod enforced;
 mod error;
 mod layout;
+mod measures;
 pub mod memory;
 mod probe;
 mod runtime;

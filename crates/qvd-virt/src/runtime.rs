@@ -1,5 +1,8 @@
 //! Makes containers.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::BTreeSet,
     ffi::CString,
@@ -22,6 +25,7 @@ use crate::{
     container::Place,
     error::io_error,
     layout::{Layout, Parts},
+    measures::Measures,
     seccomp,
     spec::c_string,
 };
@@ -114,7 +118,18 @@ impl Runtime {
     /// # Errors
     /// The specification is wrong, the number is taken, or the kernel refuses;
     /// nothing is left.
-    pub fn prepare(&self, mut spec: ContainerSpec) -> Result<Prepared, Error> {
+    pub fn prepare(&self, spec: ContainerSpec) -> Result<Prepared, Error> {
+        self.prepare_with(spec, &Measures::default(), |_| {})
+    }
+
+    /// With `measures` and what `change` makes of the plan. Only tests ask for
+    /// less than all there is.
+    fn prepare_with(
+        &self,
+        mut spec: ContainerSpec,
+        measures: &Measures,
+        change: impl FnOnce(&mut Plan),
+    ) -> Result<Prepared, Error> {
         let id = spec.id;
         let _span = info_span!("prepare", desktop = %id).entered();
         spec.check()?;
@@ -123,21 +138,16 @@ impl Runtime {
             let _span = info_span!("cgroup").entered();
             self.shared.cgroups.create(id, spec.limits)?
         };
-        let plan = {
+        let mut plan = {
             let _span = info_span!("compile").entered();
-            self.compile(&mut spec, cgroup.entrances()?)?
+            self.compile(&mut spec, cgroup.entrances()?, measures)?
         };
+        change(&mut plan);
         let steps = plan.len();
         let birthplace = if self.born_in_place { cgroup.birthplace()? } else { None };
         let spawned = {
             let _span = info_span!("clone").entered();
-            let namespaces = Namespaces::USER
-                .and(Namespaces::MOUNT)
-                .and(Namespaces::PID)
-                .and(Namespaces::NET)
-                .and(Namespaces::UTS)
-                .and(Namespaces::IPC);
-            spawn(plan, namespaces, birthplace.as_ref().map(AsFd::as_fd))
+            spawn(plan, measures.namespaces, birthplace.as_ref().map(AsFd::as_fd))
                 .map_err(|source| Error::Start { id, source })?
         };
         debug!(pid = spawned.process().pid(), steps, "process made");
@@ -182,10 +192,10 @@ impl Runtime {
         Ok(())
     }
 
-    fn compile(&self, spec: &mut ContainerSpec, groups: Vec<OwnedFd>) -> Result<Plan, Error> {
+    fn compile(&self, spec: &mut ContainerSpec, groups: Vec<OwnedFd>, measures: &Measures) -> Result<Plan, Error> {
         let mut plan = Plan::new();
         let root = spec.root.try_clone().map_err(io_error("keep the root"))?;
-        let mut parts = Parts::of(spec, root.as_fd())?;
+        let mut parts = Parts::of(spec, root.as_fd(), measures)?;
 
         for tasks in groups {
             let tasks = plan.own(tasks).map_err(io_error("keep a cgroup"))?;

@@ -289,6 +289,13 @@ impl Plan {
         self.steps.push((name.into(), op));
     }
 
+    /// Keeps the steps for which `keep` says so; it is given each step's name,
+    /// and may change the step. For tests, which take one thing out of a
+    /// confinement and see what becomes of it.
+    pub fn retain(&mut self, mut keep: impl FnMut(&str, &mut Op) -> bool) {
+        self.steps.retain_mut(|(name, op)| keep(name, op));
+    }
+
     /// How many steps there are.
     #[must_use]
     pub fn len(&self) -> usize {

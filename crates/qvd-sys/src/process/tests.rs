@@ -87,3 +87,19 @@ fn a_child_that_waits_ends_when_its_parent_is_gone() {
     // Closes the socket, as the kernel does for a parent that is killed.
     assert_eq!(child.into_process().wait(SOON).unwrap(), Some(Exit::Code(0)));
 }
+
+#[test]
+fn signals_that_we_block_reach_programs_when_the_plan_says_so() {
+    // SAFETY: sets are plain values, and only this test's thread is changed.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGTERM);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+    }
+    let script = "kill -TERM $$; echo alive";
+    assert_eq!(run(Plan::new(), script, &[1]), (Exit::Code(0), "alive\n".to_owned()));
+    let mut plan = Plan::new();
+    plan.step("unblock signals", Op::UnblockSignals);
+    assert_eq!(run(plan, script, &[1]), (Exit::Signal(libc::SIGTERM), String::new()));
+}
