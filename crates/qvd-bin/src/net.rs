@@ -33,18 +33,23 @@ pub(crate) async fn run(client: &Client, command: Net, output: &Output) -> anyho
                     counted.push(Counted { desktop, port });
                 }
             }
-            output.table(&counted, ["ID", "PORT", "SENT", "PACKETS", "RECEIVED", "PACKETS", "NOT SENT ON"], |one| {
-                let counters = one.port.counters;
-                [
-                    one.desktop.to_string(),
-                    one.port.link.clone(),
-                    counters.sent_bytes.to_string(),
-                    counters.sent_packets.to_string(),
-                    counters.received_bytes.to_string(),
-                    counters.received_packets.to_string(),
-                    counters.received_dropped.to_string(),
-                ]
-            })?;
+            output.table(
+                &counted,
+                ["ID", "PORT", "SENT", "PACKETS", "RECEIVED", "PACKETS", "NOT SENT ON", "DROPPED"],
+                |one| {
+                    let counters = one.port.counters;
+                    [
+                        one.desktop.to_string(),
+                        one.port.link.clone(),
+                        counters.sent_bytes.to_string(),
+                        counters.sent_packets.to_string(),
+                        counters.received_bytes.to_string(),
+                        counters.received_packets.to_string(),
+                        counters.received_dropped.to_string(),
+                        one.port.drops.values().sum::<u64>().to_string(),
+                    ]
+                },
+            )?;
         }
         Net::Explain { id, frames } => {
             let frames = if frames.is_empty() { read_frames()? } else { frames };
@@ -79,7 +84,7 @@ fn read_frames() -> anyhow::Result<Vec<String>> {
 fn details(port: &PortView) -> String {
     let ipv6 = port.ipv6.map_or_else(|| "none".to_owned(), |ipv6| ipv6.to_string());
     let counters = port.counters;
-    [
+    let mut lines = vec![
         ("port", port.link.clone()),
         ("mac", port.mac.to_string()),
         ("ipv4", port.ipv4.to_string()),
@@ -87,9 +92,7 @@ fn details(port: &PortView) -> String {
         ("reaches", reach(&port.policy)),
         ("sent", format!("{} bytes in {} packets", counters.sent_bytes, counters.sent_packets)),
         ("received", format!("{} bytes in {} packets", counters.received_bytes, counters.received_packets)),
-    ]
-    .iter()
-    .map(|(what, value)| format!("{what:<10}{value}"))
-    .collect::<Vec<_>>()
-    .join("\n")
+    ];
+    lines.extend(port.drops.iter().map(|(reason, frames)| ("dropped", format!("{frames}: {reason}"))));
+    lines.iter().map(|(what, value)| format!("{what:<10}{value}")).collect::<Vec<_>>().join("\n")
 }

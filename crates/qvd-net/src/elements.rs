@@ -201,6 +201,34 @@ pub(crate) fn every(
     Ok(all.into_iter().map(|Shown { key, goto }| Element { family, set, key, goto }).collect())
 }
 
+/// What those of `elements` that there are have counted, in packets.
+pub(crate) fn counted(
+    netlink: &mut Netlink,
+    table: &str,
+    elements: &[Element],
+) -> Result<Vec<(Vec<u8>, u64)>, NetlinkError> {
+    let requests = elements.iter().map(|element| {
+        let message = list(table, element.set, &[element]);
+        Request::new(nf_tables(element.family, NfTablesMessage::GetSetElement(message)), 0)
+    });
+    let answers = netlink.batch_raw(requests.collect(), Errno::NOENT)?;
+    Ok(answers.iter().flat_map(|answer| raw_counts(answer)).collect())
+}
+
+/// The same of all elements of a set.
+pub(crate) fn all_counted(
+    netlink: &mut Netlink,
+    table: &str,
+    family: Family,
+    set: &str,
+) -> Result<Vec<(Vec<u8>, u64)>, NetlinkError> {
+    match netlink.dump_raw(nf_tables(family, NfTablesMessage::GetSetElement(list(table, set, &[])))) {
+        Ok(answers) => Ok(answers.iter().flat_map(|answer| raw_counts(answer)).collect()),
+        Err(error) if error.is(Errno::NOENT) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Removes our table of `family` and all in it. What is not there is removed.
 pub(crate) fn remove_table(netlink: &mut Netlink, table: &str, family: Family) -> Result<(), NetlinkError> {
     let mut message = TableMessage { attributes: Vec::new() };
@@ -259,14 +287,30 @@ fn attribute(attributes: &[u8], kind: u16) -> Option<&[u8]> {
     })
 }
 
+/// Source of the numbers, here and below: Linux `include/uapi/linux/netfilter/nf_tables.h`.
+const SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const SET_ELEM_KEY: u16 = 1;
+const DATA_VALUE: u16 = 1;
+
+/// What the elements in a message have counted.
+fn raw_counts(message: &[u8]) -> Vec<(Vec<u8>, u64)> {
+    const SET_ELEM_EXPR: u16 = 7;
+    const EXPR_DATA: u16 = 2;
+    const COUNTER_PACKETS: u16 = 2;
+    let behind_header = message.get(4..).unwrap_or_default();
+    let elements = attribute(behind_header, SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+    let element = |element: &[u8]| {
+        let key = attribute(attribute(element, SET_ELEM_KEY)?, DATA_VALUE)?.to_vec();
+        let counter = attribute(attribute(element, SET_ELEM_EXPR)?, EXPR_DATA)?;
+        let packets = attribute(counter, COUNTER_PACKETS)?.first_chunk().map(|&count| u64::from_be_bytes(count))?;
+        Some((key, packets))
+    };
+    NlasIterator::new(elements).filter_map(Result::ok).filter_map(|nla| element(nla.value())).collect()
+}
+
 /// The elements in a message of the kernel, behind netlink's header.
-///
-/// Source of the numbers: Linux `include/uapi/linux/netfilter/nf_tables.h`.
 fn raw_elements(message: &[u8]) -> Vec<Shown> {
-    const SET_ELEM_LIST_ELEMENTS: u16 = 3;
-    const SET_ELEM_KEY: u16 = 1;
     const SET_ELEM_DATA: u16 = 2;
-    const DATA_VALUE: u16 = 1;
     const DATA_VERDICT: u16 = 2;
     const VERDICT_CHAIN: u16 = 2;
     let behind_header = message.get(4..).unwrap_or_default();

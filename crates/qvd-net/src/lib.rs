@@ -35,6 +35,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod drops;
 mod elements;
 mod error;
 mod explain;
@@ -60,6 +61,7 @@ mod view;
 #[cfg(test)]
 mod tests;
 
+pub use drops::{DropReason, DropReport, DropWatch, Dropped, Sample};
 pub use error::{Error, TeardownErrors};
 pub use explain::Decision;
 pub use filter::Backend;

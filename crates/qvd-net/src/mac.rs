@@ -46,6 +46,10 @@ impl Mac {
         Ipv6Addr::from_octets([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
     }
 
+    pub(crate) const fn of_octets(octets: [u8; 6]) -> Self {
+        Self(octets)
+    }
+
     /// Its six bytes, as on the wire.
     #[must_use]
     pub const fn octets(self) -> [u8; 6] {

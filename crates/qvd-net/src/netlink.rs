@@ -142,10 +142,41 @@ impl Netlink {
     where
         M: NetlinkSerializable + NetlinkDeserializable + fmt::Debug,
     {
+        let read = |raw: &[u8]| match NetlinkMessage::<M>::deserialize(raw).map_err(malformed)?.payload {
+            NetlinkPayload::InnerMessage(message) => Ok(Some(message)),
+            _ => Ok(None),
+        };
+        let (answers, failed) = self.collect(batch, read)?;
+        failed.map_or(Ok(answers), Err)
+    }
+
+    /// The same, each answer as the kernel wrote it behind its header; requests
+    /// that fail with `tolerated` have none.
+    pub(crate) fn batch_raw<M>(
+        &mut self,
+        batch: Vec<Request<M>>,
+        tolerated: rustix::io::Errno,
+    ) -> Result<Vec<Vec<u8>>, NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + fmt::Debug,
+    {
+        let (answers, failed) = self.collect(batch, |raw| Ok(raw.get(HEADER_LEN..).map(<[u8]>::to_vec)))?;
+        failed.filter(|error| !error.is(tolerated)).map_or(Ok(answers), Err)
+    }
+
+    /// The answers to a batch, and the first failure.
+    fn collect<M, T>(
+        &mut self,
+        batch: Vec<Request<M>>,
+        read: impl Fn(&[u8]) -> Result<Option<T>, NetlinkError>,
+    ) -> Result<(Vec<T>, Option<NetlinkError>), NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + fmt::Debug,
+    {
         // The kernel refuses to be sent nothing (Linux `net/netlink/af_netlink.c`,
         // `netlink_sendmsg`).
         if batch.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), None));
         }
         let first = self.sequence.wrapping_add(1);
         let mut bytes = Vec::new();
@@ -165,24 +196,25 @@ impl Netlink {
                 let index = usize::try_from(header.sequence_number.wrapping_sub(first)).unwrap_or(usize::MAX);
                 // An answer to an earlier batch that was given up.
                 let Some(&acknowledged) = acknowledged.get(index) else { continue };
-                match NetlinkMessage::<M>::deserialize(raw).map_err(malformed)?.payload {
-                    NetlinkPayload::Error(error) => {
-                        waiting -= usize::from(acknowledged);
-                        if error.code.is_some() {
-                            let error = refusal(&error, header.flags, index);
-                            // An error of a bracket is the last answer there is.
-                            if !acknowledged {
-                                return Err(failed.unwrap_or(error));
-                            }
-                            failed = failed.filter(|other| other.index <= index).or(Some(error));
-                        }
+                // Types below this are netlink's own: NLMSG_MIN_TYPE.
+                if header.kind >= 0x10 {
+                    answers.extend(read(raw)?);
+                    continue;
+                }
+                let payload = NetlinkMessage::<M>::deserialize(raw).map_err(malformed)?.payload;
+                let NetlinkPayload::Error(error) = payload else { continue };
+                waiting -= usize::from(acknowledged);
+                if error.code.is_some() {
+                    let error = refusal(&error, header.flags, index);
+                    // An error of a bracket is the last answer there is.
+                    if !acknowledged {
+                        return Err(failed.unwrap_or(error));
                     }
-                    NetlinkPayload::InnerMessage(message) => answers.push(message),
-                    _ => {}
+                    failed = failed.filter(|other| other.index <= index).or(Some(error));
                 }
             }
         }
-        failed.map_or(Ok(answers), Err)
+        Ok((answers, failed))
     }
 
     /// Everything of a kind, such as all links. Asked again when it changed

@@ -169,6 +169,14 @@ impl Port {
         lock(&self.network.open).insert(self.desktop, record);
     }
 
+    pub(crate) fn filter(&self) -> &dyn crate::filter::Filter {
+        &*self.network.filter
+    }
+
+    pub(crate) const fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
     pub(crate) fn config(&self) -> &NetConfig {
         &self.network.config
     }

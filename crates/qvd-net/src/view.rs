@@ -1,12 +1,15 @@
 //! What somebody who asks is told of a port.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkAttribute};
 use qvd_core::NetPolicy;
 use serde::{Deserialize, Serialize};
 
-use crate::{Decision, Error, Mac, Port, links};
+use crate::{Decision, DropReason, Error, Mac, Port, links};
 
 /// What went through a port, as the kernel counts it at the host's end of the
 /// link: what the desktop sent is counted before any rule.
@@ -41,6 +44,9 @@ pub struct PortView {
     pub policy: NetPolicy,
     /// What went through it.
     pub counters: Counters,
+    /// How many frames of the desktop were dropped, by reason.
+    #[serde(default)]
+    pub drops: BTreeMap<DropReason, u64>,
     /// What becomes of the frames that were asked about, in their order.
     pub explained: Vec<Decision>,
 }
@@ -84,6 +90,7 @@ impl Port {
             ipv6: self.ipv6(),
             policy: self.policy().clone(),
             counters: self.counters()?,
+            drops: self.drops()?,
             explained: frames.iter().map(|frame| self.explain(frame)).collect(),
         })
     }

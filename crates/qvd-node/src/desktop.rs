@@ -12,7 +12,7 @@ use std::{
 };
 
 use qvd_core::{DesktopId, DesktopSpec, Digest, ErrorKind, FlavourName, NetPolicy, RestPolicy, Tag, UidRange};
-use qvd_net::{Guard, Mended, Network, Port, PortView};
+use qvd_net::{Network, Port, PortView};
 use qvd_storage::{BuildOptions, HomeId, Image, Recipe, Repository, RootId, Store};
 use qvd_virt::{Exit, Runtime, seal};
 
@@ -20,6 +20,7 @@ use crate::{
     HostError, HostErrorKind, ImageSummary, NodeConfig,
     guest::Guest,
     machine::{Failure, InContainer, InVm, Machine, MachineRecord, Machines},
+    net_watch::NetWatch,
     record::{Record, Records},
     rest::Rest,
 };
@@ -135,8 +136,8 @@ pub(crate) struct Parts {
     network: Mutex<Option<Network>>,
     /// Most that any of them may reach.
     tenant: NetPolicy,
-    /// Watches over the network's rules.
-    guard: Mutex<Guard>,
+    /// Watches over the network.
+    guard: Mutex<NetWatch>,
     pub(crate) records: Records,
     /// The init program, sealed: one copy in memory for all desktops.
     pub(crate) init: OwnedFd,
@@ -148,24 +149,6 @@ where
     E: Into<Box<dyn StdError + Send + Sync>>,
 {
     move |source| HostError::because(kind, what.to_string(), source)
-}
-
-/// Pause between two looks at the rules that nobody is known to have changed.
-const RULES_CHECKED_EVERY: Duration = Duration::from_secs(60);
-
-/// Somebody else's change of our rules is for the log, mended or not.
-fn report_rules(mended: &Result<Mended, qvd_net::Error>) {
-    match mended {
-        Ok(Mended { differed, cut, .. }) => {
-            tracing::warn!(differed, cut, "network rules had been changed by others and were put back");
-        }
-        Err(error) => {
-            tracing::error!(
-                error = error as &dyn StdError,
-                "network rules could not be put back: desktops are cut off"
-            );
-        }
-    }
 }
 
 impl Parts {
@@ -191,8 +174,7 @@ impl Parts {
             HostErrorKind::Failed,
             format!("cannot open the records below `{}`", config.run.display()),
         ))?;
-        let guard =
-            network.guard(RULES_CHECKED_EVERY, Box::new(report_rules)).map_err(net("cannot watch the rules"))?;
+        let guard = NetWatch::open(&network).map_err(net("cannot watch the rules"))?;
         let (network, guard, slots) = (Mutex::new(Some(network)), Mutex::new(guard), Mutex::default());
         let tenant = config.tenant.clone();
         let parts = Self { store, runtime, machines, network, tenant, guard, records, init, slots };

@@ -9,6 +9,7 @@ mod guest;
 mod host;
 mod limits;
 mod machine;
+mod net_watch;
 mod node;
 mod probe;
 mod record;

@@ -5,11 +5,16 @@ mod fingerprint;
 mod iptables;
 mod nft;
 
-use std::{collections::BTreeSet, fmt, net::IpAddr, os::fd::BorrowedFd};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    os::fd::BorrowedFd,
+};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, NetConfig, access::Access, identity::Identity, rules::Rules};
+use crate::{DropReason, Error, NetConfig, access::Access, drops::Counted, identity::Identity, rules::Rules};
 
 /// What filters the frames of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -108,6 +113,12 @@ pub(crate) trait Filter: fmt::Debug + Send + Sync {
 
     /// Removes every rule of the network.
     fn close(&self) -> Result<(), Error>;
+
+    /// What was dropped of a port, by reason, as far as it is counted.
+    fn drops(&self, identity: &Identity) -> Result<BTreeMap<DropReason, u64>, Error>;
+
+    /// The same of all.
+    fn all_drops(&self) -> Result<Counted, Error>;
 
     /// Requests sent to the kernel, as far as they are counted.
     fn requests_sent(&self) -> u64;

@@ -11,8 +11,9 @@ use qvd_sys::netns;
 
 use super::{Confined, Filter, Notes, fingerprint::fingerprint};
 use crate::{
-    Error, NetConfig, TeardownErrors,
+    DropReason, Error, Mac, NetConfig, TeardownErrors,
     access::Access,
+    drops::{self, Counted, DROPPED, SAMPLED},
     elements::{self, Element, Family},
     identity::{Identity, address_of_element},
     netlink::Netlink,
@@ -110,6 +111,26 @@ impl Nft {
 }
 
 impl Nft {
+    /// What was counted of ports that are gone.
+    fn stale_counts(
+        &self,
+        is_kept: &dyn Fn(&Element) -> bool,
+        kept_macs: &BTreeSet<Mac>,
+    ) -> Result<Vec<Element>, Error> {
+        let mut stale = Vec::new();
+        for family in [Family::Bridge, Family::Inet] {
+            for set in [DROPPED, SAMPLED] {
+                let all = elements::every(&mut self.netfilter(), &self.table, family, set);
+                let all = all.map_err(Error::netlink("list the rules of", &self.table))?;
+                stale.extend(all.into_iter().filter(|element| match family {
+                    Family::Bridge => !is_kept(element),
+                    _ => rules::mac_of_key(&element.key).is_none_or(|mac| !kept_macs.contains(&mac)),
+                }));
+            }
+        }
+        Ok(stale)
+    }
+
     /// Makes the chains of policies that come for the first time.
     fn load_classes(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
         if ports.iter().all(|port| !port.access.has_rules()) {
@@ -140,6 +161,10 @@ impl Filter for Nft {
     fn establish(&self, rules: &Rules<'_>) -> Result<(), Error> {
         let mut loaded = lock(&self.loaded);
         let classes = loaded.classes.values().map(|access| rules.class(access));
+        // A kernel without this log has no rules that use it either.
+        let group = drops::log_group(self.config.instance);
+        let log_group = drops::has_log(group).then_some(group);
+        let rules = Rules { log_group, ..*rules };
         let text: String = std::iter::once(rules.render()).chain(classes).collect();
         program::run(program::NFT, &["-f", "-"], &self.table, &text)?;
         loaded.without = rules.without.to_vec();
@@ -208,6 +233,12 @@ impl Filter for Nft {
             _ => None,
         };
         let kept_addresses: BTreeSet<_> = every.iter().filter(|element| is_kept(element)).filter_map(sender).collect();
+        // Behind the bridge a port is known by its MAC.
+        let kept_macs: BTreeSet<_> = every
+            .iter()
+            .filter(|element| element.set == rules::IDENTITY && is_kept(element))
+            .filter_map(|element| rules::mac_of_key(element.key.get(16..)?))
+            .collect();
         let stale: Vec<_> = every
             .into_iter()
             .filter(|element| {
@@ -218,6 +249,8 @@ impl Filter for Nft {
                 }
             })
             .collect();
+        let mut stale = stale;
+        stale.extend(self.stale_counts(&is_kept, &kept_macs)?);
         // A thousand ports' worth would not fit in one send.
         for stale in stale.chunks(256) {
             let removed = elements::remove(&mut self.netfilter(), &self.table, stale);
@@ -233,6 +266,37 @@ impl Filter for Nft {
             errors.extend(removed.map_err(Error::netlink("remove the rules of", &self.table)).err());
         }
         TeardownErrors::into_result(errors)
+    }
+
+    fn drops(&self, identity: &Identity) -> Result<BTreeMap<DropReason, u64>, Error> {
+        let element = |reason: DropReason| {
+            let (family, key) = if reason.is_behind_bridge() {
+                (Family::Inet, rules::dropped_behind_key(identity.mac, reason.mark()))
+            } else {
+                (Family::Bridge, rules::dropped_key(&identity.link, reason.mark()))
+            };
+            Element::new(family, DROPPED, key)
+        };
+        let counted = elements::counted(&mut self.netfilter(), &self.table, &DropReason::ALL.map(element));
+        let counted = counted.map_err(Error::netlink("count what was dropped of", &*identity.link))?;
+        let named = |(key, count): (Vec<u8>, u64)| Some((DropReason::of_mark(rules::mark_of_key(&key)?)?, count));
+        Ok(counted.into_iter().filter_map(named).collect())
+    }
+
+    fn all_drops(&self) -> Result<Counted, Error> {
+        let mut all = Counted::new();
+        for family in [Family::Bridge, Family::Inet] {
+            let counted = elements::all_counted(&mut self.netfilter(), &self.table, family, DROPPED);
+            let counted = counted.map_err(Error::netlink("count what was dropped on", &self.table))?;
+            all.extend(counted.into_iter().filter_map(|(key, count)| {
+                let who = match family {
+                    Family::Bridge => rules::port_of_key(&key)?.to_owned(),
+                    _ => rules::mac_of_key(&key)?.to_string(),
+                };
+                Some(((who, rules::mark_of_key(&key)?), count))
+            }));
+        }
+        Ok(all)
     }
 
     fn requests_sent(&self) -> u64 {

@@ -12,6 +12,10 @@ const OF_THE_LINK6: &str = "33:33:00:00:00:01, 33:33:00:00:00:02, 33:33:00:00:00
 pub(super) const SOLICITED_MAC: &str = "ether daddr & ff:ff:ff:00:00:00 == 33:33:ff:00:00:00";
 pub(super) const SOLICITED: &str = "ip6 daddr ff02::1:ff00:0/104";
 
+/// Whether the sender's MAC is the port's: in words of the set of links, which
+/// knows no types.
+const OWN_MAC: &str = "iifname . @ll,48,48 @link";
+
 /// A header of hop-by-hop options that holds a router alert for listener
 /// discovery and is followed by ICMPv6 (RFC 2711, RFC 3810).
 const ROUTER_ALERT: &str = "@nh,320,64 0x3a00050200000100";
@@ -21,6 +25,10 @@ const ROUTER_ALERT4: &str = "@nh,160,32 0x94040000";
 
 /// Where reports of groups go (RFC 3376, 4.2.14).
 const REPORTS_MAC: &str = "01:00:5e:00:00:16";
+
+use crate::DropReason::{
+    Arp, Destination, Dhcp, Ethertype, Fragment, NeighbourMessage, Option, Protocol, SourceAddress, SourceMac,
+};
 
 impl Rules<'_> {
     pub(super) fn bridge(&self) -> String {
@@ -37,11 +45,14 @@ impl Rules<'_> {
         lines.push(set(GROUPS6, "type ifname . ether_addr . ipv6_addr"));
         lines.push(set(REPORTERS, "type ifname"));
 
+        self.dropped(&mut lines, "iifname", "ifname");
+
         lines.base_chain("from_port", "prerouting priority -300; policy drop");
         lines.push(format!("iifname != {ports} accept"));
         let ip6 = if self.subnet6.is_some() { ", ip6 : goto from_port_ip6" } else { "" };
         lines.push(format!("ether type vmap {{ ip : goto from_port_ip, arp : goto from_port_arp{ip6} }}"));
         lines.when(!self.on(Protection::Ethertype), "ether type != { ip, arp, ip6 } accept");
+        lines.push(Ethertype.verdict());
         lines.end();
 
         self.internet4(&mut lines);
@@ -59,13 +70,13 @@ impl Rules<'_> {
             lines.push(format!("iifname . ether daddr . ip daddr @{GROUPS} accept"));
             lines.push(format!("iifname . ether daddr . ip6 daddr @{GROUPS6} accept"));
             lines.push(format!("iifname @{REPORTERS} ether daddr {REPORTS_MAC} accept"));
-            lines.push("drop");
+            lines.push(Destination.verdict());
         }
         lines.end();
 
         // `forward` is a word of nft.
         lines.base_chain("to_neighbour", "forward priority -300; policy accept");
-        lines.when(self.on(Protection::Neighbours), format!("iifname {ports} drop"));
+        lines.when(self.on(Protection::Neighbours), format!("iifname {ports} {}", Destination.verdict()));
         lines.when(self.on(Protection::Neighbours), format!("oifname {ports} drop"));
         lines.end();
         lines.0
@@ -76,21 +87,25 @@ impl Rules<'_> {
         lines.chain("from_port_ip");
         let known = self.part(Protection::Identity, "iifname . ether saddr . ip saddr @identity ");
         lines.push(format!("{known}goto from_port_known"));
-        lines.push("drop");
+        lines.push(format!("{OWN_MAC} {}", SourceAddress.verdict()));
+        lines.push(SourceMac.verdict());
         lines.end();
 
         lines.chain("from_port_known");
         // The length of the header in 32-bit words.
         lines.when(self.on(Protection::Options), "@nh,4,4 != 5 goto from_port_report");
         // More fragments, or an offset.
-        lines.when(self.on(Protection::Fragments), "ip frag-off & 0x3fff != 0 drop");
-        lines.push("ether daddr ff:ff:ff:ff:ff:ff ip daddr 255.255.255.255 jump from_port_dhcp");
-        lines.push("ip saddr 0.0.0.0 drop");
+        lines.when(self.on(Protection::Fragments), format!("ip frag-off & 0x3fff != 0 {}", Fragment.verdict()));
+        // What is no question there is to be dropped, unless tests want to see it.
+        let ask = if self.on(Protection::ToGateway) { "goto" } else { "jump" };
+        lines.push(format!("ether daddr ff:ff:ff:ff:ff:ff ip daddr 255.255.255.255 {ask} from_port_dhcp"));
+        lines.push(format!("ip saddr 0.0.0.0 {}", SourceAddress.verdict()));
         lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} goto from_port_group"));
         lines.when(
             self.on(Protection::Destinations),
             format!(
-                "ip daddr {{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, {broadcast}, 224.0.0.0-255.255.255.255 }} drop"
+                "ip daddr {{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, {broadcast}, 224.0.0.0-255.255.255.255 }} {}",
+                Destination.verdict()
             ),
         );
         // `meta l4proto` and ports are known of whole packets alone: of a
@@ -101,13 +116,13 @@ impl Rules<'_> {
         } else {
             "meta l4proto != udp accept"
         });
-        lines.push("drop");
+        lines.push(Protocol.verdict());
         lines.end();
 
         let member = self.part(Protection::Groups, "iifname . ether daddr . ip daddr @groups");
         lines.chain("from_port_group");
         lines.push(format!("{member} udp sport != 67 accept"));
-        lines.push("drop");
+        lines.push(Destination.verdict());
         lines.end();
 
         // The one packet with an option: that the sender is in a group.
@@ -117,7 +132,7 @@ impl Rules<'_> {
             "@nh,4,4 6 ip frag-off & 0x3fff 0 ip ttl 1 ip length >= 32 {ROUTER_ALERT4} ether daddr {REPORTS_MAC} \
              ip daddr 224.0.0.22 meta l4proto igmp {report} accept"
         ));
-        lines.push("drop");
+        lines.push(Option.verdict());
         lines.end();
 
         lines.chain("from_port_dhcp");
@@ -128,6 +143,7 @@ impl Rules<'_> {
             self.part(Protection::DhcpQuestion, "@th,64,24 0x010106"),
             self.part(Protection::DhcpSelf, "iifname . @th,288,48 @link"),
         ));
+        lines.when(self.on(Protection::ToGateway), Dhcp.verdict());
         lines.end();
     }
 
@@ -138,6 +154,8 @@ impl Rules<'_> {
             self.part(Protection::ArpWhole, "arp daddr ip != 0.0.0.0"),
             self.part(Protection::ArpIdentity, "iifname . ether saddr . arp saddr ether . arp saddr ip @arp_identity"),
         ));
+        lines.push(format!("{OWN_MAC} {}", Arp.verdict()));
+        lines.push(SourceMac.verdict());
         lines.end();
     }
 
@@ -146,7 +164,8 @@ impl Rules<'_> {
         lines.chain("from_port_ip6");
         let known = self.part(Protection::Identity6, "iifname . ether saddr . ip6 saddr @identity6 ");
         lines.push(format!("{known}goto from_port_known6"));
-        lines.push("drop");
+        lines.push(format!("{OWN_MAC} {}", SourceAddress.verdict()));
+        lines.push(SourceMac.verdict());
         lines.end();
 
         lines.chain("from_port_known6");
@@ -157,7 +176,7 @@ impl Rules<'_> {
             self.part(Protection::Length6, "ip6 length >= 16"),
             self.part(Protection::MldReport, "@th,0,8 143"),
         ));
-        lines.push("ip6 saddr :: drop");
+        lines.push(format!("ip6 saddr :: {}", SourceAddress.verdict()));
         // The kernel looks where a header would be, also behind the length that
         // the packet claims.
         let eight = self.part(Protection::Length6, "ip6 length >= 8");
@@ -166,7 +185,9 @@ impl Rules<'_> {
              udp sport 546 udp dport 547 accept",
         ));
         lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} goto from_port_group6"));
-        lines.when(self.on(Protection::Destinations6), "ip6 daddr { ::/96, ::ffff:0:0/96, ff00::/8 } drop");
+        lines.when(self.on(Protection::Destinations6), {
+            format!("ip6 daddr {{ ::/96, ::ffff:0:0/96, ff00::/8 }} {}", Destination.verdict())
+        });
         // The protocol is named twice: in the first header, so that it is not
         // behind others, and as found in a packet whose length is true.
         let kinds = "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem, \
@@ -178,13 +199,17 @@ impl Rules<'_> {
         let twenty = self.part(Protection::Length6, "ip6 length >= 20");
         lines.push(format!("ip6 nexthdr tcp {twenty} meta l4proto tcp accept"));
         lines.when(!self.on(Protection::NextHeaders), "ip6 nexthdr != { icmpv6, udp, tcp } accept");
-        lines.push("drop");
+        lines.push(format!("ip6 nexthdr 44 {}", Fragment.verdict()));
+        lines.push(format!("ip6 nexthdr != {{ icmpv6, udp, tcp }} {}", Option.verdict()));
+        lines.push(format!("icmpv6 type 133-137 {}", NeighbourMessage.verdict()));
+        lines.push(Protocol.verdict());
         lines.end();
 
         let member = self.part(Protection::Groups, "iifname . ether daddr . ip6 daddr @groups6");
         lines.chain("from_port_group6");
         lines.push(format!("ip6 nexthdr udp {eight} {member} udp sport != 547 accept"));
-        lines.push("drop");
+        lines.push(format!("icmpv6 type 133-137 {}", NeighbourMessage.verdict()));
+        lines.push(Destination.verdict());
         lines.end();
     }
 
@@ -221,7 +246,6 @@ impl Rules<'_> {
         lines.chain("from_port_ask");
         lines.push("ip6 length 24 accept");
         lines.push(format!("{with_option} @th,192,16 0x0101 {} accept", own_link(Place::BehindTarget)));
-        lines.push("drop");
         lines.end();
 
         // Whether an address is in use, with a nonce or without (RFC 7527).
@@ -230,6 +254,7 @@ impl Rules<'_> {
         lines.push(format!("{probe} {bare} accept"));
         lines.push(format!("{probe} {with_option} @th,192,16 0x0e01 accept"));
         lines.push(format!("icmpv6 type nd-router-solicit {near} {routers} ip6 length 8 accept"));
+        lines.push(NeighbourMessage.verdict());
         lines.end();
     }
 }

@@ -8,7 +8,10 @@ use qvd_core::{Service, Transport};
 
 use super::bridge::{SOLICITED, SOLICITED_MAC};
 use super::{GROUPS, GROUPS6, Lines, NEAR, NEAR6, Protection, REPORTERS, Rules, SET_MAX, table_name};
-use crate::access::{Access, burst_bytes, bytes_per_s};
+use crate::{
+    DropReason,
+    access::{Access, burst_bytes, bytes_per_s},
+};
 
 /// Chain of what the host sends to ports that are in groups.
 const MEMBERS_CHAIN: &str = "to_member";
@@ -35,7 +38,7 @@ impl Rules<'_> {
                     chains.push(format!("ip6 daddr {{ {gateway6}, {link_local} }} {ports} accept"));
                 }
             }
-            chains.push("drop");
+            chains.push(DropReason::Host.verdict());
             chains.end();
         }
         let mut text = if access.takes_part() { self.members(&table) } else { String::new() };
@@ -86,11 +89,12 @@ impl Rules<'_> {
             sets.push(of_sender("sent"));
             let (rate, burst) = (bytes_per_s(rate), burst_bytes(rate));
             let over = format!("limit rate over {rate} bytes/second burst {burst} bytes");
-            chain.push(format!("add @sent-{class} {{ ether saddr {over} }} drop"));
+            chain.push(format!("add @sent-{class} {{ ether saddr {over} }} {}", DropReason::Rate.verdict()));
         }
         if let Some(most) = policy.connections {
             sets.push(of_sender("connected"));
-            chain.push(format!("ct state new add @connected-{class} {{ ether saddr ct count over {most} }} drop"));
+            let over = format!("add @connected-{class} {{ ether saddr ct count over {most} }}");
+            chain.push(format!("ct state new {over} {}", DropReason::Connections.verdict()));
         }
         if !policy.names.is_any() {
             for server in self.name_servers() {
@@ -98,7 +102,7 @@ impl Rules<'_> {
                 chain.push(format!("{family} daddr {server} meta l4proto {{ tcp, udp }} th dport 53 accept"));
             }
             // In clear, and over TLS and QUIC (RFC 7858, RFC 9250).
-            chain.push("meta l4proto { tcp, udp } th dport { 53, 853 } drop");
+            chain.push(format!("meta l4proto {{ tcp, udp }} th dport {{ 53, 853 }} {}", DropReason::Names.verdict()));
         }
         let bridge = self.bridge_link();
         if let Some(group) = access.group() {
@@ -107,7 +111,7 @@ impl Rules<'_> {
             chain.push(format!("{near} meta mark . ip daddr @{NEAR} accept"));
             chain.push(format!("{near} meta mark . ip6 daddr @{NEAR6} accept"));
         }
-        chain.push(format!("oifname {bridge} drop"));
+        chain.push(format!("oifname {bridge} {}", DropReason::Neighbour.verdict()));
         chain.push(super::CLAMP);
         if policy.internet {
             chain.push("accept");
@@ -134,7 +138,7 @@ impl Rules<'_> {
                 chain.push(format!("{family} daddr @{set} {ports} accept"));
             }
         }
-        chain.push("drop");
+        chain.push(DropReason::Policy.verdict());
     }
 }
 

@@ -6,6 +6,8 @@ use super::{
     OUTWARD, OUTWARD6, Protection, ROUTED, ROUTED6, Rules, SERVED, SERVED6, SET_MAX, TOLD, TOLD6,
 };
 
+use crate::DropReason;
+
 impl Rules<'_> {
     pub(super) fn arp(&self) -> String {
         let ports = self.ports();
@@ -41,6 +43,8 @@ impl Rules<'_> {
         lines.when(self.forwarding_was_off, format!("set {FORWARDING_WAS_OFF} {{ type mark; }}"));
         lines.when(self.forwarding6_was_off, format!("set {FORWARDING6_WAS_OFF} {{ type mark; }}"));
 
+        self.dropped(&mut lines, "ether saddr", "ether_addr");
+
         self.host(&mut lines);
 
         lines.base_chain("routed", "forward priority -10; policy accept");
@@ -56,11 +60,12 @@ impl Rules<'_> {
             lines.push(format!("ip saddr vmap @{OUTWARD}"));
             lines.push(format!("ip6 saddr vmap @{OUTWARD6}"));
         }
-        lines.push(if self.on(Protection::Outward) { "drop" } else { "goto outward_free" });
+        let end = DropReason::Policy.verdict();
+        lines.push(if self.on(Protection::Outward) { &*end } else { "goto outward_free" });
         lines.end();
 
         lines.chain("outward_free");
-        lines.when(self.on(Protection::Hairpin), format!("oifname {bridge} drop"));
+        lines.when(self.on(Protection::Hairpin), format!("oifname {bridge} {}", DropReason::Neighbour.verdict()));
         lines.push(CLAMP);
         lines.push(if self.internet { "meta nfproto { ipv4, ipv6 } accept" } else { "drop" });
         lines.push("drop");
@@ -129,7 +134,7 @@ impl Rules<'_> {
         lines.push(format!("ip6 saddr vmap @{SERVED6}"));
         lines.push(format!("ip daddr . ip saddr @{TOLD} accept"));
         lines.push(format!("ip6 daddr . ip6 saddr @{TOLD6} accept"));
-        lines.when(self.on(Protection::Host), "drop");
+        lines.when(self.on(Protection::Host), DropReason::Host.verdict());
         lines.end();
     }
 }

@@ -67,6 +67,26 @@ pub(crate) fn told_key(group: IpAddr, from: IpAddr) -> Vec<u8> {
     [address_key(group), address_key(from)].concat()
 }
 
+/// Key of what was dropped of a port, by reason.
+pub(crate) fn dropped_key(link: &str, mark: u32) -> Vec<u8> {
+    [&port_key(link)[..], &mark.to_ne_bytes()].concat()
+}
+
+/// The same behind the bridge.
+pub(crate) fn dropped_behind_key(mac: Mac, mark: u32) -> Vec<u8> {
+    [&mac_key(mac)[..], &mark.to_ne_bytes()].concat()
+}
+
+/// Mark that such a key ends with.
+pub(crate) fn mark_of_key(key: &[u8]) -> Option<u32> {
+    key.last_chunk().map(|&mark| u32::from_ne_bytes(mark))
+}
+
+/// MAC that a key begins with.
+pub(crate) fn mac_of_key(key: &[u8]) -> Option<Mac> {
+    key.first_chunk().map(|&octets| Mac::of_octets(octets))
+}
+
 /// Name of the port that a key begins with.
 pub(crate) fn port_of_key(key: &[u8]) -> Option<&str> {
     let name = key.get(..16)?;

@@ -36,10 +36,15 @@ use std::{
 use qvd_core::Instance;
 
 pub(crate) use self::keys::{
-    address_key, arp_key, identity_key, identity6_key, link_key, near_key, port_of_key, reporter_key, target_key,
-    told_key, v4_of_key, v6_of_key,
+    address_key, arp_key, dropped_behind_key, dropped_key, identity_key, identity6_key, link_key, mac_of_key,
+    mark_of_key, near_key, port_of_key, reporter_key, target_key, told_key, v4_of_key, v6_of_key,
 };
-use crate::{Mac, NetConfig, Subnet, Subnet6, elements::Family, filter::Notes};
+use crate::{
+    Mac, NetConfig, Subnet, Subnet6,
+    drops::{DROPPED, SAMPLED},
+    elements::Family,
+    filter::Notes,
+};
 
 /// Set of (port, source MAC, source IPv4) that may send.
 pub(crate) const IDENTITY: &str = "identity";
@@ -132,6 +137,9 @@ const CLAMP: &str = "tcp flags & (syn | rst) == syn tcp option maxseg size set r
 /// `net/bridge/br_private.h`, `BR_PORT_BITS` 10), and each has three addresses
 /// of IPv6.
 const SET_MAX: u32 = 4096;
+
+/// Most that is counted: sixteen reasons for each port of a bridge, and as much again.
+const COUNTED_MAX: u32 = 32768;
 
 /// Families that have a table.
 const FAMILIES: [&str; 3] = ["bridge", "inet", "arp"];
@@ -228,6 +236,9 @@ pub(crate) struct Rules<'a> {
     pub(crate) name_server6: Option<Ipv6Addr>,
     pub(crate) forwarding_was_off: bool,
     pub(crate) forwarding6_was_off: bool,
+    /// Group of the kernel's log that samples of what is dropped go to; none, and
+    /// none are taken.
+    pub(crate) log_group: Option<u16>,
     /// Left out. Only tests leave something out.
     pub(crate) without: &'a [Protection],
 }
@@ -250,6 +261,7 @@ impl<'a> Rules<'a> {
             name_server6,
             forwarding_was_off,
             forwarding6_was_off,
+            log_group: None,
             without,
         }
     }
@@ -265,6 +277,24 @@ impl<'a> Rules<'a> {
 
     fn name_servers(&self) -> impl Iterator<Item = IpAddr> {
         self.name_server.map(IpAddr::V4).into_iter().chain(self.name_server6.map(IpAddr::V6))
+    }
+
+    /// Sets and chain of what is dropped, counted by port and reason. `who` is how
+    /// a port is known here, of type `kind`.
+    ///
+    /// A full set counts no more, and the frame is dropped all the same.
+    fn dropped(&self, lines: &mut Lines, who: &str, kind: &str) {
+        let set = |name| format!("set {name} {{ type {kind} . mark; flags dynamic; size {COUNTED_MAX}; }}");
+        lines.push(set(DROPPED));
+        lines.push(set(SAMPLED));
+        lines.chain(DROPPED);
+        lines.push(format!("add @{DROPPED} {{ {who} . meta mark counter }}"));
+        if let Some(group) = self.log_group {
+            let some = "limit rate 10/minute burst 2 packets";
+            lines.push(format!("add @{SAMPLED} {{ {who} . meta mark {some} }} log group {group} snaplen 64"));
+        }
+        lines.push("drop");
+        lines.end();
     }
 
     fn bridge_link(&self) -> String {
@@ -347,6 +377,7 @@ mod tests {
                 name_server6: None,
                 forwarding_was_off: false,
                 forwarding6_was_off: false,
+                log_group: None,
                 without,
             }
             .render()

@@ -4,6 +4,7 @@
 
 mod attacks;
 mod confinement;
+mod drops;
 mod frames;
 mod groups;
 mod guard;

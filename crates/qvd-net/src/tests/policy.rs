@@ -3,6 +3,7 @@
 //! alike by the kernel and by the reference.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     num::NonZeroU32,
     time::Duration,
@@ -28,7 +29,7 @@ use super::{
     vectors,
     world::{Desktop, INSTANCE, PATIENCE, config, desktop, heard_before, on_a_host, one_processor, subnet},
 };
-use crate::{Backend, Error, Mac, NetConfig, Network, PortSpec};
+use crate::{Backend, DropReason, Error, Mac, NetConfig, Network, PortSpec};
 
 /// Another host there.
 const FAR: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
@@ -240,6 +241,41 @@ fn a_policy_lets_through_what_it_names() {
                 site.a.port.verify().unwrap();
             });
         }
+    });
+}
+
+/// What a policy does not let through is counted for the reason.
+#[test]
+fn what_a_policy_stops_is_counted() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let ours = NetPolicy { names: NameServers::Ours, ..limited(&["203.0.113.9"]) };
+            let mut site = Site::new(with_names(Backend::Nft), ours.clone(), NetPolicy::host_only());
+            let near = site.b.port.address();
+            for (to, port, reason) in [
+                (OUTSIDE, 443, DropReason::Policy),
+                (near, 443, DropReason::Neighbour),
+                (FAR, 53, DropReason::Names),
+                (subnet().gateway(), PROGRAM_PORT, DropReason::Host),
+            ] {
+                let before = site.a.port.drops().unwrap();
+                assert!(!site.reaches(to, 17, port));
+                let count = |drops: &BTreeMap<DropReason, u64>| drops.get(&reason).copied().unwrap_or_default();
+                assert_eq!(count(&site.a.port.drops().unwrap()), count(&before) + 1, "{reason}");
+            }
+            for (policy, reason) in [
+                (NetPolicy { connections: NonZeroU32::new(1), ..NetPolicy::internet() }, DropReason::Connections),
+                (NetPolicy { up_kbit_s: NonZeroU32::new(1), ..NetPolicy::internet() }, DropReason::Rate),
+            ] {
+                site.change(&policy);
+                // More than may come at once, of many connections.
+                for _ in 0..4000 {
+                    let (frame, _) = site.frame(OUTSIDE.into(), 17, 443);
+                    site.from_a.send(&frame).unwrap();
+                }
+                assert!(site.a.port.drops().unwrap().contains_key(&reason), "{reason}");
+            }
+        });
     });
 }
 

@@ -179,6 +179,10 @@ fn internet4(cast: &Cast) -> Vec<Named> {
     vec![
         ("a second address".into(), send(udp(second, gateway.ip, (5000, 4000)))),
         ("arp for a second address".into(), to_all(frames::ARP, &arp(1, Station { ip: second, ..own }, gateway.ip))),
+        ("arp from a mac made up".into(), {
+            let made_up = Station { mac: [2, 1, 2, 3, 4, 5], ..own };
+            ethernet(frames::BROADCAST, made_up.mac, frames::ARP, &arp(1, made_up, gateway.ip))
+        }),
         (
             "announcement of a second address".into(),
             to_all(frames::ARP, &arp(2, Station { ip: second, ..own }, second)),

@@ -12,7 +12,7 @@ mod state;
 mod text;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{
@@ -28,7 +28,7 @@ use self::{
     text::{Chains, Text},
 };
 use super::{Confined, Filter, Notes};
-use crate::{Error, NetConfig, program::Program, rules::Rules};
+use crate::{DropReason, Error, NetConfig, drops::Counted, identity::Identity, program::Program, rules::Rules};
 
 /// What this back end cannot stop, in words for `qvd doctor`.
 pub(super) const GAPS: &[&str] = &[
@@ -36,6 +36,7 @@ pub(super) const GAPS: &[&str] = &[
     "a port that lost its bridge can still resolve addresses of the host",
     "each frame costs more with each desktop, and so does adding one",
     "a limit of what is sent counts each family of addresses apart",
+    "what is dropped is neither counted by reason nor told",
     "one desktop's rules are three transactions, one per program, and not one",
 ];
 
@@ -177,6 +178,14 @@ impl Filter for Iptables {
 
     fn close(&self) -> Result<(), Error> {
         self.change(|kind, state| self.text.close(kind, state))
+    }
+
+    fn drops(&self, _: &Identity) -> Result<BTreeMap<DropReason, u64>, Error> {
+        Ok(BTreeMap::new())
+    }
+
+    fn all_drops(&self) -> Result<Counted, Error> {
+        Ok(Counted::new())
     }
 
     fn requests_sent(&self) -> u64 {
