@@ -90,6 +90,15 @@ impl Prepared {
         self.spawned.release().map_err(|source| self.failed(source))
     }
 
+    /// What the child has reported as its failure, if it has. One that has ended
+    /// makes other things fail, which say nothing about why.
+    pub(crate) fn reason(&self) -> Option<Error> {
+        match self.spawned.event(Duration::ZERO) {
+            Err(source @ SpawnError::Step { .. }) => Some(self.failed(source)),
+            _ => None,
+        }
+    }
+
     pub(crate) const fn cgroup(&self) -> &Cgroup {
         &self.place.cgroup
     }
@@ -107,10 +116,12 @@ impl Prepared {
     /// The container's network namespace, to make a port in.
     ///
     /// # Errors
-    /// The process was killed.
+    /// [`Error::Start`] names the step that failed meanwhile; or the process was
+    /// killed.
     pub fn netns(&self) -> Result<OwnedFd, Error> {
         let path = format!("/proc/{}/ns/net", self.pid());
-        Ok(File::open(&path).map_err(io_error(format!("open `{path}`")))?.into())
+        let opened = File::open(&path).map_err(io_error(format!("open `{path}`")));
+        Ok(opened.map_err(|error| self.reason().unwrap_or(error))?.into())
     }
 
     /// Executes the program, and returns once that has succeeded.
@@ -124,8 +135,9 @@ impl Prepared {
         let released = self.spawned.release();
         let event = || self.spawned.event(PLAN_WITHIN).map_err(|source| self.failed(source));
         let Event::Ready { calls } = event()? else { return Err(self.failed(SpawnError::Died)) };
-        let Event::Closed = event()? else { return Err(self.failed(SpawnError::Died)) };
+        // One that was not released would not execute, however long one waits.
         released.map_err(|source| self.failed(source))?;
+        let Event::Closed = event()? else { return Err(self.failed(SpawnError::Died)) };
         let calls = calls.saturating_add(CALLS_AFTER_READY);
         tracing::debug!(calls, "program runs");
         let mut container = Container::new(self.place, self.spawned.into_process());

@@ -156,9 +156,10 @@ impl Runtime {
         let prepared = Prepared::new(Place::new(Arc::clone(&self.shared), cgroup, id, spec.ids), spawned);
         {
             let _span = info_span!("maps").entered();
-            self.place(&prepared, birthplace.is_some(), &spec)?;
+            let placed = self.place(&prepared, birthplace.is_some(), &spec);
+            placed.map_err(|error| prepared.reason().unwrap_or(error))?;
         }
-        prepared.release()?;
+        prepared.release().map_err(|error| prepared.reason().unwrap_or(error))?;
         Ok(prepared)
     }
 

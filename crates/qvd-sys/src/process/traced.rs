@@ -1,14 +1,20 @@
-//! Children that are killed after a given system call: what a crash leaves
-//! behind at each point of an operation is found by making it happen there.
+//! Children that are killed after a given system call, or in which a given one
+//! fails: what a crash or a failure leaves behind at each point of an operation
+//! is found by making it happen there.
+
+mod fault;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::{c_int, c_long, c_void},
     fs, io,
     panic::{AssertUnwindSafe, catch_unwind},
     ptr, thread,
     time::Duration,
 };
+
+use fault::Fault;
+pub use fault::{fail_after, failed};
 
 /// Which system calls of a child are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,8 +74,19 @@ pub fn run(
             -1 => Err(io::Error::last_os_error()),
             0 => child(limit, f),
             pid => {
-                let current = HashMap::new();
-                Tracer { child: pid, kill_after, counted, calls: 0, current, killed: None, ended: false }.run()
+                let (current, failing) = (HashMap::new(), HashSet::new());
+                let tracer = Tracer {
+                    child: pid,
+                    kill_after,
+                    counted,
+                    calls: 0,
+                    current,
+                    killed: None,
+                    fault: None,
+                    failing,
+                    ended: false,
+                };
+                tracer.run()
             }
         }
     })?;
@@ -117,6 +134,10 @@ struct Tracer {
     /// child started, which are only kept so that they can be killed.
     current: HashMap<libc::pid_t, Option<CallInfo>>,
     killed: Option<c_long>,
+    /// What the child asked for.
+    fault: Option<Fault>,
+    /// Threads that are in the call that is to fail.
+    failing: HashSet<libc::pid_t>,
     /// Whether everything was killed: what shows from then on is killed too.
     ended: bool,
 }
@@ -183,10 +204,14 @@ impl Tracer {
     fn stopped(&mut self, pid: libc::pid_t, status: c_int) -> io::Result<()> {
         let known = self.current.contains_key(&pid);
         if !known {
-            let ours = thread_group(pid) == Some(self.child);
+            let ours = self.fault.is_some() || thread_group(pid) == Some(self.child);
             self.current.insert(pid, ours.then(CallInfo::default));
         }
         let (signal, event) = (libc::WSTOPSIG(status), status >> 16);
+        if event == libc::PTRACE_EVENT_EXEC && pid != self.child {
+            // What a program does is no business of who started it.
+            self.current.insert(pid, None);
+        }
         let mut deliver = 0;
         if signal == libc::SIGTRAP | 0x80 {
             self.call(pid)?;
@@ -216,6 +241,20 @@ impl Tracer {
         let Some(Some(current)) = self.current.get_mut(&pid) else { return Ok(()) };
         if info.op == OP_ENTRY {
             *current = info;
+            if Fault::asked(info.number, &info.arguments).is_none()
+                && self.fault.as_mut().is_some_and(|fault| fault.hits(info.number, &info.arguments))
+            {
+                self.failing.insert(pid);
+                fault::skip(pid);
+            }
+        } else if info.op == OP_EXIT
+            && let Some(asked) = Fault::asked(current.number, &current.arguments)
+        {
+            let answer = self.fault.as_ref().map_or(0, Fault::answer);
+            self.fault = asked;
+            fault::set_result(pid, if self.fault.is_some() { 0 } else { answer });
+        } else if info.op == OP_EXIT && self.failing.remove(&pid) {
+            fault::set_result(pid, self.fault.as_ref().map_or(0, Fault::result));
         } else if info.op == OP_EXIT && (self.counted == Counted::Every || current.lasting()) {
             self.calls = self.calls.saturating_add(1);
             if self.kill_after == Some(self.calls) {
@@ -425,6 +464,26 @@ mod tests {
             assert_eq!(outlived, 0, "after call {after} of {calls}");
         }
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_call_that_is_asked_for_fails_and_no_other() {
+        let work = || {
+            let read = || fs::read_link("/proc/self/exe").map(drop).map_err(|error| error.raw_os_error());
+            fail_after(0, libc::EIO).unwrap();
+            assert_eq!(read(), Err(Some(libc::EIO)));
+            assert_eq!(read(), Ok(()));
+            assert_eq!(failed().unwrap(), Some(libc::SYS_readlink));
+            fail_after(1, libc::ENOSPC).unwrap();
+            assert_eq!((read(), read(), read()), (Ok(()), Err(Some(libc::ENOSPC)), Ok(())));
+            fail_after(9, libc::EIO).unwrap();
+            assert_eq!(read(), Ok(()));
+            assert_eq!(failed().unwrap(), None);
+            0
+        };
+        assert_eq!(run(None, Counted::Every, LIMIT, work).unwrap().end, End::Returned(0));
+        assert_eq!(fail_after(0, libc::EIO).unwrap_err().raw_os_error(), Some(libc::EINVAL), "nobody traces");
     }
 
     #[test]

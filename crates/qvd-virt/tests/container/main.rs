@@ -4,4 +4,5 @@
 mod bed;
 mod confinement;
 mod crash;
+mod faults;
 mod lifecycle;
