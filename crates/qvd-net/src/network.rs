@@ -1,5 +1,5 @@
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -17,6 +17,7 @@ use crate::{
     mend::Record,
     netlink::Netlink,
     pool::Pool,
+    responder::{Guest, Responder, Site},
     rules::{Protection, Rules},
     sysctl,
 };
@@ -94,6 +95,8 @@ pub(crate) struct Inner {
     pub(crate) open: Mutex<BTreeMap<DesktopId, Record>>,
     /// Whether they are cut, because their rules could not be put back.
     pub(crate) cut: Mutex<bool>,
+    /// Who tells machines their addresses, by bridge, once there is one.
+    responders: Mutex<BTreeMap<u32, Responder>>,
     notes: Notes,
     pub(crate) without: Vec<Protection>,
 }
@@ -158,7 +161,8 @@ impl Network {
         })?;
         let (pool, route) = (Mutex::new(Pool::new(config.subnet)), Mutex::new(route));
         let (open, cut, without) = (Mutex::default(), Mutex::default(), without.to_vec());
-        let inner = Inner { config, bridge, netns, route, filter, pool, open, cut, notes, without };
+        let responders = Mutex::default();
+        let inner = Inner { config, bridge, netns, route, filter, pool, open, cut, responders, notes, without };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -308,6 +312,12 @@ impl Network {
     /// what is left.
     pub fn close(&mut self) -> Result<(), Error> {
         let inner = &self.inner;
+        let mut responders = lock(&inner.responders);
+        for responder in responders.values_mut() {
+            responder.close()?;
+        }
+        responders.clear();
+        drop(responders);
         let closed = netns::in_netns(inner.netns.as_fd(), || remove(inner.config, &mut inner.route(), &*inner.filter));
         closed.map_err(Error::io("enter the network namespace of", self.bridge_name()))?
     }
@@ -318,11 +328,53 @@ impl Inner {
         self.netns.as_fd()
     }
 
+    /// Tells a machine its addresses from now on, whenever it asks.
+    pub(crate) fn answer(&self, bridge: u32, guest: Guest) -> Result<(), Error> {
+        let mut responders = lock(&self.responders);
+        let responder = match responders.entry(bridge) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(place) => {
+                let name = self.bridge_name(bridge);
+                let opened = netns::in_netns(self.netns(), || Responder::open(&name, self.site()));
+                place.insert(opened.map_err(Error::io("enter the network namespace of", name))??)
+            }
+        };
+        responder.answer(guest);
+        Ok(())
+    }
+
+    /// And no longer.
+    pub(crate) fn forget_guest(&self, mac: Mac) {
+        lock(&self.responders).values().for_each(|responder| responder.forget(mac));
+    }
+
+    #[cfg(test)]
+    pub(crate) fn doom_responders(&self) {
+        lock(&self.responders).values().for_each(Responder::doom);
+    }
+
+    /// What machines are told alike.
+    fn site(&self) -> Site {
+        let config = &self.config;
+        let gateway_mac = Mac::of(config.instance, config.subnet.gateway());
+        let mut site = Site::new(config.subnet, gateway_mac);
+        site.gateway_ipv6 = config.subnet6.map(|_| gateway_mac.link_local());
+        // The gateway stands for the site's servers.
+        let four = config.name_server.map(|_| config.subnet.gateway().into());
+        let six = config.name_server6.and(config.subnet6).map(|six| six.gateway(config.subnet).into());
+        site.name_servers = four.into_iter().chain(six).collect();
+        site
+    }
+
     /// Loads the rules that do not depend on ports.
     pub(crate) fn load(&self) -> Result<(), Error> {
         let load = || self.filter.establish(&Rules::of(&self.config, self.notes, &self.without));
         let name = self.config.instance.bridge_name();
         netns::in_netns(self.netns(), load).map_err(Error::io("enter the network namespace of", name))?
+    }
+
+    fn bridge_name(&self, _bridge: u32) -> String {
+        self.config.instance.bridge_name()
     }
 
     pub(crate) fn route(&self) -> MutexGuard<'_, Netlink> {

@@ -4,7 +4,10 @@ use std::{
     sync::Arc,
 };
 
-use netlink_packet_route::{RouteNetlinkMessage, link::InfoBridgePort};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{InfoBridgePort, InfoKind},
+};
 use qvd_core::{DesktopId, NetPolicy};
 use qvd_sys::netns;
 use rustix::io::Errno;
@@ -19,6 +22,7 @@ use crate::{
     netlink::Netlink,
     network::{Inner, find, forget_address, group, lock, no_ipv6_address, refuse_own},
     qdisc,
+    responder::Guest,
     rules::Protection,
 };
 
@@ -100,6 +104,7 @@ impl Port {
         let made = port.create_tap(spec.header).and_then(|(tap, index)| {
             port.index = Some(index);
             port.confine(index)?;
+            port.answer()?;
             port.raise(index)?;
             Ok(tap)
         });
@@ -261,8 +266,12 @@ impl Port {
 
     fn readopt(&mut self) -> Result<(), Error> {
         let found = find(&mut self.network.route(), &self.identity.link)?;
-        let index = found.ok_or(Error::NoPort(self.desktop))?.index;
+        let found = found.ok_or(Error::NoPort(self.desktop))?;
+        let index = found.index;
         self.index = Some(index);
+        if found.kind == Some(InfoKind::Tun) {
+            self.answer()?;
+        }
         if self.access.policy.down_kbit_s.is_none() {
             match self.network.route().batch(vec![qdisc::unshape(index)]) {
                 // There is none to take away.
@@ -272,6 +281,13 @@ impl Port {
         }
         self.confine(index)?;
         self.raise(index)
+    }
+
+    /// A machine asks for its addresses; a container has them.
+    fn answer(&self) -> Result<(), Error> {
+        let mut guest = Guest::new(self.identity.mac, self.identity.ipv4);
+        (guest.ipv6, guest.way_out) = (self.identity.ipv6, self.access.goes_out());
+        self.network.answer(self.network.bridge, guest)
     }
 
     fn create(&self, netns: BorrowedFd<'_>) -> Result<(u32, u32), Error> {
@@ -459,6 +475,7 @@ impl Port {
         }
         let network = &self.network;
         lock(&network.open).remove(&self.desktop);
+        network.forget_guest(self.identity.mac);
         let mut errors = Vec::new();
         errors.extend(network.filter.remove(&[self.confined()]).err());
         let mut route = network.route();
@@ -481,6 +498,7 @@ impl Port {
     /// takes it over.
     pub fn leave(mut self) {
         lock(&self.network.open).remove(&self.desktop);
+        self.network.forget_guest(self.identity.mac);
         lock(&self.network.pool).give_back(self.desktop, self.identity.ipv4);
         self.open = false;
     }

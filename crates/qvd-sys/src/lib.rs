@@ -15,5 +15,6 @@ pub mod packet;
 pub mod process;
 pub mod quota;
 pub mod tap;
+pub mod thread;
 pub mod userns;
 pub mod zram;

@@ -20,6 +20,8 @@ use std::{
 };
 
 pub use service::Responder;
+#[cfg(test)]
+pub(crate) use service::WORKER;
 
 use crate::{Mac, Subnet};
 use frame::Heard;

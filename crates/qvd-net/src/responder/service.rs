@@ -26,6 +26,12 @@ const ADVERTISE_EVERY: Duration = Duration::from_secs(600);
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
 
+/// Name of the thread that answers; the kernel keeps fifteen octets.
+pub(crate) const WORKER: &str = "qvd-answers";
+
+/// Pause before another takes its place.
+const RESTART_AFTER_NS: i64 = 200_000_000;
+
 /// Most frames that are taken from one socket before the other has its turn.
 const TURN: usize = 64;
 
@@ -45,6 +51,9 @@ struct Shared {
     guests: Mutex<Guests>,
     /// Written to once: time to end.
     end: OwnedFd,
+    /// The next frame is the worker's death.
+    #[cfg(test)]
+    doomed: std::sync::atomic::AtomicBool,
 }
 
 impl Shared {
@@ -59,21 +68,19 @@ impl Responder {
     /// # Errors
     /// There is no such bridge, or this process may not listen there.
     pub fn open(bridge: &str, site: Site) -> Result<Self, Error> {
-        let listen = |ethertype, filter: &[Instruction]| {
-            PacketSocket::open_filtered(bridge, ethertype, filter).map_err(Error::io("listen for questions on", bridge))
-        };
-        let mut sockets = vec![listen(IPV4, DHCP4)?];
-        if site.gateway_ipv6.is_some() {
-            sockets.push(listen(IPV6, DHCP6_OR_SOLICITATION)?);
-        }
+        let sockets = listen(bridge, &site).map_err(Error::io("listen for questions on", bridge))?;
         let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let end = end.map_err(io::Error::from).map_err(Error::io("make an event for", bridge))?;
-        let shared = Arc::new(Shared { site, guests: Mutex::default(), end });
+        let shared = Arc::new(Shared {
+            site,
+            guests: Mutex::default(),
+            end,
+            #[cfg(test)]
+            doomed: std::sync::atomic::AtomicBool::default(),
+        });
         let (of_thread, name) = (Arc::clone(&shared), bridge.to_owned());
         let thread = std::thread::Builder::new().name("qvd-responder".to_owned()).spawn(move || {
-            if let Err(error) = serve(&of_thread, &sockets) {
-                tracing::error!(%error, bridge = name, "guests are no longer answered");
-            }
+            supervise(&of_thread, &name, sockets);
         });
         let thread = thread.map_err(Error::io("start a thread for", bridge))?;
         Ok(Self { shared, thread: Some(thread) })
@@ -93,6 +100,12 @@ impl Responder {
     /// Answers the guest with this MAC no longer.
     pub fn forget(&self, mac: Mac) {
         self.shared.guests().remove(mac);
+    }
+
+    /// Lets whoever answers die at the next question.
+    #[cfg(test)]
+    pub(crate) fn doom(&self) {
+        self.shared.doomed.store(true, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Ends the thread and waits for that. Done already is done.
@@ -120,6 +133,41 @@ impl Drop for Responder {
     fn drop(&mut self) {
         if let Err(error) = self.close() {
             tracing::warn!(%error, "responder left behind");
+        }
+    }
+}
+
+fn listen(bridge: &str, site: &Site) -> io::Result<Vec<PacketSocket>> {
+    let mut sockets = vec![PacketSocket::open_filtered(bridge, IPV4, DHCP4)?];
+    if site.gateway_ipv6.is_some() {
+        sockets.push(PacketSocket::open_filtered(bridge, IPV6, DHCP6_OR_SOLICITATION)?);
+    }
+    Ok(sockets)
+}
+
+/// Has a thread answer that can do nothing else, and another when it dies: what
+/// it reads, hostile desktops wrote.
+fn supervise(shared: &Arc<Shared>, bridge: &str, sockets: Vec<PacketSocket>) {
+    let mut sockets = Some(sockets);
+    loop {
+        let opened = sockets.take().map_or_else(|| listen(bridge, &shared.site), Ok);
+        let answered = opened.and_then(|sockets| {
+            let shared = Arc::clone(shared);
+            let worker = std::thread::Builder::new().name(WORKER.to_owned()).spawn(move || {
+                qvd_sys::thread::confine_to_sockets()?;
+                serve(&shared, &sockets)
+            })?;
+            worker.join().unwrap_or_else(|_| Err(io::Error::other("it panicked")))
+        });
+        match answered {
+            Ok(()) => return,
+            Err(error) => tracing::error!(%error, bridge, "guests are not answered for a moment"),
+        }
+        // Not at once: whatever it was may still be so.
+        let pause = Timespec { tv_sec: 0, tv_nsec: RESTART_AFTER_NS };
+        let ended = poll(&mut [PollFd::new(&shared.end, PollFlags::IN)], Some(&pause));
+        if matches!(ended, Ok(1..)) {
+            return;
         }
     }
 }
@@ -157,6 +205,10 @@ fn turn(shared: &Shared, socket: &PacketSocket) -> io::Result<()> {
             Err(error) if error.raw_os_error() == Some(Errno::NETDOWN.raw_os_error()) => return Ok(()),
             Err(error) => return Err(error),
         };
+        #[cfg(test)]
+        if shared.doomed.swap(false, std::sync::atomic::Ordering::Relaxed) {
+            return Err(io::Error::other("a test wanted it"));
+        }
         let Some((from, heard)) = frame::open(&frame) else { continue };
         let Some(guest) = shared.guests().admit(from, Instant::now()).cloned() else { continue };
         if let Some(said) = answer(&shared.site, &guest, &heard) {

@@ -429,7 +429,7 @@ pub(crate) fn mld(cast: &Cast, to: Ipv6Addr, kind: u8, from: Ipv6Addr) -> Vec<u8
 }
 
 /// A message of DHCP from nobody to everybody, its operation and client as given.
-fn dhcp_question(client: [u8; 6], operation: u8, (from, to): (u16, u16)) -> Vec<u8> {
+pub(super) fn dhcp_question(client: [u8; 6], operation: u8, (from, to): (u16, u16)) -> Vec<u8> {
     let fixed = [&[operation, 1, 6, 0][..], &[7; 4], &[0; 20], &client, &[0; 202], &[99, 130, 83, 99, 53, 1, 1, 255]];
     let message = fixed.concat();
     let length = u16::try_from(8 + message.len() + MARK_LEN).unwrap();
