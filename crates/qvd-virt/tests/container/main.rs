@@ -1,8 +1,10 @@
 //! Containers as their users and their inmates see them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
 
+mod attacks;
 mod bed;
 mod confinement;
 mod crash;
 mod faults;
 mod lifecycle;
+mod races;
