@@ -41,6 +41,16 @@ pub enum Error {
     /// Every address is in use.
     #[error("no address is left in subnet {0}")]
     Exhausted(Subnet),
+    /// Every bridge is full.
+    #[error("no room is left on network {network}: {bridges} bridges have {ports} ports each")]
+    NoRoom {
+        /// Name of its first bridge.
+        network: String,
+        /// How many there are, which is how many there can be.
+        bridges: usize,
+        /// Ports of each.
+        ports: u16,
+    },
     /// There is no port to adopt.
     #[error("desktop {0} has no port here")]
     NoPort(DesktopId),
@@ -102,7 +112,7 @@ impl Error {
             Self::Invalid(_) | Self::SubnetClash { .. } | Self::AddressOutside { .. } | Self::AddressTaken { .. } => {
                 ErrorKind::Invalid
             }
-            Self::Attached(_) | Self::Exhausted(_) => ErrorKind::Busy,
+            Self::Attached(_) | Self::Exhausted(_) | Self::NoRoom { .. } => ErrorKind::Busy,
             Self::NoPort(_) => ErrorKind::NotFound,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Netlink { .. }

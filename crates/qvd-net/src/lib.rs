@@ -35,6 +35,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod bridges;
 mod drops;
 mod elements;
 mod error;

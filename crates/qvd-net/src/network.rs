@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use crate::{
     Error, Mac, Port, PortSpec, Subnet, Subnet6, TapSpec, TeardownErrors,
+    bridges::{self, Bridges},
     filter::{self, Backend, Filter, Notes},
     links::{self, LinkFacts},
     mend::Record,
@@ -21,6 +22,9 @@ use crate::{
     rules::{Protection, Rules},
     sysctl,
 };
+
+/// Half of what makes adding a port take half as long again.
+const PORTS_PER_BRIDGE: u16 = 256;
 
 /// What a network is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +44,10 @@ pub struct NetConfig {
     pub name_server6: Option<Ipv6Addr>,
     /// What filters.
     pub backend: Backend,
+    /// How many ports are put on a bridge before there is a further one: adding a
+    /// port takes longer the more there are. At most 1023; with iptables there is
+    /// one bridge, and so many ports at most.
+    pub ports_per_bridge: u16,
 }
 
 impl NetConfig {
@@ -55,6 +63,7 @@ impl NetConfig {
             name_server: None,
             name_server6: None,
             backend: Backend::default(),
+            ports_per_bridge: PORTS_PER_BRIDGE,
         }
     }
 
@@ -85,7 +94,9 @@ pub struct Network {
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) config: NetConfig,
+    /// The first bridge.
     pub(crate) bridge: u32,
+    pub(crate) bridges: Mutex<Bridges>,
     /// Where the bridge is: settings below `/proc` are the thread's.
     netns: OwnedFd,
     route: Mutex<Netlink>,
@@ -148,10 +159,11 @@ impl Network {
         } else {
             config
         };
-        refuse_clash(&mut route, config.subnet, old.as_ref())?;
+        let own: Vec<_> = bridges::all(config.instance, &mut route)?.iter().map(|link| link.index).collect();
+        refuse_clash(&mut route, config.subnet, &own)?;
         let filter = filter::open(&config, netns.as_fd())?;
         let opened = Self::establish(config, without, &mut route, &*filter);
-        let (bridge, notes) = opened.inspect_err(|_| {
+        let (bridges, notes) = opened.inspect_err(|_| {
             if old.is_none() {
                 let undone = remove(config, &mut route, &*filter);
                 if let Err(error) = undone {
@@ -162,7 +174,9 @@ impl Network {
         let (pool, route) = (Mutex::new(Pool::new(config.subnet)), Mutex::new(route));
         let (open, cut, without) = (Mutex::default(), Mutex::default(), without.to_vec());
         let responders = Mutex::default();
-        let inner = Inner { config, bridge, netns, route, filter, pool, open, cut, responders, notes, without };
+        let (bridge, bridges) = (bridges.first(), Mutex::new(bridges));
+        let inner =
+            Inner { config, bridge, bridges, netns, route, filter, pool, open, cut, responders, notes, without };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -171,10 +185,8 @@ impl Network {
         without: &[Protection],
         route: &mut Netlink,
         filter: &dyn Filter,
-    ) -> Result<(u32, Notes), Error> {
-        let NetConfig { instance, subnet, subnet6, internet, backend, .. } = config;
-        let name = instance.bridge_name();
-        let refused = |op| Error::netlink(op, name.clone());
+    ) -> Result<(Bridges, Notes), Error> {
+        let NetConfig { subnet6, internet, .. } = config;
 
         // Rules first: from its first moment the bridge is confined. The note
         // that forwarding was off is written before it is switched on.
@@ -186,44 +198,14 @@ impl Network {
         };
         filter.establish(&Rules::of(&config, notes, without))?;
 
-        let reserved = if without.contains(&Protection::ReservedGroups) { 0 } else { links::RESERVED_GROUPS_TO_RULES };
-        let made = links::ensure_bridge(&name, Mac::of(instance, subnet.gateway()), group(instance), reserved, backend);
-        route.batch(vec![made]).map_err(refused("make the bridge"))?;
-        let bridge = find(route, &name)?.ok_or_else(|| gone(&name))?.index;
-        no_ipv6_address(route, bridge).map_err(refused("switch off IPv6 on"))?;
-        // Answers to ARP for the gateway only, not for the host's other addresses.
-        sysctl::write(&format!("ipv4/conf/{name}/arp_ignore"), "1")?;
-        // Neighbours that may talk do so by the host: it knows no shorter way.
-        sysctl::write(&format!("ipv4/conf/{name}/send_redirects"), "0")?;
-        let mut wanted: Vec<(IpAddr, u8)> = vec![(subnet.gateway().into(), subnet.prefix_len())];
-        if let Some(subnet6) = subnet6 {
-            sysctl::write(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
-            sysctl::write(&format!("ipv6/conf/{name}/disable_ipv6"), "0")?;
-            wanted.push((Mac::of(instance, subnet.gateway()).link_local().into(), Subnet6::PREFIX_LEN));
-            wanted.push((subnet6.gateway(subnet).into(), Subnet6::PREFIX_LEN));
-        } else {
-            sysctl::write_if_there(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
-        }
-
-        let addresses = route.dump(links::every_address()).map_err(refused("list the addresses of"))?;
-        let stale = addresses
-            .iter()
-            .filter_map(links::address_facts)
-            .filter(|&(index, address, prefix_len)| index == bridge && !wanted.contains(&(address, prefix_len)));
-        let given = wanted.iter().map(|&(address, prefix_len)| links::add_address(bridge, address, prefix_len));
-        let requests = stale
-            .map(|(index, address, prefix_len)| links::remove_address(index, address, prefix_len))
-            .chain(given)
-            .chain([links::raise(bridge)])
-            .collect();
-        route.batch(requests).map_err(refused("give its address to"))?;
+        let bridges = Bridges::open(&config, route, without)?;
         if internet {
             sysctl::write("ipv4/ip_forward", "1")?;
         }
         if notes.ipv6 {
             forward_ipv6()?;
         }
-        Ok((bridge, notes))
+        Ok((bridges, notes))
     }
 
     pub(crate) const fn inner(&self) -> &Arc<Inner> {
@@ -292,14 +274,19 @@ impl Network {
             errors.push(error);
             Vec::new()
         });
+        let mut bridges = lock(&self.inner.bridges);
+        let all = bridges.indices();
         let mut route = self.inner.route();
         for address in addresses {
-            errors.extend(forget_address(&mut route, &self.inner.config, self.inner.bridge, address).err());
+            for &bridge in &all {
+                errors.extend(forget_address(&mut route, &self.inner, bridge, address).err());
+            }
         }
         let swept = sweep_links(&mut route, instance, &kept).unwrap_or_else(|error| {
             errors.push(error);
             0
         });
+        errors.extend(bridges.count(&mut route).err());
         TeardownErrors::into_result(errors)?;
         Ok(swept)
     }
@@ -373,16 +360,12 @@ impl Inner {
         netns::in_netns(self.netns(), load).map_err(Error::io("enter the network namespace of", name))?
     }
 
-    fn bridge_name(&self, _bridge: u32) -> String {
-        self.config.instance.bridge_name()
-    }
-
     pub(crate) fn route(&self) -> MutexGuard<'_, Netlink> {
         lock(&self.route)
     }
 }
 
-fn gone(name: &str) -> Error {
+pub(crate) fn gone(name: &str) -> Error {
     Error::Io { op: "find", object: name.to_owned(), source: Errno::NODEV.into() }
 }
 
@@ -403,15 +386,10 @@ pub(crate) fn no_ipv6_address(route: &mut Netlink, index: u32) -> Result<(), cra
 }
 
 /// Takes away what was told of an address: whose it is, and where.
-pub(crate) fn forget_address(
-    route: &mut Netlink,
-    config: &NetConfig,
-    bridge: u32,
-    address: IpAddr,
-) -> Result<(), Error> {
+pub(crate) fn forget_address(route: &mut Netlink, inner: &Inner, bridge: u32, address: IpAddr) -> Result<(), Error> {
     forget_neighbour(route, bridge, address)?;
     let local = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
-    if local || config.contains(address) {
+    if local || (bridge == inner.bridge && inner.config.contains(address)) {
         return Ok(());
     }
     match route.batch(vec![links::forget_route(bridge, address)]) {
@@ -440,8 +418,7 @@ fn forget_neighbour(route: &mut Netlink, bridge: u32, address: IpAddr) -> Result
 }
 
 /// Looks for an address or a route of the host that the subnet would hide.
-fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: Option<&LinkFacts>) -> Result<(), Error> {
-    let own = own.map(|link| link.index);
+fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: &[u32]) -> Result<(), Error> {
     let listing = |what| Error::netlink("list", what);
     let addresses = route.dump(links::every_address()).map_err(listing("addresses"))?;
     let routes = route.dump(links::every_route()).map_err(listing("routes"))?;
@@ -452,13 +429,15 @@ fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: Option<&LinkFacts>) ->
             IpAddr::V4(address) => Some((index, address, prefix_len)),
             IpAddr::V6(_) => None,
         })
-        .find(|&(index, address, _)| Some(index) != own && subnet.contains(address))
+        .find(|&(index, address, _)| !own.contains(&index) && subnet.contains(address))
         .map(|(index, address, prefix_len)| (format!("address {address}/{prefix_len}"), Some(index)));
     let clash = address.or_else(|| {
         routes
             .iter()
             .filter_map(links::route_facts)
-            .find(|&(index, base, prefix_len)| (index.is_none() || index != own) && subnet.overlaps(base, prefix_len))
+            .find(|&(index, base, prefix_len)| {
+                index.is_none_or(|index| !own.contains(&index)) && subnet.overlaps(base, prefix_len)
+            })
             .map(|(index, base, prefix_len)| (format!("route {base}/{prefix_len}"), index))
     });
     let Some((what, index)) = clash else { return Ok(()) };
@@ -496,17 +475,9 @@ fn sweep_links(route: &mut Netlink, instance: Instance, kept: &BTreeSet<String>)
 
 /// Removes a whole network from the calling thread's namespace.
 fn remove(config: NetConfig, route: &mut Netlink, filter: &dyn Filter) -> Result<(), Error> {
-    let name = config.instance.bridge_name();
     let mut errors = Vec::new();
     errors.extend(sweep_links(route, config.instance, &BTreeSet::new()).err());
-    match find(route, &name) {
-        Ok(Some(bridge)) => match route.batch(vec![links::delete(bridge.index)]) {
-            Err(error) if !error.is(Errno::NODEV) => errors.push(Error::netlink("delete the bridge", &name)(error)),
-            _ => {}
-        },
-        Ok(None) => {}
-        Err(error) => errors.push(error),
-    }
+    errors.extend(bridges::remove(config.instance, route).err());
     errors.extend(restore_forwarding(route, filter).err());
     // Without its links the rules stop nobody; as long as one is left they stay.
     if errors.is_empty() {

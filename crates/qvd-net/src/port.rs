@@ -78,13 +78,15 @@ pub struct Port {
     identity: Identity,
     /// Index of the host's end, once there is one.
     index: Option<u32>,
+    /// Index of its bridge.
+    bridge: u32,
     access: Access,
     open: bool,
 }
 
 impl Port {
     pub(crate) fn attach(network: &Arc<Inner>, spec: &PortSpec<'_>) -> Result<Self, Error> {
-        let mut port = Self::reserve(network, spec.desktop, spec.address, &spec.policy)?;
+        let mut port = Self::reserve(network, spec.desktop, spec.address, &spec.policy, None)?;
         match port.make(spec.netns) {
             Ok(()) => {
                 port.register();
@@ -100,7 +102,7 @@ impl Port {
     }
 
     pub(crate) fn attach_tap(network: &Arc<Inner>, spec: &TapSpec) -> Result<(Self, OwnedFd), Error> {
-        let mut port = Self::reserve(network, spec.desktop, spec.address, &spec.policy)?;
+        let mut port = Self::reserve(network, spec.desktop, spec.address, &spec.policy, None)?;
         let made = port.create_tap(spec.header).and_then(|(tap, index)| {
             port.index = Some(index);
             port.confine(index)?;
@@ -128,7 +130,8 @@ impl Port {
         address: Ipv4Addr,
         policy: &NetPolicy,
     ) -> Result<Self, Error> {
-        let mut port = Self::reserve(network, desktop, Some(address), policy)?;
+        // On the bridge that it is found on.
+        let mut port = Self::reserve(network, desktop, Some(address), policy, Some(network.bridge))?;
         match port.readopt() {
             Ok(()) => {
                 port.register();
@@ -151,6 +154,7 @@ impl Port {
         desktop: DesktopId,
         address: Option<Ipv4Addr>,
         policy: &NetPolicy,
+        bridge: Option<u32>,
     ) -> Result<Self, Error> {
         let access = Access::of(&network.config, desktop, policy)?;
         let of = |address| Identity::new(&network.config, desktop, address, policy);
@@ -164,7 +168,10 @@ impl Port {
             return Err(error);
         }
         drop(pool);
-        Ok(Self { network: Arc::clone(network), desktop, identity, index: None, access, open: true })
+        let bridge = bridge.map_or_else(|| network.take_room(), Ok).inspect_err(|_| {
+            lock(&network.pool).give_back(desktop, address);
+        })?;
+        Ok(Self { network: Arc::clone(network), desktop, identity, index: None, bridge, access, open: true })
     }
 
     /// From now on it is watched.
@@ -218,6 +225,17 @@ impl Port {
         &self.identity.link
     }
 
+    /// Name of the bridge that it is on.
+    #[must_use]
+    pub fn bridge_name(&self) -> String {
+        self.network.bridge_name(self.bridge)
+    }
+
+    /// Its addresses that no other route leads to.
+    fn behind_bridge(&self) -> Vec<IpAddr> {
+        if self.bridge == self.network.bridge { self.identity.extra.clone() } else { self.identity.routed().collect() }
+    }
+
     /// Whose it is.
     #[must_use]
     pub const fn desktop(&self) -> DesktopId {
@@ -269,6 +287,7 @@ impl Port {
         let found = found.ok_or(Error::NoPort(self.desktop))?;
         let index = found.index;
         self.index = Some(index);
+        self.bridge = found.bridge.filter(|&bridge| self.network.is_ours(bridge)).unwrap_or(self.bridge);
         if found.kind == Some(InfoKind::Tun) {
             self.answer()?;
         }
@@ -287,7 +306,7 @@ impl Port {
     fn answer(&self) -> Result<(), Error> {
         let mut guest = Guest::new(self.identity.mac, self.identity.ipv4);
         (guest.ipv6, guest.way_out) = (self.identity.ipv6, self.access.goes_out());
-        self.network.answer(self.network.bridge, guest)
+        self.network.answer(self.bridge, guest)
     }
 
     fn create(&self, netns: BorrowedFd<'_>) -> Result<(u32, u32), Error> {
@@ -295,7 +314,7 @@ impl Port {
         let request = || {
             links::create_pair(
                 &self.identity.link,
-                network.bridge,
+                self.bridge,
                 group(network.config.instance),
                 self.identity.mac,
                 netns,
@@ -326,7 +345,7 @@ impl Port {
             .map_err(Error::io("make the tap", link))?;
         let mut route = network.route();
         let made = find(&mut route, link)?.ok_or_else(|| self.not_confined("the link is gone"))?;
-        let placed = route.batch(links::place(made.index, network.bridge, group(network.config.instance)));
+        let placed = route.batch(links::place(made.index, self.bridge, group(network.config.instance)));
         placed.map_err(Error::netlink("put on the bridge", link))?;
         Ok((tap, made.index))
     }
@@ -350,9 +369,9 @@ impl Port {
             let mut flags = self.demanded_flags();
             flags.extend((!flags.is_empty()).then_some(links::LOCKED));
             let mut requests = vec![links::set_port_flags(index, flags), links::forward_to(index, self.identity.mac)];
-            let known = |address| links::know_neighbour(network.bridge, address, self.identity.mac);
+            let known = |address| links::know_neighbour(self.bridge, address, self.identity.mac);
             requests.extend(self.identity.addresses().map(known));
-            requests.extend(self.identity.extra.iter().map(|&address| links::route_to(network.bridge, address)));
+            requests.extend(self.behind_bridge().into_iter().map(|address| links::route_to(self.bridge, address)));
             route.batch(requests).map_err(refused("set the flags of"))?;
         }
         network.filter.add(&[self.confined()])?;
@@ -372,7 +391,7 @@ impl Port {
         let answers = network.route().batch(vec![links::show(index)]);
         let answers = answers.map_err(Error::netlink("read back the flags of", &*self.identity.link))?;
         let shown = answers.iter().find_map(links::facts).ok_or_else(|| self.not_confined("the link is gone"))?;
-        if shown.bridge != Some(network.bridge) {
+        if shown.bridge != Some(self.bridge) {
             return Err(self.not_confined("it is not on the bridge"));
         }
         if let Some(flag) = self.demanded_flags().iter().find(|&flag| !shown.port.contains(flag)) {
@@ -480,7 +499,7 @@ impl Port {
         errors.extend(network.filter.remove(&[self.confined()]).err());
         let mut route = network.route();
         for address in self.identity.addresses() {
-            errors.extend(forget_address(&mut route, &network.config, network.bridge, address).err());
+            errors.extend(forget_address(&mut route, network, self.bridge, address).err());
         }
         if let Some(index) = self.index.filter(|_| delete_link || !errors.is_empty()) {
             let deleted = gone_is_done(route.batch(vec![links::delete(index)]).map(drop));
@@ -489,6 +508,7 @@ impl Port {
         drop(route);
         TeardownErrors::into_result(errors)?;
         lock(&network.pool).give_back(self.desktop, self.identity.ipv4);
+        network.give_room_back(self.bridge);
         self.open = false;
         Ok(())
     }

@@ -19,7 +19,7 @@ impl Rules<'_> {
     }
 
     pub(super) fn inet(&self) -> String {
-        let (bridge, ports) = (self.bridge_link(), self.ports());
+        let (bridges, ports) = (self.bridges(), self.ports());
         let mut lines = Lines::default();
         lines.push(format!("set {INTERNET} {{ type ipv4_addr; size {SET_MAX}; }}"));
         lines.push(format!("set {INTERNET6} {{ type ipv6_addr; size {SET_MAX}; }}"));
@@ -49,8 +49,8 @@ impl Rules<'_> {
 
         lines.base_chain("routed", "forward priority -10; policy accept");
         lines.when(self.on(Protection::PortAlone), format!("iifname {ports} drop"));
-        lines.push(format!("iifname {bridge} goto outward"));
-        lines.push(format!("oifname {bridge} goto inward"));
+        bridges.iter().for_each(|bridge| lines.push(format!("iifname {bridge} goto outward")));
+        bridges.iter().for_each(|bridge| lines.push(format!("oifname {bridge} goto inward")));
         lines.end();
 
         lines.chain("outward");
@@ -65,7 +65,9 @@ impl Rules<'_> {
         lines.end();
 
         lines.chain("outward_free");
-        lines.when(self.on(Protection::Hairpin), format!("oifname {bridge} {}", DropReason::Neighbour.verdict()));
+        for bridge in &bridges {
+            lines.when(self.on(Protection::Hairpin), format!("oifname {bridge} {}", DropReason::Neighbour.verdict()));
+        }
         lines.push(CLAMP);
         lines.push(if self.internet { "meta nfproto { ipv4, ipv6 } accept" } else { "drop" });
         lines.push("drop");
@@ -92,11 +94,12 @@ impl Rules<'_> {
     /// Others see the host's address instead of a desktop's, and the gateway
     /// stands for the site's name servers.
     fn translation(&self, lines: &mut Lines) {
-        let (bridge, subnet) = (self.bridge_link(), self.subnet);
+        let ([first, others], subnet) = (self.bridges(), self.subnet);
+        let beyond = format!("oifname != {first} oifname != {others}");
         lines.push("chain masquerade_out {\ntype nat hook postrouting priority 100; policy accept;");
-        lines.push(format!("ip saddr {subnet} ip saddr != @{ROUTED} oifname != {bridge} masquerade"));
+        lines.push(format!("ip saddr {subnet} ip saddr != @{ROUTED} {beyond} masquerade"));
         if let Some(subnet6) = self.subnet6 {
-            lines.push(format!("ip6 saddr {subnet6} ip6 saddr != @{ROUTED6} oifname != {bridge} masquerade"));
+            lines.push(format!("ip6 saddr {subnet6} ip6 saddr != @{ROUTED6} {beyond} masquerade"));
         }
         lines.end();
         if self.name_servers().next().is_none() {
@@ -104,22 +107,29 @@ impl Rules<'_> {
         }
         lines.push("chain names {\ntype nat hook prerouting priority -100; policy accept;");
         let question = "meta l4proto { tcp, udp } th dport 53";
-        if let Some(server) = self.name_server {
-            lines.push(format!("iifname {bridge} ip daddr {} {question} dnat ip to {server}", subnet.gateway()));
-        }
-        if let (Some(server), Some(subnet6)) = (self.name_server6, self.subnet6) {
-            let gateway = subnet6.gateway(subnet);
-            lines.push(format!("iifname {bridge} ip6 daddr {gateway} {question} dnat ip6 to {server}"));
+        for bridge in [first, others] {
+            if let Some(server) = self.name_server {
+                lines.push(format!("iifname {bridge} ip daddr {} {question} dnat ip to {server}", subnet.gateway()));
+            }
+            if let (Some(server), Some(subnet6)) = (self.name_server6, self.subnet6) {
+                let gateway = subnet6.gateway(subnet);
+                lines.push(format!("iifname {bridge} ip6 daddr {gateway} {question} dnat ip6 to {server}"));
+            }
         }
         lines.end();
     }
 
     fn host(&self, lines: &mut Lines) {
-        let (bridge, ports) = (self.bridge_link(), self.ports());
+        let ports = self.ports();
         let gateway = self.subnet.gateway();
         lines.base_chain("to_host", "input priority -10; policy accept");
         lines.when(self.on(Protection::PortAlone), format!("iifname {ports} drop"));
-        lines.push(format!("iifname != {bridge} accept"));
+        for bridge in self.bridges() {
+            lines.push(format!("iifname {bridge} goto of_desktop"));
+        }
+        lines.end();
+
+        lines.chain("of_desktop");
         // Without a way out nothing here asks for connection tracking, which
         // would be switched on for the whole host.
         lines.when(self.internet, "ct state established,related accept");

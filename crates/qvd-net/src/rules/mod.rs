@@ -133,12 +133,11 @@ pub(crate) const ADDRESS6_SETS: [&str; 7] = [INTERNET6, OUTWARD6, ANSWERED6, SER
 /// are routers that drop the ICMP that says so.
 const CLAMP: &str = "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu";
 
-/// Most elements of a set: a bridge has at most 1023 ports (Linux
-/// `net/bridge/br_private.h`, `BR_PORT_BITS` 10), and each has three addresses
-/// of IPv6.
-const SET_MAX: u32 = 4096;
+/// Most elements of a set: sixteen bridges have 4096 ports as they are used, and
+/// each has three addresses of IPv6.
+const SET_MAX: u32 = 16384;
 
-/// Most that is counted: sixteen reasons for each port of a bridge, and as much again.
+/// Most that is counted: eight reasons for each port.
 const COUNTED_MAX: u32 = 32768;
 
 /// Families that have a table.
@@ -297,8 +296,10 @@ impl<'a> Rules<'a> {
         lines.end();
     }
 
-    fn bridge_link(&self) -> String {
-        format!("\"{}\"", self.instance.bridge_name())
+    /// The bridges: the first, and all that follow it.
+    fn bridges(&self) -> [String; 2] {
+        let name = self.instance.bridge_name();
+        [format!("\"{name}\""), format!("\"{name}.*\"")]
     }
 
     fn ports(&self) -> String {

@@ -157,6 +157,21 @@ impl World {
         Self::around(network, a, mouth)
     }
 
+    /// The same on the second bridge: the first is full.
+    pub(crate) fn on_second_bridge(internet: bool) -> Self {
+        one_processor();
+        let network = Network::open(NetConfig { internet, ports_per_bridge: 2, ..config() }).unwrap();
+        for number in [1, 2] {
+            let full = Desktop::new(&network, number, false);
+            assert_eq!(full.port.bridge_name(), network.bridge_name());
+            full.port.leave();
+            std::mem::forget(full.netns);
+        }
+        let a = Desktop::new(&network, 7, internet);
+        let mouth = Mouth::Link(a.socket());
+        Self::around(network, a, mouth)
+    }
+
     /// The same, whose first desktop is a machine with a tap.
     pub(crate) fn with_tap(config: NetConfig) -> Self {
         let network = Network::open(config).unwrap();
@@ -171,7 +186,7 @@ impl World {
         let b = Desktop::new(&network, 8, network.config().internet);
         let on_port = |ethertype| PacketSocket::open(a.port.link(), ethertype).unwrap();
         let at_b = b.socket();
-        let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
+        let bridge = PacketSocket::open(&a.port.bridge_name(), ETHERTYPE_ALL).unwrap();
         let world = Self {
             from_a,
             at_b,

@@ -39,9 +39,8 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 /// After it, nothing that a session does at its start is going on.
 const SETTLES_WITHIN: Duration = Duration::from_secs(5);
 
-/// As many as a bridge takes, with one to spare; those beyond have no port.
-/// Source: Linux `net/bridge/br_private.h`, `BR_MAX_PORTS`.
-const PORTS_MAX: u32 = 1022;
+/// As many as the bridges of a network take; those beyond have no port.
+const PORTS_MAX: u32 = 4096;
 
 /// More than a desktop has, so that the device is never what is full.
 const SWAP_EACH_BYTES: u64 = 48 << 20;

@@ -37,6 +37,7 @@ pub(super) const GAPS: &[&str] = &[
     "each frame costs more with each desktop, and so does adding one",
     "a limit of what is sent counts each family of addresses apart",
     "what is dropped is neither counted by reason nor told",
+    "all desktops are on one bridge, which has room for 1,023",
     "one desktop's rules are three transactions, one per program, and not one",
 ];
 
