@@ -107,7 +107,10 @@ fn common(line: &mut Line, spec: &VmSpec) {
     let kernel = matches!(spec.boot, Boot::Kernel { .. });
     let disk = if kernel { ",sata=off,smbus=off" } else { "" };
     let graphics = if spec.screen { "" } else { ",graphics=off" };
-    line.add("-machine", format!("q35,memory-backend=ram0,usb=off,vmport=off,dump-guest-core=off{disk}{graphics}"));
+    line.add(
+        "-machine",
+        format!("q35,memory-backend=ram0,usb=off,vmport=off,dump-guest-core=off,mem-merge=off{disk}{graphics}"),
+    );
     match spec.accel {
         Accel::Kvm => {
             line.add("-accel", "kvm");
@@ -157,11 +160,13 @@ fn boot(line: &mut Line, spec: &VmSpec, numbers: &mut Numbers) {
 
 fn memory(line: &mut Line, spec: &VmSpec, numbers: &mut Numbers) {
     let size = spec.limits.memory.get();
+    // QEMU allows the kernel to merge a guest's pages with anybody's unless it
+    // is told otherwise: `Vm::allow_merging` is for one tenant's.
     let object = match spec.memory {
-        Memory::Anonymous => format!("memory-backend-ram,id=ram0,size={size}"),
+        Memory::Anonymous => format!("memory-backend-ram,id=ram0,size={size},merge=off"),
         Memory::Saved(_) | Memory::Cloned(_) => {
             let share = if matches!(spec.memory, Memory::Saved(_)) { "on" } else { "off" };
-            format!("memory-backend-file,id=ram0,size={size},share={share},mem-path={}", path(numbers.take()))
+            format!("memory-backend-file,id=ram0,size={size},merge=off,share={share},mem-path={}", path(numbers.take()))
         }
     };
     line.add("-object", object);
@@ -198,7 +203,7 @@ fn base(line: &mut Line, spec: &VmSpec, numbers: &mut Numbers) {
             let (size, file) = (base.size.get(), path(number));
             line.add(
                 "-object",
-                format!("memory-backend-file,id=base0,size={size},share=on,readonly=on,mem-path={file}"),
+                format!("memory-backend-file,id=base0,size={size},merge=off,share=on,readonly=on,mem-path={file}"),
             );
             line.add("-device", "virtio-pmem-pci,id=base-dev,memdev=base0");
         }
@@ -301,6 +306,17 @@ mod tests {
         let format = DiskFormat::Qcow2 { backing: None };
         spec.disks.push(DiskSpec { serial: "root".to_owned(), file: fd(), format });
         assert!(has(&spec, "-blockdev", r#""backing":null"#));
+    }
+
+    #[test]
+    fn nobody_shares_pages_unless_allowed_to() {
+        let mut spec = spec();
+        spec.base = Some(BaseSpec { file: fd(), size: Bytes::mib(64), device: BaseDevice::Pmem });
+        for memory in [Memory::Anonymous, Memory::Saved(fd()), Memory::Cloned(fd())] {
+            spec.memory = memory;
+            let line = arguments(&spec).join(" ");
+            assert_eq!(line.matches("memory-backend-").count() - 1, line.matches("merge=off").count(), "{line}");
+        }
     }
 
     #[test]

@@ -247,3 +247,92 @@ impl Command for BlockdevDel<'_> {
     const NAME: &'static str = "blockdev-del";
     type Answer = Done;
 }
+
+/// Reads a property of an object.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QomGet<'a> {
+    /// Path of the object.
+    pub path: &'a str,
+    /// The property.
+    pub property: &'a str,
+}
+impl Command for QomGet<'_> {
+    const NAME: &'static str = "qom-get";
+    type Answer = Value;
+}
+
+/// Changes a property of an object.
+#[derive(Debug, Clone, Serialize)]
+pub struct QomSet<'a> {
+    /// Path of the object.
+    pub path: &'a str,
+    /// The property.
+    pub property: &'a str,
+    /// What it becomes.
+    pub value: Value,
+}
+impl Command for QomSet<'_> {
+    const NAME: &'static str = "qom-set";
+    type Answer = Done;
+}
+
+/// Makes a block node longer or shorter.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct BlockResize<'a> {
+    /// Its name.
+    #[serde(rename = "node-name")]
+    pub node: &'a str,
+    /// Its new length in bytes.
+    pub size: u64,
+}
+impl Command for BlockResize<'_> {
+    const NAME: &'static str = "block_resize";
+    type Answer = Done;
+}
+
+/// Does several things to block nodes at one instant, or none of them.
+#[derive(Debug, Clone, Serialize)]
+pub struct Transaction {
+    /// What.
+    pub actions: Vec<Value>,
+}
+impl Command for Transaction {
+    const NAME: &'static str = "transaction";
+    type Answer = Done;
+}
+
+/// Removes a snapshot inside a qcow2 node.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct SnapshotDelete<'a> {
+    /// The node.
+    #[serde(rename = "device")]
+    pub node: &'a str,
+    /// The snapshot.
+    pub name: &'a str,
+}
+impl Command for SnapshotDelete<'_> {
+    const NAME: &'static str = "blockdev-snapshot-delete-internal-sync";
+    type Answer = Value;
+}
+
+/// Lists block nodes.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryNodes {
+    /// Without what is behind each.
+    pub flat: bool,
+}
+impl Command for QueryNodes {
+    const NAME: &'static str = "query-named-block-nodes";
+    type Answer = Vec<BlockNode>;
+}
+
+/// See [`QueryNodes`].
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct BlockNode {
+    /// Its name.
+    #[serde(rename = "node-name")]
+    pub name: String,
+    /// How it is stored.
+    #[serde(rename = "drv")]
+    pub driver: String,
+}

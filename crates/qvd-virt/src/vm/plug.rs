@@ -7,15 +7,16 @@ use std::{
     time::Duration,
 };
 
+use qvd_core::Bytes;
 use qvd_sys::process::memory_file;
 use serde_json::json;
 
 use super::{
-    Vm,
+    QmpError, Vm,
     arguments::mac,
     command::{
-        AddFd, BlockdevAdd, BlockdevDel, DeviceAdd, DeviceDel, GetFd, NetdevAdd, NetdevDel, QueryGeneration, RemoveFd,
-        Screendump,
+        AddFd, BlockResize, BlockdevAdd, BlockdevDel, DeviceAdd, DeviceDel, GetFd, NetdevAdd, NetdevDel,
+        QueryGeneration, QueryNodes, RemoveFd, Screendump, SnapshotDelete, Transaction,
     },
     spec::{DiskFormat, DiskSpec, NicSpec},
 };
@@ -137,9 +138,70 @@ impl Vm {
         let net = self.call(&NetdevDel { id: &format!("{name}-net") }).is_ok();
         if !net {
             self.call(&BlockdevDel { node: &format!("{name}-disk") })?;
-            self.call(&RemoveFd { set: slot.set() })?;
+            self.forget_descriptors(slot.set())?;
         }
         Ok(())
+    }
+
+    /// Has QEMU close the descriptors of a set. It does so by itself when the
+    /// last one to use them closes; that is refused as `not found`.
+    fn forget_descriptors(&mut self, set: u32) -> Result<(), Error> {
+        match self.call(&RemoveFd { set }) {
+            Err(Error::Qmp { source: QmpError::Refused { .. }, .. }) | Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the disk of this number in the specification longer. A guest that
+    /// runs notices at once; its file system is its own affair.
+    ///
+    /// # Errors
+    /// There is no such disk, or it would become shorter.
+    pub fn grow_disk(&mut self, number: usize, size: Bytes) -> Result<(), Error> {
+        self.call(&BlockResize { node: &format!("disk{number}"), size: size.get() }).map(drop)
+    }
+
+    /// Keeps what all its own disks hold at this instant under `name`, inside of
+    /// their files. `qemu-img snapshot -a` brings it back when the machine is
+    /// off. What the guest had not written out yet is not in it.
+    ///
+    /// # Errors
+    /// The name is not 1 to 32 of a-z, 0-9 and `-`, is taken, or a disk is not a qcow2 image.
+    pub fn snapshot(&mut self, name: &str) -> Result<(), Error> {
+        let disks = self.snapshot_disks(name)?;
+        let action = |disk: &String| json!({ "type": "blockdev-snapshot-internal-sync", "data": { "device": disk, "name": name } });
+        self.call(&Transaction { actions: disks.iter().map(action).collect() }).map(drop)
+    }
+
+    /// Forgets what was kept as `name`.
+    ///
+    /// # Errors
+    /// Nothing was.
+    pub fn forget_snapshot(&mut self, name: &str) -> Result<(), Error> {
+        for node in self.snapshot_disks(name)? {
+            self.call(&SnapshotDelete { node: &node, name })?;
+        }
+        Ok(())
+    }
+
+    /// Nodes of its own disks, by the names that they have from its start.
+    fn snapshot_disks(&mut self, name: &str) -> Result<Vec<String>, Error> {
+        let refuse = |what: String, reason| Err(Error::Invalid { what, reason });
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        if name.is_empty() || name.len() > 32 || !name.bytes().all(plain) {
+            return refuse(format!("snapshot {name:?}"), "use 1 to 32 of a-z 0-9 -");
+        }
+        let nodes = self.call(&QueryNodes { flat: true })?;
+        let own = |node: &super::command::BlockNode| {
+            let number = node.name.strip_prefix("disk");
+            number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        let disks: Vec<_> = nodes.into_iter().filter(own).collect();
+        if disks.is_empty() || disks.iter().any(|disk| disk.driver != "qcow2") {
+            let reason = "only disks that are qcow2 images can keep what they held";
+            return refuse(format!("a snapshot of desktop {}", self.id()), reason);
+        }
+        Ok(disks.into_iter().map(|disk| disk.name).collect())
     }
 
     /// What its screen shows. Only systems that are not ours have one.
@@ -155,7 +217,7 @@ impl Vm {
         let op = op();
         self.call_with(&AddFd { set: PICTURE_SET }, &[to.as_fd()])?;
         let taken = self.call(&Screendump { filename: &format!("/dev/fdset/{PICTURE_SET}") }).map(drop);
-        self.call(&RemoveFd { set: PICTURE_SET })?;
+        self.forget_descriptors(PICTURE_SET)?;
         taken?;
         let mut bytes = Vec::new();
         let mut file = File::from(file);

@@ -2,5 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
 
 mod bed;
+mod guest;
 mod kvm;
 mod lifecycle;
+mod plug;
