@@ -3,6 +3,7 @@
 
 mod attacks;
 mod bed;
+mod browser;
 mod confinement;
 mod crash;
 mod faults;
