@@ -74,7 +74,7 @@ fn check(command: impl Fn() -> Command, case: &Case<'_>) {
 }
 
 /// An installation of its own in the test's namespace, with its own census.
-fn elsewhere(host: &Host, root: &Path, test: impl FnOnce(&Setup)) {
+pub(crate) fn elsewhere(host: &Host, root: &Path, test: impl FnOnce(&Setup)) {
     let instance = Instance::of_root(root.as_os_str().as_encoded_bytes());
     let scope = Scope::marked([instance.bridge_name(), instance.cgroup_name()])
         .files_under(format!("/run/qvd-{instance}"))
@@ -88,14 +88,16 @@ fn elsewhere(host: &Host, root: &Path, test: impl FnOnce(&Setup)) {
     before.assert_unchanged();
 }
 
+/// Just what a desktop's mounts need.
+pub(crate) fn tiny_tree(tree: &Path) -> io::Result<()> {
+    let dirs = ["dev", "etc", "home/user", "proc", "run", "sys", "tmp"];
+    dirs.iter().try_for_each(|dir| fs::create_dir_all(tree.join(dir)))
+}
+
 /// Imports an image with just what a desktop's mounts need.
 fn tiny_image(root: &Path) -> Image {
     let store = Store::open(root).unwrap();
-    let fill = &mut |tree: &Path| {
-        ["dev", "etc", "home/user", "proc", "run", "sys", "tmp"]
-            .iter()
-            .try_for_each(|dir| fs::create_dir_all(tree.join(dir)))
-    };
+    let fill = &mut tiny_tree;
     store.import(Recipe::parse(RECIPE).unwrap().config().clone(), fill).unwrap()
 }
 

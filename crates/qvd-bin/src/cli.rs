@@ -9,7 +9,10 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use qvd_core::{Bytes, DesktopId, FlavourName, Tag, UserName};
 use qvd_storage::repository::{Reference, Rollout};
 
-use crate::machines::{Doctor, Kind, Machines};
+use crate::{
+    bisect::Search,
+    machines::{Doctor, Kind, Machines},
+};
 
 /// Port of the gateway unless told otherwise: QVD's own since its first release.
 const DEFAULT_LISTEN: &str = "0.0.0.0:8443";
@@ -167,6 +170,8 @@ pub(crate) enum Image {
         /// FLAVOUR or FLAVOUR:TAG
         image: Reference,
     },
+    /// Find the commit that a fault came with, by trying versions in fresh desktops of the running daemon
+    Bisect(Search),
     /// Make an earlier commit's content the next version of its flavour
     Revert {
         /// The commit to go back to

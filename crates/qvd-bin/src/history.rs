@@ -41,7 +41,7 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
     let repository = repository.with_context(|| format!("cannot open the images of `{}`", paths.root.display()))?;
     match command {
         // Done before.
-        Image::Build { .. } | Image::Ls | Image::Key { .. } => Ok(()),
+        Image::Build { .. } | Image::Ls | Image::Key { .. } | Image::Bisect(_) => Ok(()),
         Image::Import(import) => {
             let what = format!("cannot import `{}`", import.source.display());
             let id = self::import(&repository, import).context(what)?;
@@ -217,7 +217,7 @@ fn not_read(source: &Path, error: io::Error) -> anyhow::Error {
 }
 
 /// A commit as a person gives it after a flavour: an id, or a tag.
-fn target(flavour: &FlavourName, text: &str) -> anyhow::Result<Reference> {
+pub(crate) fn target(flavour: &FlavourName, text: &str) -> anyhow::Result<Reference> {
     let digits = text.strip_prefix('@').unwrap_or(text);
     let by_id = format!("{flavour}@{digits}").parse();
     match by_id {
@@ -292,7 +292,7 @@ fn show(repository: &Repository, image: &Reference, output: &Output) -> anyhow::
     })
 }
 
-fn show_diff(diff: &Diff) -> String {
+pub(crate) fn show_diff(diff: &Diff) -> String {
     let mark = |change: &Change| match change {
         Change::Added => "added",
         Change::Removed => "removed",

@@ -1,6 +1,7 @@
 //! Commands of QVD: the daemon of one machine, and the clients of its API.
 #![forbid(unsafe_code)]
 
+mod bisect;
 mod cli;
 mod doctor;
 mod exec;
@@ -59,6 +60,9 @@ fn dispatch(global: &Global, command: Command, output: &Output) -> anyhow::Resul
         Command::Doctor(doctor) => return doctor::run(&paths()?, &doctor, output),
         Command::Completions { shell } => generate::completions(shell, output)?,
         Command::Man { directory } => generate::man(&directory, output)?,
+        Command::Image(cli::Image::Bisect(search)) => {
+            return bisect::search(&paths()?, global.server.as_deref(), search, output);
+        }
         Command::Image(command) => image::run(&paths()?, global.server.as_deref(), command, output)?,
         Command::Desktop(command) => {
             let client = remote::connect(&paths()?, global.server.as_deref())?;

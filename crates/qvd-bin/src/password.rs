@@ -48,7 +48,7 @@ pub(crate) fn known(piped: bool) -> anyhow::Result<Secret> {
     if piped { read_line(&mut io::stdin().lock()) } else { ask("Password: ") }
 }
 
-fn generate() -> Secret {
+pub(crate) fn generate() -> Secret {
     let mut random = rand::rng();
     let letters = (0..GENERATED_LEN).filter_map(|_| ALPHABET.choose(&mut random));
     Secret::new(letters.map(|&letter| char::from(letter)).collect())

@@ -16,6 +16,7 @@
 //! Any number of processes may have a repository open.
 
 pub mod archive;
+mod bisect;
 mod commit;
 pub mod diff;
 mod disk;
@@ -47,6 +48,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use bisect::{Bisect, NothingBetween, Verdict};
 pub use commit::{COMMIT_MAX_BYTES, Commit, Content};
 pub use diff::{BlockDiff, Change, Diff, FileDiff, PackageDiff};
 pub use disk::{DISK_BLOCK_BYTES, DISK_MAX_BYTES};
