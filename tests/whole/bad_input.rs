@@ -3,7 +3,7 @@
 
 use std::{
     ffi::OsString,
-    fs,
+    fs, io,
     net::TcpListener,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -97,8 +97,7 @@ pub(crate) fn tiny_tree(tree: &Path) -> io::Result<()> {
 /// Imports an image with just what a desktop's mounts need.
 fn tiny_image(root: &Path) -> Image {
     let store = Store::open(root).unwrap();
-    let fill = &mut tiny_tree;
-    store.import(Recipe::parse(RECIPE).unwrap().config().clone(), fill).unwrap()
+    store.import(Recipe::parse(RECIPE).unwrap().config().clone(), &mut tiny_tree).unwrap()
 }
 
 fn file(dir: &TempDir, name: &str, text: &str) -> String {

@@ -47,8 +47,9 @@ fn the_version_with_the_fault_is_found_and_nothing_is_left() {
                     mark("fault", version >= 6);
                     mark("mute", version == 3);
                     let tree = tree.to_str().unwrap();
-                    let made: Value =
-                        server.json(&["image", "import", tree, "--flavour", "tiny", "-m", "next", "--publish"]).unwrap();
+                    let made: Value = server
+                        .json(&["image", "import", tree, "--flavour", "tiny", "-m", "next", "--publish"])
+                        .unwrap();
                     made["id"].as_str().unwrap().to_owned()
                 })
                 .collect();
