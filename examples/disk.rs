@@ -24,6 +24,7 @@ struct Options {
     base: PathBuf,
     store: PathBuf,
     size: Option<Bytes>,
+    grow: Option<Bytes>,
     count: u32,
     keep: bool,
 }
@@ -49,11 +50,18 @@ fn main() -> Result<()> {
         let disk = backend.create(&base, &id, &wanted)?;
         let device = disk.attach()?;
         let create_us = began.elapsed().as_micros();
+        if let Some(size) = options.grow {
+            disk.resize(size)?;
+        }
+        let report = disk.check()?;
         let line = json!({
             "id": id,
             "device": device.path,
             "format": device.format,
-            "size": device.size,
+            "size": report.size,
+            "used": report.used,
+            "errors": report.errors,
+            "leaks": report.leaks,
             "create_us": create_us,
             "capabilities": capabilities,
         });
@@ -88,14 +96,20 @@ fn forget_volatile(backend: &dyn DiskBackend) -> Result<()> {
     Ok(())
 }
 
+fn bytes(option: &str, value: &str) -> Result<Bytes> {
+    Ok(Bytes::new(value.parse().with_context(|| format!("`{option}` is a number of bytes"))?))
+}
+
 impl Options {
     fn parse() -> Result<Self> {
-        let usage = "usage: disk --backend NAME --base FILE --store DIR [--size BYTES] [--count N] [--keep]";
+        let usage =
+            "usage: disk --backend NAME --base FILE --store DIR [--size BYTES] [--grow BYTES] [--count N] [--keep]";
         let mut options = Self {
             backend: String::new(),
             base: PathBuf::new(),
             store: PathBuf::new(),
             size: None,
+            grow: None,
             count: 1,
             keep: false,
         };
@@ -106,10 +120,8 @@ impl Options {
                 "--backend" => options.backend = value()?,
                 "--base" => options.base = value()?.into(),
                 "--store" => options.store = value()?.into(),
-                "--size" => {
-                    let bytes = value()?.parse().context("`--size` is a number of bytes")?;
-                    options.size = Some(Bytes::new(bytes));
-                }
+                "--size" => options.size = Some(bytes(&arg, &value()?)?),
+                "--grow" => options.grow = Some(bytes(&arg, &value()?)?),
                 "--count" => options.count = value()?.parse().context("`--count` is a number")?,
                 "--keep" => options.keep = true,
                 _ => bail!("unknown argument `{arg}`; {usage}"),

@@ -110,6 +110,30 @@ fn sizes_are_as_asked_for_and_never_smaller_than_the_base() {
 }
 
 #[test]
+fn a_kept_disk_grows_and_keeps_its_content() {
+    with_each(|dir, backend| {
+        let (raw, qcow2) = bases(dir);
+        for base in [raw, qcow2] {
+            let disk = backend.create(&base, &id("one"), &RootPolicy::Persistent.into()).unwrap();
+            io(&disk.attach().unwrap(), &["write -P 1 7M 1M"]);
+            disk.resize(Bytes::mib(20)).unwrap();
+            io(
+                &disk.attach().unwrap(),
+                &["read -P 7 0 4k", "read -P 1 7M 1M", "read -P 0 8M 12M", "write -P 2 19M 1M"],
+            );
+            let report = disk.check().unwrap();
+            assert_eq!((report.errors, report.leaks, report.size), (0, 0, Bytes::mib(20)), "{report:?}");
+            let error = disk.resize(Bytes::mib(10)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            let holder = Holder::of(&disk.attach().unwrap());
+            assert_eq!(disk.resize(Bytes::mib(40)).unwrap_err().kind(), ErrorKind::Busy);
+            drop(holder);
+            backend.remove(&id("one")).unwrap();
+        }
+    });
+}
+
+#[test]
 fn another_base_is_refused_for_what_is_kept() {
     with_each(|dir, backend| {
         let (raw, qcow2) = bases(dir);
@@ -129,7 +153,14 @@ fn a_qcow2_disk_is_made_as_qemu_would_make_it() {
         let (base, _) = bases(dir.path());
         let backend = DiskBackends::built_in().make("qcow2", Place::for_disks(dir.path()).unwrap()).unwrap();
         let capabilities = backend.capabilities().unwrap();
-        for capability in [DiskCapability::Thin, DiskCapability::ConstantCreate, DiskCapability::NoticedUse] {
+        for capability in [
+            DiskCapability::Thin,
+            DiskCapability::ConstantCreate,
+            DiskCapability::NoticedUse,
+            DiskCapability::Resize,
+            DiskCapability::Commit,
+            DiskCapability::Rebase,
+        ] {
             assert!(capabilities.get(capability).is_yes(), "{capabilities:?}");
         }
         for size in [8 << 20, (8 << 20) + 512, 1 << 30, 600 << 30, 64 << 40] {

@@ -5,12 +5,13 @@ use std::{
     fmt,
     fs::{self, File},
     io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use qvd_core::{Bytes, Missing, RootPolicy, Support};
+use rustix::{fs::FallocateFlags, io::Errno};
 
 use super::{
     BaseDisk, Device, Disk, DiskCapabilities, DiskCapability, DiskFormat, DiskId, DiskOptions, DiskReport, lock,
@@ -255,6 +256,20 @@ pub(super) fn capabilities(place: &Place, works: &Support) -> Result<DiskCapabil
         found.set(DiskCapability::Durable, Support::No(Missing::Filesystem("storage: it is in memory".to_owned())));
     }
     Ok(found)
+}
+
+/// Whether files in `dir` can be given holes, found by making one.
+pub(super) fn holes(dir: &Path) -> Result<Support, Error> {
+    let tried = || -> io::Result<Support> {
+        let file = tempfile::tempfile_in(dir)?;
+        file.write_all_at(&[1; 8192], 0)?;
+        match rustix::fs::fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, 4096) {
+            Ok(()) => Ok(Support::Yes),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(Support::No(Missing::Filesystem("holes in files".to_owned()))),
+            Err(error) => Err(error.into()),
+        }
+    };
+    tried().map_err(Error::io("probe holes below", dir))
 }
 
 /// Passes the calls of [`DiskBackend`](super::DiskBackend) to the [`Files`] in a type.

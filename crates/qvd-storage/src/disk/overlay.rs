@@ -2,15 +2,16 @@
 
 use std::{
     fs::File,
+    io,
     path::{Path, PathBuf},
 };
 
-use qvd_core::{Bytes, Missing, Support};
+use qvd_core::{Bytes, Support};
 
 use super::{
     BaseDisk, DiskCapability, DiskFormat, DiskId, DiskReport,
     files::{self, Files, Make, delegate},
-    qcow2::{self, BackingPolicy, Chain},
+    qcow2::{self, BackingPolicy, Chain, Rebase, Repair, Shrink},
 };
 use crate::{Error, Place};
 
@@ -41,17 +42,29 @@ impl Qcow2 {
 
     fn probe(&self) -> Result<super::DiskCapabilities, Error> {
         let mut found = files::capabilities(self.0.place(), &Support::Yes)?;
-        for capability in [DiskCapability::Resize, DiskCapability::Commit, DiskCapability::Rebase] {
-            found.set(capability, Support::No(Missing::Design(READ_ONLY.to_owned())));
-        }
+        try_changes(self.0.place().dir())?;
+        found.set(DiskCapability::Discard, files::holes(self.0.place().dir())?);
         Ok(found)
     }
 }
 
 delegate!(Qcow2, "qcow2", &[]);
 
-/// What is not offered, and why.
-const READ_ONLY: &str = "qcow2 files are made and read, but written to by virtual machines alone";
+/// Makes a small disk in `dir` and does with it all that can be done with one:
+/// on a directory where disks can be made, an error says nothing about the host.
+fn try_changes(dir: &Path) -> Result<(), Error> {
+    const BYTES: u64 = 1 << 20;
+    let io = |error: io::Error| Error::io("try disks below", dir)(error);
+    let scratch = tempfile::Builder::new().prefix(".new-").tempdir_in(dir).map_err(io)?;
+    let (base, disk) = (scratch.path().join("base"), scratch.path().join("disk"));
+    let policy = BackingPolicy::nothing().with_dir(scratch.path())?;
+    qcow2::create(&base, BYTES, None)?;
+    qcow2::create(&disk, BYTES, Some((&base, DiskFormat::Qcow2)))?;
+    qcow2::resize(&disk, 2 * BYTES, Shrink::Never, &policy)?;
+    qcow2::commit(&disk, &policy)?;
+    qcow2::rebase(&disk, None, Rebase::Safe, &policy)?;
+    scratch.close().map_err(io)
+}
 
 #[derive(Debug, Clone)]
 struct Overlay {
@@ -83,11 +96,14 @@ impl Make for Overlay {
     }
 
     fn check(&self, base: &BaseDisk, path: &Path, report: &mut DiskReport) -> Result<(), Error> {
+        // What is behind has to be there as well, and be permitted.
         report.size = Bytes::new(self.size(base, path)?);
+        let found = qcow2::check(path, Repair::Nothing)?;
+        (report.errors, report.leaks, report.findings) = (found.errors, found.leaks, found.findings);
         Ok(())
     }
 
-    fn grow(&self, _: &BaseDisk, _: &Path, _: u64) -> Result<(), Error> {
-        Err(Error::Unsupported { op: "resize a disk", missing: Missing::Design(READ_ONLY.to_owned()) })
+    fn grow(&self, base: &BaseDisk, path: &Path, size: u64) -> Result<(), Error> {
+        qcow2::resize(path, size, Shrink::Never, &self.permitted(base)?)
     }
 }

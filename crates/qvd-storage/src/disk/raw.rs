@@ -1,9 +1,9 @@
 //! Disks that are raw copies of their base, plain or sharing its extents.
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::{fs::File, path::Path};
 
 use qvd_core::{Bytes, Missing, Support};
-use rustix::{fs::FallocateFlags, io::Errno};
+use rustix::io::Errno;
 
 use super::{
     BaseDisk, DiskCapabilities, DiskCapability, DiskDeviation, DiskFormat, DiskReport,
@@ -74,23 +74,9 @@ fn capabilities(place: &Place, works: &Support) -> Result<DiskCapabilities, Erro
         found.set(DiskCapability::Commit, apart.clone()).set(DiskCapability::Rebase, apart);
         let own = "each disk has a file, and so pages, of its own".to_owned();
         found.set(DiskCapability::SharedCache, Support::No(Missing::Design(own)));
-        found.set(DiskCapability::Discard, holes(place.dir())?);
+        found.set(DiskCapability::Discard, files::holes(place.dir())?);
     }
     Ok(found)
-}
-
-/// Whether files in `dir` can be given holes, found by making one.
-fn holes(dir: &Path) -> Result<Support, Error> {
-    let tried = || -> io::Result<Support> {
-        let file = tempfile::tempfile_in(dir)?;
-        file.write_all_at(&[1; 8192], 0)?;
-        match rustix::fs::fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, 4096) {
-            Ok(()) => Ok(Support::Yes),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(Support::No(Missing::Filesystem("holes in files".to_owned()))),
-            Err(error) => Err(error.into()),
-        }
-    };
-    tried().map_err(Error::io("probe holes below", dir))
 }
 
 #[derive(Debug, Clone)]

@@ -162,19 +162,22 @@ pub(super) fn read_layers(layers: &mut [Layer], buffer: &mut [u8], at: u64) -> R
     outside.fill(0);
     match layer {
         Layer::Raw(raw) => read_padded(&raw.file, buffer, at).map_err(Error::io("read disk", &raw.path)),
-        Layer::Qcow2(image) => {
-            let (mut rest, mut at) = (buffer, at);
-            while !rest.is_empty() {
-                let (mapping, run) = image.map(at)?;
-                let run = usize::try_from(run).unwrap_or(usize::MAX).min(rest.len());
-                let (part, later) = rest.split_at_mut(run);
-                match mapping {
-                    Mapping::Absent => read_layers(behind, part, at)?,
-                    mapping => image.read_mapped(mapping, part, at)?,
-                }
-                (rest, at) = (later, at + run as u64);
-            }
-            Ok(())
-        }
+        Layer::Qcow2(image) => read_image(image, behind, buffer, at),
     }
+}
+
+/// As [`read_layers`], inside of the disk in `image`, with those behind it.
+pub(super) fn read_image(image: &mut Image, behind: &mut [Layer], buffer: &mut [u8], at: u64) -> Result<(), Error> {
+    let (mut rest, mut at) = (buffer, at);
+    while !rest.is_empty() {
+        let (mapping, run) = image.map(at)?;
+        let run = usize::try_from(run).unwrap_or(usize::MAX).min(rest.len());
+        let (part, later) = rest.split_at_mut(run);
+        match mapping {
+            Mapping::Absent => read_layers(behind, part, at)?,
+            mapping => image.read_mapped(mapping, part, at)?,
+        }
+        (rest, at) = (later, at + run as u64);
+    }
+    Ok(())
 }

@@ -75,10 +75,12 @@ impl Layout {
     }
 
     pub(super) fn write(&self, file: &File) -> io::Result<()> {
+        // The length first: each write behind a file's end is a transaction of its own, which XFS
+        // has wait for what the file system does in the background.
+        file.set_len(self.length)?;
         file.write_all_at(&(2 * self.cluster).to_be_bytes(), self.cluster)?;
         let counts: Vec<u8> = (0..self.used).flat_map(|_| 1_u16.to_be_bytes()).collect();
         file.write_all_at(&counts, 2 * self.cluster)?;
-        file.set_len(self.length)?;
         file.write_all_at(&self.header, 0)
     }
 }

@@ -85,6 +85,14 @@ pub enum Fault {
         /// Size of the disk in bytes.
         size: u64,
     },
+    /// Its parts do not agree, so nothing is written to it.
+    #[error("it contradicts itself in {errors} places, first: {first}")]
+    Inconsistent {
+        /// In how many.
+        errors: u64,
+        /// The first that was found.
+        first: String,
+    },
     /// It cannot grow, shrink or take more.
     #[error("{0}")]
     Limit(String),

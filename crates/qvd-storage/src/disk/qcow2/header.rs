@@ -24,7 +24,7 @@ const SNAPSHOTS_MAX: u32 = 65_536;
 /// Longest name of a backing file.
 pub(super) const BACKING_NAME_MAX: usize = 1023;
 /// `BDRV_MAX_LENGTH`, rounded down: the largest disk that QEMU takes, in bytes.
-const SIZE_MAX: u64 = i64::MAX as u64 & !((1 << 21) - 1);
+pub(super) const SIZE_MAX: u64 = i64::MAX as u64 & !((1 << 21) - 1);
 /// What most headers fit in, in bytes; the rest is read when it is needed.
 const FIRST_READ: usize = 4096;
 
@@ -257,6 +257,58 @@ impl Header {
         Ok(out)
     }
 
+    /// The header in `first`, the file's first cluster, with another file
+    /// behind it: its beginning up to the end of its extensions, and the name,
+    /// which has a place where the old one is not, if there is one.
+    ///
+    /// # Errors
+    /// The name is too long.
+    pub(super) fn with_backing(first: &[u8], length: u32, backing: Option<&BackingName>) -> Result<Rewritten, Fault> {
+        const PART: &str = "the header's extensions";
+        let cluster = first.len() as u64;
+        let (old_at, old_size) = (u64_at(first, 8, PART)?, u32_at(first, 16, PART)?);
+        let old_end = if old_at == 0 { 0 } else { old_at + u64::from(old_size) };
+        let mut head = slice(first, 0, u64::from(length), PART)?.to_vec();
+        let mut add = |kind: u32, data: &[u8]| {
+            head.extend(kind.to_be_bytes());
+            head.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+            head.extend(data);
+            head.resize(head.len().next_multiple_of(8), 0);
+        };
+        if let Some(format) = backing.and_then(|backing| backing.format.as_ref()) {
+            add(EXTENSION_BACKING_FORMAT, format.as_bytes());
+        }
+        // The others stay, known or not.
+        let (mut at, end) = (u64::from(length), if old_at == 0 { cluster } else { old_at.min(cluster) });
+        while at + 8 <= end {
+            let (kind, size) = (u32_at(first, at, PART)?, u32_at(first, at + 4, PART)?);
+            if kind == EXTENSION_END {
+                break;
+            }
+            if kind != EXTENSION_BACKING_FORMAT {
+                add(kind, slice(first, at + 8, u64::from(size), PART)?);
+            }
+            at = (at + 8 + u64::from(size)).next_multiple_of(8);
+        }
+        add(EXTENSION_END, &[]);
+        let Some(backing) = backing else {
+            head.splice(8..20, [0; 12]);
+            return Ok((head, None));
+        };
+        let (name, begin) = (backing.name.as_bytes(), head.len() as u64);
+        let size = name.len() as u64;
+        let behind = begin.max(old_end.next_multiple_of(8));
+        let at = if begin + size > old_at && behind + size <= cluster { behind } else { begin };
+        if name.len() > BACKING_NAME_MAX || at + size > cluster {
+            let why = format!("has a name of {size} bytes, too long for a header");
+            return Err(Fault::Backing { name: backing.name.clone(), why });
+        }
+        let mut place = at.to_be_bytes().to_vec();
+        place.extend(u32::try_from(size).unwrap_or(u32::MAX).to_be_bytes());
+        head.splice(8..20, place);
+        Ok((head, Some((at, name.to_vec()))))
+    }
+
     /// A header without snapshots or features, whose tables are somewhere else still.
     pub(super) const fn plain(size: u64, cluster_bits: u32, backing: Option<BackingName>) -> Self {
         Self {
@@ -278,6 +330,9 @@ impl Header {
         }
     }
 }
+
+/// The beginning of a header, and where what name of a backing file goes.
+pub(super) type Rewritten = (Vec<u8>, Option<(u64, Vec<u8>)>);
 
 impl BackingName {
     pub(super) fn new(name: String, format: DiskFormat) -> Self {

@@ -29,6 +29,8 @@ pub struct Image {
     /// Length of the file in bytes.
     pub(super) length: u64,
     pub(super) tables: Tables,
+    /// No cluster before this one is free.
+    pub(super) free_from: u64,
     /// The compressed cluster unpacked last, by its entry.
     unpacked: Option<(u64, Vec<u8>)>,
 }
@@ -57,7 +59,7 @@ impl Image {
         let header = Header::read(&file).map_err(Error::io("read disk", &path))?;
         let header = header.map_err(|fault| Error::DiskFile { path: path.clone(), fault })?;
         let length = length_of(&file).map_err(Error::io("read disk", &path))?;
-        Ok(Self { tables: Tables::new(header.cluster()), file, path, header, length, unpacked: None })
+        Ok(Self { tables: Tables::new(header.cluster()), file, path, header, length, free_from: 1, unpacked: None })
     }
 
     /// What its header says.

@@ -23,12 +23,16 @@
 //! ```
 
 mod chain;
+mod change;
+mod check;
+mod counts;
 mod create;
 mod fault;
 mod header;
 mod image;
 mod policy;
 mod table;
+mod write;
 
 use std::{
     fs::File,
@@ -39,11 +43,14 @@ use std::{
 pub(in crate::disk) use self::create::write_new;
 pub use self::{
     chain::Chain,
+    change::{Rebase, Shrink, commit, rebase, resize},
+    check::{Repair, check},
     create::create,
     fault::Fault,
     header::{BackingName, Header},
     image::{Image, Mapping},
     policy::BackingPolicy,
+    write::Writer,
 };
 
 /// How many bytes there are. A block device has no length, but an end.

@@ -1,7 +1,7 @@
 //! Tables of 64-bit entries inside a qcow2 file: the clusters that hold them,
 //! a few kept in memory.
 
-use std::{fs::File, io};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
 use super::read_padded;
 
@@ -41,6 +41,22 @@ impl Tables {
             self.kept.push((at, bytes));
         }
         Ok(self.kept.last().map_or(&[], |(_, bytes)| bytes))
+    }
+
+    /// Writes bytes that are inside of one cluster, to the file and to what is kept of it.
+    pub(super) fn put(&mut self, file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let cluster = self.cluster as u64;
+        let (begin, within) = (at / cluster * cluster, usize::try_from(at % cluster).unwrap_or(usize::MAX));
+        // Nothing is kept that the file may not have.
+        let kept = self.kept.iter().position(|(offset, _)| *offset == begin).map(|found| self.kept.remove(found));
+        file.write_all_at(bytes, at)?;
+        if let Some((offset, mut whole)) = kept
+            && let Some(part) = whole.get_mut(within..within.saturating_add(bytes.len()))
+        {
+            part.copy_from_slice(bytes);
+            self.kept.push((offset, whole));
+        }
+        Ok(())
     }
 
     /// Which cluster an entry is in, and where there. Tables begin with a cluster.
