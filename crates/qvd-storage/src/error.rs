@@ -84,6 +84,9 @@ pub enum Error {
     /// A root is mounted already.
     #[error("root {0} is in use")]
     RootBusy(RootId),
+    /// A home with a file system of its own is mounted already.
+    #[error("home `{}` is in use", .0.display())]
+    HomeBusy(PathBuf),
     /// There is no kept root of this name.
     #[error("there is no kept root {0}")]
     NoSuchRoot(RootId),
@@ -243,6 +246,7 @@ impl Error {
             | Self::NoSuchCommit { .. } => ErrorKind::NotFound,
             Self::StoreBusy(_)
             | Self::RootBusy(_)
+            | Self::HomeBusy(_)
             | Self::DiskBusy(_)
             | Self::DiskFileBusy(_)
             | Self::TagMoved { .. } => ErrorKind::Busy,

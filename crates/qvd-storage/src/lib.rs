@@ -61,7 +61,7 @@ pub use disk::{
 pub use error::{Error, RecipeError};
 pub use guest_base::{is_guest_base, make_guest_base};
 pub use guests::GuestBase;
-pub use home::{Home, HomeId};
+pub use home::{Home, HomeId, HomeKind, HomeOptions};
 pub use image::Image;
 pub use qvd_core::ErrorKind;
 pub use recipe::{Defaults, ImageConfig, Recipe, SessionSpec, UserConfig};

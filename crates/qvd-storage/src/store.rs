@@ -14,8 +14,8 @@ use rustix::{
 };
 
 use crate::{
-    Backends, BuildOptions, Capability, Error, Home, HomeId, Image, ImageConfig, Recipe, Root, RootBackend, RootId,
-    RootOptions, build, fsio,
+    Backends, BuildOptions, Capability, Error, Home, HomeId, HomeOptions, Image, ImageConfig, Recipe, Root,
+    RootBackend, RootId, RootOptions, build, fsio,
     guests::Guests,
     image::{Images, Made},
     probe,
@@ -71,6 +71,7 @@ impl Store {
         let trash = Arc::new(Trash::open(&root.join("trash"))?);
         let images = Images::open(&root.join("images"), &root.join("making"), Arc::clone(&trash))?;
         trash.take_temporary(&root.join("homes"))?;
+        trash.take_temporary(&root.join("home-disks"))?;
         let roots = Roots::open(&root.join("roots"), backends, Arc::clone(&trash))?;
         let guests = Guests::open(&root, images.repository(), &trash)?;
         Ok(Self { images, roots, guests, trash, building: Mutex::new(()), _lock: lock, root })
@@ -263,22 +264,44 @@ impl Store {
         self.trash.empty()
     }
 
-    /// The home of a user or a desktop, made at its first use.
+    /// The home of a user or a desktop: a directory without limits, made at its first use.
     ///
     /// # Errors
     /// As [`Home::open`].
     pub fn home(&self, id: &HomeId, image: &Image) -> Result<Home, Error> {
-        let homes = self.root.join("homes");
-        fsio::ensure_private_dir(&homes).map_err(Error::io("use", &homes))?;
-        Home::open(&homes.join(id.to_string()), image)
+        self.home_with(id, image, &HomeOptions::default())
+    }
+
+    /// The home of a user or a desktop, made at its first use in this way. One
+    /// that is there stays of its kind.
+    ///
+    /// # Errors
+    /// As [`Home::open`]; [`Error::Unsupported`] when a limit would not hold, or
+    /// the home that is there was made in another way.
+    pub fn home_with(&self, id: &HomeId, image: &Image, options: &HomeOptions) -> Result<Home, Error> {
+        let [dir, disk] = self.home_paths(id);
+        for path in [&dir, &disk] {
+            let parent = path.parent().unwrap_or(&self.root);
+            fsio::ensure_private_dir(parent).map_err(Error::io("use", parent))?;
+        }
+        Home::in_store(&dir, &disk, image, options)
     }
 
     /// Removes a home and everything in it. Removing what is not there is `Ok`.
     ///
     /// # Errors
-    /// It could not be moved out of the way.
+    /// It could not be moved out of the way; [`Error::HomeBusy`] while one with
+    /// a file system of its own is mounted.
     pub fn remove_home(&self, id: &HomeId) -> Result<(), Error> {
-        self.trash.discard(&self.root.join("homes").join(id.to_string()))
+        let [dir, disk] = self.home_paths(id);
+        Home::expect_unused(&disk)?;
+        self.trash.discard(&disk)?;
+        self.trash.discard(&dir)
+    }
+
+    /// Where a home is, as a directory and as a file system of its own.
+    fn home_paths(&self, id: &HomeId) -> [PathBuf; 2] {
+        ["homes", "home-disks"].map(|kind| self.root.join(kind).join(id.to_string()))
     }
 
     /// What this host can do for roots, found by doing it below the store.

@@ -11,7 +11,7 @@ mod exclusive;
 mod fuse;
 mod id;
 mod layer;
-mod looped;
+pub(crate) mod looped;
 mod overlayfs;
 mod place;
 mod record;

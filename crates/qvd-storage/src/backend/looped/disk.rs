@@ -51,18 +51,18 @@ const MOST_RESERVED: u64 = 1 << 16;
 
 /// What distinguishes one empty file system from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(crate) struct Shape {
     /// Size of the file system, its own needs included.
-    pub(super) bytes: Bytes,
+    pub(crate) bytes: Bytes,
     /// How many files it can hold; as many as fit on average if not said.
-    pub(super) inodes: Option<u64>,
+    pub(crate) inodes: Option<u64>,
     /// Whether it is whole after a crash of the host.
-    pub(super) journal: bool,
+    pub(crate) journal: bool,
 }
 
 impl Shape {
     /// Below this, ext4 has no room for what it needs itself and files besides.
-    pub(super) const SMALLEST: Self = Self { bytes: Bytes::mib(4), inodes: None, journal: false };
+    pub(crate) const SMALLEST: Self = Self { bytes: Bytes::mib(4), inodes: None, journal: false };
 
     fn name(self) -> String {
         let inodes = self.inodes.map_or("any".to_owned(), |count| count.to_string());
@@ -149,7 +149,8 @@ fn reserve(own: &OwnedFd, inodes: u64, template: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn make(shape: Shape, path: &Path) -> Result<(), Error> {
+/// Makes the file `path` an empty file system, whatever it was.
+pub(crate) fn make(shape: Shape, path: &Path) -> Result<(), Error> {
     let file =
         File::options().write(true).create(true).truncate(true).open(path).map_err(Error::io("make disk", path))?;
     file.set_len(shape.bytes.get()).map_err(Error::io("make disk", path))?;
@@ -167,7 +168,7 @@ fn make(shape: Shape, path: &Path) -> Result<(), Error> {
 }
 
 /// Mounts a disk; its loop device goes with the mount.
-pub(super) fn mount(disk: &Path) -> Result<OwnedFd, Error> {
+pub(crate) fn mount(disk: &Path) -> Result<OwnedFd, Error> {
     let file = File::options().read(true).write(true).open(disk).map_err(Error::io("open disk", disk))?;
     let device = LoopDevice::attach(file.as_fd(), false).map_err(|error| {
         let missing = match Errno::from_io_error(&error) {
@@ -197,7 +198,7 @@ pub(super) fn mount(disk: &Path) -> Result<OwnedFd, Error> {
 }
 
 /// Whether a disk is mounted anywhere; one that is not there is not.
-pub(super) fn in_use(disk: &Path) -> Result<bool, Error> {
+pub(crate) fn in_use(disk: &Path) -> Result<bool, Error> {
     match File::open(disk) {
         Ok(file) => loopdev::in_use(&file).map_err(Error::io("ask for the use of disk", disk)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),

@@ -1,6 +1,6 @@
 //! Roots with a file system of their own each, in a file on a loop device.
 
-mod disk;
+pub(crate) mod disk;
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -35,7 +35,7 @@ pub struct Looped {
 }
 
 /// Bytes of a root that nobody limits; sparse, so it takes what is written.
-const UNLIMITED: Bytes = Bytes::gib(16);
+pub(crate) const UNLIMITED: Bytes = Bytes::gib(16);
 
 /// The file system of a root, in its directory.
 const DISK: &str = "disk";

@@ -1,0 +1,174 @@
+//! Homes as a user finds them: in a directory or a file system of their own,
+//! limited, made whole or not at all.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use qvd_core::{Bytes, DesktopId, UidRange};
+use qvd_storage::{ErrorKind, Home, HomeId, HomeKind, HomeOptions, Image, Quota, Recipe, Store};
+use qvd_sys::process::traced::{self, Counted, End};
+use qvd_testkit::{Census, Need, Scope, privileged};
+
+const NEEDS: &[Need] = &[Need::Root, Need::UserNamespaces, Need::Program("mkfs.ext4")];
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn fill(tree: &Path) -> io::Result<()> {
+    fs::create_dir_all(tree.join("etc/skel"))?;
+    fs::create_dir_all(tree.join("usr"))?;
+    fs::write(tree.join("etc/skel/.profile"), "umask 077")
+}
+
+fn store(dir: &Path) -> (Store, Image) {
+    let store = Store::open(&dir.join("store")).unwrap();
+    let recipe = Recipe::parse(
+        r#"
+        name = "tiny"
+        packages = []
+        base = { distribution = "debian", suite = "bookworm" }
+        user = { name = "user", uid = 1000, gid = 1000 }
+        "#,
+    );
+    let image = store.import(recipe.unwrap().config().clone(), &mut fill).unwrap();
+    (store, image)
+}
+
+fn whose() -> HomeId {
+    HomeId::from(DesktopId::new(7).unwrap())
+}
+
+fn looped(mib: u64) -> HomeOptions {
+    HomeOptions { kind: HomeKind::Loop, quota: Quota { bytes: Some(Bytes::mib(mib)), inodes: Some(64) } }
+}
+
+fn path(mount: &OwnedFd, name: &str) -> PathBuf {
+    format!("/proc/self/fd/{}/{name}", mount.as_raw_fd()).into()
+}
+
+#[test]
+fn a_home_with_a_file_system_of_its_own_is_kept_and_cannot_hold_more_than_it_may() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let census = Census::take(&Scope::marked([dir.path().file_name().unwrap().to_str().unwrap()]));
+        let (store, image) = store(dir.path());
+        let home = store.home_with(&whose(), &image, &looped(16)).unwrap();
+        let range = UidRange::of_slot(1).unwrap();
+        let userns = qvd_sys::userns::create(range.base(), UidRange::LEN).unwrap();
+        let mount = home.mount(Some(userns.as_fd())).unwrap();
+        let profile = fs::metadata(path(&mount, ".profile")).unwrap();
+        assert_eq!(profile.uid(), range.base() + 1000);
+        assert_eq!(fs::metadata(path(&mount, "")).unwrap().mode() & 0o7777, 0o700);
+        assert_eq!(fs::read_dir(path(&mount, "")).unwrap().count(), 1, "only what the skeleton has");
+        let flags = rustix::fs::fstatvfs(&mount).unwrap().f_flag;
+        assert!(flags.contains(rustix::fs::StatVfsMountFlags::NOSUID | rustix::fs::StatVfsMountFlags::NODEV));
+        // In use it is neither mounted twice nor removed.
+        for refused in [home.mount(None).map(drop), store.remove_home(&whose())] {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::Busy);
+        }
+        drop((mount, userns));
+
+        let mount = home.mount(None).unwrap();
+        let error = fs::write(path(&mount, "much"), vec![1; 20 << 20]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
+        fs::remove_file(path(&mount, "much")).unwrap();
+        fs::create_dir(path(&mount, "many")).unwrap();
+        let many = (0..400).find_map(|number| fs::write(path(&mount, &format!("many/{number}")), "").err());
+        assert_eq!(many.map(|error| error.kind()), Some(io::ErrorKind::StorageFull));
+        drop(mount);
+        assert!(fs::metadata(home.dir()).unwrap().blocks() * 512 < 17 << 20);
+
+        // It is there again as it was, and of its kind and size alone.
+        let home = store.home_with(&whose(), &image, &looped(16)).unwrap();
+        let mount = home.mount(None).unwrap();
+        assert!(path(&mount, "many/0").exists());
+        drop(mount);
+        for other in [looped(32), looped(1), HomeOptions::default()] {
+            let error = store.home_with(&whose(), &image, &other).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        }
+        store.remove_home(&whose()).unwrap();
+        store.remove_home(&whose()).unwrap();
+        store.empty_trash().unwrap();
+        assert!(!home.dir().exists());
+        drop(store);
+        fs::remove_dir_all(dir.path().join("store")).unwrap();
+        census.assert_unchanged();
+    });
+}
+
+#[test]
+fn a_limit_that_would_not_hold_is_refused_and_so_are_ids_that_cannot_be_shifted() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, image) = store(dir.path());
+        store.home(&whose(), &image).unwrap();
+        let limited = HomeOptions { kind: HomeKind::Directory, ..looped(16) };
+        let error = store.home_with(&whose(), &image, &limited).unwrap_err();
+        assert!(error.to_string().contains("made without"), "{error}");
+        let other = HomeId::from(DesktopId::new(8).unwrap());
+        match store.home_with(&other, &image, &limited) {
+            // Where projects are counted, it holds.
+            Ok(_) => assert!(store.home_with(&other, &image, &limited).is_ok()),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+                assert_eq!(fs::read_dir(dir.path().join("store/homes")).unwrap().count(), 1, "nothing half made");
+            }
+        }
+        // A file system without id-mapped mounts, as those of networks are.
+        let home = Home::open(Path::new("/sys/kernel"), &image).unwrap();
+        let userns = qvd_sys::userns::create(UidRange::of_slot(1).unwrap().base(), UidRange::LEN).unwrap();
+        let error = home.mount(Some(userns.as_fd())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        assert!(error.to_string().contains("id-mapped mounts"), "{error}");
+    });
+}
+
+#[test]
+fn killed_at_any_call_a_home_is_there_whole_or_not_at_all() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = store(dir.path()).1.digest();
+        for kind in [HomeKind::Directory, HomeKind::Loop] {
+            let options = if kind == HomeKind::Loop { looped(8) } else { HomeOptions::default() };
+            for after in 1.. {
+                let at = dir.path().to_path_buf();
+                let run = traced::run(Some(after), Counted::Lasting, LIMIT, move || {
+                    let store = Store::open(&at.join("store")).unwrap();
+                    let image = store.image(digest).unwrap();
+                    store.home_with(&whose(), &image, &options).unwrap();
+                    0
+                });
+                let end = run.unwrap().end;
+                let store = Store::open(&dir.path().join("store")).unwrap();
+                for kind in ["homes", "home-disks"] {
+                    let left = fs::read_dir(dir.path().join("store").join(kind)).map_or(0, |names| {
+                        names.flatten().filter(|name| name.file_name().to_string_lossy().starts_with(".new-")).count()
+                    });
+                    assert_eq!(left, 0, "after call {after} ({end:?})");
+                }
+                let image = store.image(digest).unwrap();
+                let home = store.home_with(&whose(), &image, &options).unwrap();
+                let mount = home.mount(None).unwrap();
+                assert_eq!(fs::read_to_string(path(&mount, ".profile")).unwrap(), "umask 077", "{after} ({end:?})");
+                drop(mount);
+                store.remove_home(&whose()).unwrap();
+                store.empty_trash().unwrap();
+                match end {
+                    End::Killed(_) => {}
+                    End::Returned(0) => {
+                        assert!(after > 10, "{after} calls");
+                        break;
+                    }
+                    other => panic!("after call {after}: {other:?}"),
+                }
+            }
+        }
+    });
+}
