@@ -22,7 +22,7 @@ pub use net::{
 };
 pub use rest::{RestMode, RestPolicy};
 pub use spec::{
-    DesktopSpec, DesktopState, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, RootPolicy, StartStep,
+    DesktopSpec, DesktopState, Device, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, RootPolicy, StartStep,
     Virtualizer,
 };
 pub use support::{Missing, Support};

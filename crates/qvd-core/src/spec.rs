@@ -32,6 +32,43 @@ pub enum RootPolicy {
     Persistent,
 }
 
+/// A kind of the host's devices that programs of a desktop may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Device {
+    /// File systems that programs inside serve.
+    Fuse,
+    /// Rendering by graphics processors; not their screens.
+    Dri,
+    /// Sound cards.
+    Sound,
+    /// Cameras, by Video4Linux.
+    Camera,
+}
+
+impl Device {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Fuse, Self::Dri, Self::Sound, Self::Camera];
+
+    /// The name in recipes.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Fuse => "fuse",
+            Self::Dri => "dri",
+            Self::Sound => "sound",
+            Self::Camera => "camera",
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// What a desktop may use of its host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

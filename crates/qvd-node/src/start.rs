@@ -126,6 +126,7 @@ impl Parts {
         let mut container = ContainerSpec::new(id, root_mount, *ids, program);
         container.hostname.clone_from(&spec.hostname);
         container.limits = spec.limits;
+        container.profile.devices.clone_from(&image.config().defaults.devices);
         container.mounts = vec![ContainerMount { target: image.config().user.home().into(), mount: home }];
         container.fds = vec![
             InheritedFd { number: qvd_guest::fds::CONTROL, fd: control },

@@ -1,8 +1,11 @@
 //! Recipes: what an image is made of, written by a person in TOML.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
-use qvd_core::{FlavourName, Geometry, Limits, NetPolicy, RestPolicy, RootPolicy};
+use qvd_core::{Device, FlavourName, Geometry, Limits, NetPolicy, RestPolicy, RootPolicy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use toml::Spanned;
@@ -127,6 +130,9 @@ pub struct Defaults {
     pub net: NetPolicy,
     /// What it does while nobody looks.
     pub rest: RestPolicy,
+    /// Which of the host's devices its programs may use.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub devices: BTreeSet<Device>,
 }
 
 /// The distribution that packages are taken from.

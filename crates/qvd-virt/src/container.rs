@@ -18,12 +18,17 @@ use crate::{
     Enforced, Error, Freezer,
     cgroup::Cgroup,
     error::io_error,
+    fuse,
     runtime::{PLAN_WITHIN, Shared},
     sound,
 };
 
 /// How long a killed process may take to be gone.
 const KILLED_WITHIN: Duration = Duration::from_secs(10);
+
+/// After how long one asks what keeps a killed process. Without anything that
+/// does it takes milliseconds, and asking does no harm.
+const KILLED_SOON: Duration = Duration::from_secs(1);
 
 /// What a child calls after it has reported: it waits, and executes.
 const CALLS_AFTER_READY: u32 = 2;
@@ -329,6 +334,11 @@ impl Container {
             freezer.thaw()?;
         }
         self.kill()?;
+        if self.wait(KILLED_SOON)?.is_none() {
+            let ended = self.place.cgroup.processes().and_then(|processes| fuse::abort(&processes));
+            let ended = ended.map_err(io_error(format!("end what programs of desktop {id} serve")))?;
+            tracing::info!(desktop = %id, ended, "a kill was not enough");
+        }
         if self.wait(KILLED_WITHIN)?.is_none() {
             return Err(Error::Timeout { op: format!("kill desktop {id}"), limit: KILLED_WITHIN });
         }

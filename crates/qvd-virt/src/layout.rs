@@ -8,6 +8,7 @@
 //! cannot fake those.
 
 use std::{
+    collections::BTreeSet,
     ffi::{CString, OsStr},
     io,
     os::{
@@ -17,18 +18,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use qvd_core::Bytes;
+use qvd_core::{Bytes, Device};
 use qvd_sys::{
     mount::{FsContext, Restrictions, clone_dir, restrict},
     process::{Op, Plan, PlanFd},
 };
 use rustix::{
-    fs::{FileType, Mode, OFlags, ResolveFlags, makedev, mkdirat, mknodat, openat, openat2, symlinkat},
+    fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, makedev, mkdirat, mknodat, openat, openat2, symlinkat},
     io::Errno,
 };
 
 use crate::{
-    ContainerMount, ContainerSpec, Error,
+    ContainerMount, ContainerSpec, Error, FuseMount,
+    devices::{Node, find},
     error::io_error,
     measures::Measures,
     spec::{c_string, components},
@@ -72,6 +74,9 @@ const SYS_DIRS: &[&str] = &["devices/virtual/powercap", "firmware", "hypervisor"
 /// Source: Linux `Documentation/admin-guide/devices.txt`.
 const KVM: (&str, u32, u32) = ("kvm", 10, 232);
 
+/// Where the host's devices are.
+const HOST_DEV: &str = "/dev";
+
 /// What every container of this host gets, found and made once.
 #[derive(Debug)]
 pub(crate) struct Layout {
@@ -89,7 +94,7 @@ pub(crate) struct Layout {
 impl Layout {
     pub(crate) fn new() -> Result<Self, Error> {
         let dev = make_dev(&[]).map_err(io_error("make the device file system"))?;
-        let dev_kvm = make_dev(&[KVM]).map_err(io_error("make the device file system"))?;
+        let dev_kvm = make_dev(&[Node::new(KVM.0, KVM.1, KVM.2)]).map_err(io_error("make the device file system"))?;
         let null = openat(&dev, "null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(io_error("open the null device"))?;
         let below = |top: &'static str, names: &[&'static str]| {
@@ -118,8 +123,14 @@ impl Layout {
         let mut tree = Tree { root_fd: spec.root, root, work: slot(plan)?, mounted: Vec::new(), how: spec.resolve };
 
         plan.step("attach the root", Op::Attach { mount: root, dir: PlanFd::CWD, path: c"/".to_owned() });
-        let dev = clone_dir(if spec.kvm { &self.dev_kvm } else { &self.dev }.as_fd())
-            .map_err(io_error("clone the device file system"))?;
+        let dev = if spec.devices.is_empty() {
+            clone_dir(if spec.kvm { &self.dev_kvm } else { &self.dev }.as_fd())
+                .map_err(io_error("clone the device file system"))?
+        } else {
+            let kvm = spec.kvm.then(|| Node::new(KVM.0, KVM.1, KVM.2));
+            let nodes = find(Path::new(HOST_DEV), &spec.devices)?.into_iter().chain(kvm).collect::<Vec<_>>();
+            make_dev(&nodes).map_err(io_error("make the device file system"))?
+        };
         let dev = keep(plan, dev)?;
         tree.attach(plan, "/dev", dev)?;
         self.proc(plan, &mut tree, dev)?;
@@ -137,6 +148,11 @@ impl Layout {
         for (target, mount) in spec.mounts.drain(..) {
             let mount = keep(plan, mount)?;
             tree.attach(plan, &target, mount)?;
+        }
+        for fuse in std::mem::take(&mut spec.fuse) {
+            let target = text(&fuse.target)?;
+            let served = serve(plan, dev, &fuse, &target)?;
+            tree.attach(plan, &target, served)?;
         }
         plan.step("enter the root", Op::PivotRoot(root));
         Ok(())
@@ -202,6 +218,8 @@ pub(crate) struct Parts<'a> {
     run: Bytes,
     inodes: u32,
     kvm: bool,
+    devices: BTreeSet<Device>,
+    fuse: Vec<FuseMount>,
     resolve: ResolveFlags,
 }
 
@@ -226,9 +244,41 @@ impl<'a> Parts<'a> {
             run: profile.run,
             inodes: profile.inodes,
             kvm: profile.kvm,
+            devices: profile.devices.clone(),
+            fuse: spec.fuse.clone(),
             resolve: measures.resolve,
         })
     }
+}
+
+/// Adds the steps that make a file system whose requests come to a descriptor.
+/// The process opens the device itself: the kernel wants it opened by the user
+/// namespace that mounts (Linux `fs/fuse/inode.c`, `fuse_fill_super`).
+fn serve(plan: &mut Plan, dev: PlanFd, fuse: &FuseMount, target: &str) -> Result<PlanFd, Error> {
+    let device = plan.scratch();
+    plan.step(
+        format!("open the device for {target}"),
+        Op::OpenDevice { dir: dev, path: c"fuse".to_owned(), into: device },
+    );
+    let number = fuse.number.into();
+    plan.step(format!("place descriptor {number}"), Op::Dup { from: device, to: number });
+    let (number, owner) = (number.to_string(), fuse.owner.to_string());
+    // A flag has no value. The owner alone could use it without `allow_other`,
+    // and the program would have to check modes itself without the other.
+    let options = [
+        ("fd", number.as_str()),
+        ("rootmode", "40000"),
+        ("user_id", &owner),
+        ("group_id", &owner),
+        ("allow_other", ""),
+        ("default_permissions", ""),
+    ];
+    let options = options.map(|(key, value)| Ok((c_string(key)?, c_string(value)?)));
+    let options = options.into_iter().collect::<Result<_, Error>>()?;
+    let into = slot(plan)?;
+    let attributes = NOSUID | NODEV;
+    plan.step(format!("make {target}"), Op::MakeFs { kind: c"fuse".to_owned(), options, attributes, into });
+    Ok(into)
 }
 
 fn text(target: &Path) -> Result<String, Error> {
@@ -361,19 +411,30 @@ fn tmpfs(size: Bytes, inodes: u32, mode: u32, owner: u32) -> Result<OwnedFd, Err
 /// Devices without a host behind them. Nodes work because the file system
 /// belongs to the host's user namespace; nobody inside may change it, as it is
 /// read-only and its owner has no id there.
-fn make_dev(more: &[(&'static str, u32, u32)]) -> io::Result<OwnedFd> {
+fn make_dev(more: &[Node]) -> io::Result<OwnedFd> {
     let fs = FsContext::open("tmpfs").map_err(io::Error::other)?;
-    for (key, value) in [("mode", "755"), ("size", "64k"), ("nr_inodes", "32")] {
+    // Those below, with room for directories and devices.
+    let inodes = (32 + 2 * more.len()).to_string();
+    for (key, value) in [("mode", "755"), ("size", "64k"), ("nr_inodes", &inodes)] {
         fs.set(key, value).map_err(io::Error::other)?;
     }
     let limited = Restrictions { nosuid: true, noexec: true, ..Restrictions::default() };
     let dev = fs.mount(limited).map_err(io::Error::other)?;
     // Source: Linux `Documentation/admin-guide/devices.txt`.
     let nodes = [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
-    for &(name, major, minor) in nodes.iter().chain(more) {
-        mknodat(&dev, name, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(major, minor))?;
+    let nodes = nodes.map(|(name, major, minor)| Node::new(name, major, minor));
+    for Node { path, major, minor } in nodes.iter().chain(more) {
+        if let Some((dir, _)) = path.split_once('/') {
+            match mkdirat(&dev, dir, Mode::from_raw_mode(0o755)) {
+                Ok(()) | Err(Errno::EXIST) => {
+                    rustix::fs::chmodat(&dev, dir, Mode::from_raw_mode(0o755), AtFlags::empty())?
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        mknodat(&dev, path, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(*major, *minor))?;
         // The mode of mknod(2) is cut by the umask of whoever embeds us.
-        rustix::fs::chmodat(&dev, name, Mode::from_raw_mode(0o666), rustix::fs::AtFlags::empty())?;
+        rustix::fs::chmodat(&dev, path, Mode::from_raw_mode(0o666), AtFlags::empty())?;
     }
     let links = [
         ("fd", "/proc/self/fd"),

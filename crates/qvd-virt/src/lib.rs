@@ -20,8 +20,10 @@ extern crate self as qvd_virt;
 
 mod cgroup;
 mod container;
+mod devices;
 mod enforced;
 mod error;
+mod fuse;
 mod layout;
 mod measures;
 pub mod memory;
@@ -39,4 +41,4 @@ pub use error::Error;
 pub use probe::probe;
 pub use qvd_sys::process::{Exit, seal};
 pub use runtime::Runtime;
-pub use spec::{ContainerMount, ContainerSpec, InheritedFd, Profile, Program};
+pub use spec::{ContainerMount, ContainerSpec, FuseMount, InheritedFd, Profile, Program};

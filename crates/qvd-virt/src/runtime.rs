@@ -220,7 +220,7 @@ impl Runtime {
         let own = |fd| move |plan: &mut Plan| plan.own(fd).map_err(io_error("keep a descriptor for the container"));
         let program = spec.program.file.try_clone().map_err(io_error("keep the program"))?;
         let program = own(program)(&mut plan)?;
-        let mut given: BTreeSet<u8> = BTreeSet::new();
+        let mut given: BTreeSet<u8> = spec.fuse.iter().map(|fuse| fuse.number).collect();
         for inherited in spec.fds.drain(..) {
             let from = own(inherited.fd)(&mut plan)?;
             given.insert(inherited.number);

@@ -1,13 +1,14 @@
 //! What a container is asked to be.
 
 use std::{
+    collections::BTreeSet,
     ffi::CString,
     os::fd::OwnedFd,
     path::{Component, Path, PathBuf},
 };
 
 use caps::Capability;
-use qvd_core::{Bytes, DesktopId, Limits, UidRange};
+use qvd_core::{Bytes, DesktopId, Device, Limits, UidRange};
 
 use crate::Error;
 
@@ -41,6 +42,23 @@ pub struct InheritedFd {
     pub fd: OwnedFd,
 }
 
+/// A file system that a program of the container serves. It is mounted before
+/// anything inside runs, as no program there may mount; nobody outside ever looks
+/// at it. Its profile has to allow [`Device::Fuse`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FuseMount {
+    /// Where inside. Directories that are missing are made.
+    pub target: PathBuf,
+    /// Number of the descriptor at which the program gets the kernel's requests,
+    /// below 16; libfuse takes it as the mount point `/dev/fd/<number>`.
+    pub number: u8,
+    /// Inside, the user and group that it belongs to.
+    pub owner: u32,
+}
+
+/// Each takes one of the places that a plan has for descriptors.
+const FUSE_MAX: usize = 3;
+
 /// How a container is confined, as far as there is a choice.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -61,6 +79,8 @@ pub struct Profile {
     pub inodes: u32,
     /// Whether the host's device for virtual machines can be opened.
     pub kvm: bool,
+    /// Which of the host's devices everybody inside can open.
+    pub devices: BTreeSet<Device>,
 }
 
 impl Default for Profile {
@@ -91,6 +111,7 @@ impl Default for Profile {
             run: Bytes::mib(64),
             inodes: 1 << 16,
             kvm: false,
+            devices: BTreeSet::new(),
         }
     }
 }
@@ -112,6 +133,8 @@ pub struct ContainerSpec {
     pub ids: UidRange,
     /// What it may use.
     pub limits: Limits,
+    /// File systems that programs inside serve, mounted after `mounts`.
+    pub fuse: Vec<FuseMount>,
     /// Process 1.
     pub program: Program,
     /// What process 1 inherits.
@@ -130,6 +153,7 @@ impl ContainerSpec {
             hostname: format!("desktop-{id}"),
             root,
             mounts: Vec::new(),
+            fuse: Vec::new(),
             ids,
             limits: Limits::default(),
             program,
@@ -151,13 +175,21 @@ impl ContainerSpec {
         if self.limits.memory.get() == 0 || self.limits.cpu.0 == 0 || self.limits.pids == 0 {
             return refuse("a limit of zero".to_owned(), "a desktop needs memory, processor time and processes");
         }
-        for (index, fd) in self.fds.iter().enumerate() {
-            if fd.number >= 16 || self.fds.iter().take(index).any(|other| other.number == fd.number) {
-                return refuse(format!("descriptor number {}", fd.number), "use each of 0 to 15 once at most");
+        if !self.fuse.is_empty() && !self.profile.devices.contains(&Device::Fuse) {
+            return refuse("a file system of a program".to_owned(), "the profile has to allow the device `fuse`");
+        }
+        let nested = |a: &FuseMount| self.fuse.iter().any(|b| a.number != b.number && a.target.starts_with(&b.target));
+        if self.fuse.len() > FUSE_MAX || self.fuse.iter().any(nested) {
+            let reason = "have three at most, and none below another, as nobody answers yet when it is attached";
+            return refuse("file systems of programs".to_owned(), reason);
+        }
+        let mut numbers = BTreeSet::new();
+        for number in self.fds.iter().map(|fd| fd.number).chain(self.fuse.iter().map(|fuse| fuse.number)) {
+            if number >= 16 || !numbers.insert(number) {
+                return refuse(format!("descriptor number {number}"), "use each of 0 to 15 once at most");
             }
         }
-        for mount in &self.mounts {
-            let target = &mount.target;
+        for target in self.mounts.iter().map(|mount| &mount.target).chain(self.fuse.iter().map(|fuse| &fuse.target)) {
             let whole = target.is_absolute()
                 && target.components().skip(1).all(|c| matches!(c, Component::Normal(_)))
                 && target.components().nth(1).is_some();

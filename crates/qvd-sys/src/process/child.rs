@@ -146,6 +146,11 @@ impl<'a> Child<'a> {
                 let fd = open_dir(self.fd(*dir), path)?;
                 return self.fill(*into, fd);
             }
+            Op::OpenDevice { dir, path, into } => {
+                let flags = libc::O_RDWR | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+                let fd = call!(SYS_openat, self.fd(*dir), path.as_ptr(), flags)?;
+                return self.fill(*into, fd);
+            }
             Op::MakeFs { kind, options, attributes, into } => {
                 let fd = make_fs(kind, options, *attributes)?;
                 return self.fill(*into, fd);
@@ -237,10 +242,14 @@ fn set_capabilities(bits: u64) -> Result<c_long, i32> {
 
 fn make_fs(kind: &CStr, options: &[(CString, CString)], attributes: u32) -> Result<c_long, i32> {
     let context = call!(SYS_fsopen, kind.as_ptr(), libc::FSOPEN_CLOEXEC)?;
-    for (key, value) in options {
-        call!(SYS_fsconfig, context, libc::FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr(), 0)?;
-    }
     let none = std::ptr::null::<u8>();
+    for (key, value) in options {
+        if value.is_empty() {
+            call!(SYS_fsconfig, context, libc::FSCONFIG_SET_FLAG, key.as_ptr(), none, 0)?;
+        } else {
+            call!(SYS_fsconfig, context, libc::FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr(), 0)?;
+        }
+    }
     call!(SYS_fsconfig, context, libc::FSCONFIG_CMD_CREATE, none, none, 0)?;
     call!(SYS_fsmount, context, libc::FSMOUNT_CLOEXEC, attributes)
 }

@@ -181,11 +181,20 @@ pub enum Op {
         /// Where the descriptor goes; from [`Plan::slot`].
         into: PlanFd,
     },
+    /// Opens a device for reading and writing, no link followed.
+    OpenDevice {
+        /// Directory that `path` starts from.
+        dir: PlanFd,
+        /// The device's node.
+        path: CString,
+        /// Where the descriptor goes; from [`Plan::slot`].
+        into: PlanFd,
+    },
     /// Makes a file system in the child's own namespaces, detached.
     MakeFs {
         /// Its type.
         kind: CString,
-        /// Its options.
+        /// Its options; one with an empty value is a flag.
         options: Vec<(CString, CString)>,
         /// `MOUNT_ATTR_*` of the mount.
         attributes: u32,

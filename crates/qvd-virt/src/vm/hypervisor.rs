@@ -126,6 +126,7 @@ impl Qemu {
             run: Bytes::mib(1),
             inodes: 64,
             kvm: spec.accel == Accel::Kvm,
+            devices: std::collections::BTreeSet::new(),
         };
         for (number, fd) in (1..).zip(fds) {
             inside.fds.push(InheritedFd { number, fd });

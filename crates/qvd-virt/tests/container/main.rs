@@ -6,6 +6,7 @@ mod bed;
 mod browser;
 mod confinement;
 mod crash;
+mod devices;
 mod faults;
 mod lifecycle;
 mod races;
