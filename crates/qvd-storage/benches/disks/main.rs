@@ -8,16 +8,19 @@
 //! Options: `--rounds N`, `--json`, `--svg FILE` for a picture.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "../common/mod.rs"]
+mod common;
 mod subject;
 
-use std::{collections::BTreeMap, error::Error, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs};
 
 use qvd_testkit::chart::Bars;
 use serde_json::{Value, json};
 
-use crate::subject::{Bed, Subject, subjects};
-
-type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
+use crate::{
+    common::{Options, Outcome, figures, short},
+    subject::{Bed, Subject, subjects},
+};
 
 /// What one turn of one subject gave: a number for each [`Measure`].
 type Turn = BTreeMap<Measure, f64>;
@@ -70,20 +73,12 @@ struct Row {
 impl Row {
     /// Median and least of its turns.
     fn figures(&self, measure: Measure) -> Option<(f64, f64)> {
-        let mut values: Vec<f64> = self.turns.iter().filter_map(|turn| turn.get(&measure).copied()).collect();
-        values.sort_by(f64::total_cmp);
-        Some((*values.get(values.len() / 2)?, *values.first()?))
+        figures(self.turns.iter().filter_map(|turn| turn.get(&measure).copied()))
     }
 
     fn median(&self, measure: Measure) -> Option<f64> {
         self.figures(measure).map(|(median, _)| median)
     }
-}
-
-struct Options {
-    rounds: usize,
-    json: bool,
-    svg: Option<PathBuf>,
 }
 
 fn main() -> Outcome<()> {
@@ -146,10 +141,6 @@ fn print_table(rows: &[Row]) {
     }
 }
 
-fn short(value: f64) -> String {
-    if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.1}") }
-}
-
 fn print_json(rows: &[Row]) {
     let rows: Vec<Value> = rows
         .iter()
@@ -181,22 +172,4 @@ fn picture(rows: &[Row]) -> Outcome<String> {
             .collect(),
     };
     Ok(bars.svg().map_err(|error| error.to_string())?)
-}
-
-impl Options {
-    fn parse() -> Outcome<Self> {
-        let mut options = Self { rounds: 9, json: false, svg: None };
-        let mut args = std::env::args().skip(1);
-        while let Some(arg) = args.next() {
-            match arg.as_str() {
-                // Cargo says so to every benchmark.
-                "--bench" => {}
-                "--json" => options.json = true,
-                "--rounds" => options.rounds = args.next().ok_or("`--rounds` needs a number")?.parse()?,
-                "--svg" => options.svg = Some(args.next().ok_or("`--svg` needs a file")?.into()),
-                _ => return Err(format!("unknown argument `{arg}`").into()),
-            }
-        }
-        Ok(options)
-    }
 }

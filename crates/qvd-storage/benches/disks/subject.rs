@@ -2,23 +2,18 @@
 
 use std::{
     fs::{self, File},
-    os::{
-        fd::AsFd as _,
-        unix::fs::{FileExt as _, MetadataExt as _},
-    },
+    os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
 };
 
+use crate::{
+    Measure, Turn,
+    common::{KINDS, Outcome, mount, noise, run},
+};
 use qvd_core::{Digest, RootPolicy};
 use qvd_storage::{BaseDisk, DiskBackend, DiskBackends, DiskFormat, DiskId, Place};
-use qvd_sys::{
-    loopdev::LoopDevice,
-    mount::{FsContext, Restrictions, attach, open_dir_path},
-};
-
-use crate::{Measure, Outcome, Turn};
 
 /// Size of the base, and how much of it is no hole.
 const BASE_BYTES: u64 = 512 << 20;
@@ -33,12 +28,10 @@ pub(crate) struct Bed {
 }
 
 impl Bed {
-    const KINDS: [&str; 3] = ["ext4", "xfs", "btrfs"];
-
     pub(crate) fn new() -> Outcome<Self> {
         let bed = Self { dir: tempfile::tempdir()? };
-        for kind in Self::KINDS {
-            mount(kind, &bed.dir.path().join(format!("{kind}.disk")), &bed.at(kind))?;
+        for kind in KINDS {
+            mount(kind, 2 << 30, &bed.dir.path().join(format!("{kind}.disk")), &bed.at(kind))?;
             plant(&bed.base(kind))?;
         }
         Ok(bed)
@@ -53,36 +46,14 @@ impl Bed {
     }
 }
 
-fn mount(kind: &'static str, disk: &Path, at: &Path) -> Outcome<()> {
-    let file = File::options().read(true).write(true).create_new(true).open(disk)?;
-    file.set_len(2 << 30)?;
-    run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(disk))?;
-    fs::create_dir(at)?;
-    let device = LoopDevice::attach(file.as_fd(), false)?;
-    let context = FsContext::open(kind)?;
-    context.set("source", device.path().to_str().ok_or("a device with a strange name")?)?;
-    let mount = context.mount(Restrictions::default())?;
-    Ok(attach(mount.as_fd(), open_dir_path(at)?.as_fd())?)
-}
-
 fn plant(base: &Path) -> Outcome<()> {
     let file = File::create(base)?;
     file.set_len(BASE_BYTES)?;
-    let megabyte: Vec<u8> =
-        (0..1_u32 << 20).map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    let megabyte = noise(1 << 20);
     for at in (0..DATA_BYTES).step_by(megabyte.len()) {
         file.write_all_at(&megabyte, at)?;
     }
     Ok(file.sync_all()?)
-}
-
-/// Runs a program; returns what it said, or fails with it.
-fn run(command: &mut Command) -> Outcome<String> {
-    let output = command.output()?;
-    if output.status.success() {
-        return Ok(String::from_utf8(output.stdout)?);
-    }
-    Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
 /// One way to make disks.

@@ -3,17 +3,11 @@
 use std::{
     fs::{self, File},
     io::Write as _,
-    os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use qvd_sys::{
-    loopdev::LoopDevice,
-    mount::{FsContext, Restrictions, attach, open_dir_path},
-};
-
-use crate::Outcome;
+use crate::common::{KINDS, Outcome, mount, noise, run};
 
 /// Files of the base that are written to.
 pub(crate) const SMALL: &str = "usr/lib/one";
@@ -35,13 +29,10 @@ pub(crate) struct Bed {
 }
 
 impl Bed {
-    /// Every kind that is used here.
-    pub(crate) const KINDS: [&str; 3] = ["ext4", "xfs", "btrfs"];
-
     pub(crate) fn new() -> Outcome<Self> {
         let bed = Self { dir: tempfile::tempdir()? };
-        for kind in Self::KINDS {
-            mount(kind, &bed.dir.path().join(format!("{kind}.disk")), &bed.at(kind))?;
+        for kind in KINDS {
+            mount(kind, 3 << 30, &bed.dir.path().join(format!("{kind}.disk")), &bed.at(kind))?;
             plant(&bed.at(kind).join("base"))?;
         }
         bed.archive()?;
@@ -60,38 +51,15 @@ impl Bed {
 
     fn archive(&self) -> Outcome<()> {
         let tree = self.at("ext4").join("base").join(MANY);
-        command(Command::new("tar").arg("cf").arg(self.tar()).arg("-C").arg(tree).arg("."))
+        run(Command::new("tar").arg("cf").arg(self.tar()).arg("-C").arg(tree).arg(".")).map(drop)
     }
-}
-
-/// Runs a program, and says what it said when it fails.
-pub(crate) fn command(command: &mut Command) -> Outcome<()> {
-    let output = command.output()?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)).into())
-}
-
-fn mount(kind: &'static str, disk: &Path, at: &Path) -> Outcome<()> {
-    let file = File::options().read(true).write(true).create_new(true).open(disk)?;
-    file.set_len(3 << 30)?;
-    command(Command::new(format!("mkfs.{kind}")).arg("-q").arg(disk))?;
-    fs::create_dir(at)?;
-    let device = LoopDevice::attach(file.as_fd(), false)?;
-    let context = FsContext::open(kind)?;
-    context.set("source", device.path().to_str().ok_or("a device with a strange name")?)?;
-    let mount = context.mount(Restrictions::default())?;
-    Ok(attach(mount.as_fd(), open_dir_path(at)?.as_fd())?)
 }
 
 fn plant(base: &Path) -> Outcome<()> {
     for name in ["etc", "usr/lib", MANY, NEW] {
         fs::create_dir_all(base.join(name))?;
     }
-    // Nothing that a file system could keep without storing it.
-    let megabyte: Vec<u8> =
-        (0..1_000_000_u32).map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    let megabyte = noise(1_000_000);
     let write = |name: &str, megabytes: usize| -> Outcome<()> {
         let mut file = File::create(base.join(name))?;
         (0..megabytes).try_for_each(|_| file.write_all(&megabyte))?;

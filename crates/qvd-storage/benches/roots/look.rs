@@ -14,8 +14,9 @@ use rustix::fs::{Advice, fadvise, statvfs, syncfs};
 use walkdir::WalkDir;
 
 use crate::{
-    Measure, Outcome, Turn,
-    bed::{LARGE, MANY, NEW, SHARED, SHARED_BYTES, SMALL, command},
+    Measure, Turn,
+    bed::{LARGE, MANY, NEW, SHARED, SHARED_BYTES, SMALL},
+    common::{Outcome, run},
     subject::Subject,
 };
 
@@ -48,7 +49,7 @@ pub(crate) fn turn(subject: &dyn Subject) -> Outcome<Turn> {
     let began = Instant::now();
     let tar = subject.place().ancestors().map(|dir| dir.join("many.tar")).find(|tar| tar.exists());
     let tar = tar.ok_or("no archive above the place")?;
-    command(Command::new("tar").arg("xf").arg(tar).arg("-C").arg(root.join(NEW)))?;
+    run(Command::new("tar").arg("xf").arg(tar).arg("-C").arg(root.join(NEW)))?;
     turn.insert(Measure::Untar, micros(began.elapsed()) / 1000.0);
     let began = Instant::now();
     made.unmount();

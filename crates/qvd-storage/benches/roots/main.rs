@@ -9,21 +9,22 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod bed;
+#[path = "../common/mod.rs"]
+mod common;
 mod look;
 mod subject;
 
-use std::{collections::BTreeMap, error::Error, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs};
 
 use qvd_testkit::chart::Bars;
 use serde_json::{Value, json};
 
 use crate::{
     bed::Bed,
+    common::{Options, Outcome, figures, short},
     look::Sharing,
     subject::{Subject, subjects},
 };
-
-type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
 /// What one turn of one subject gave: a number for each [`Measure`] that it has.
 type Turn = BTreeMap<Measure, f64>;
@@ -89,20 +90,12 @@ struct Row {
 impl Row {
     /// Median and least of the turns that have it.
     fn figures(&self, measure: Measure) -> Option<(f64, f64)> {
-        let mut values: Vec<f64> = self.turns.iter().filter_map(|turn| turn.get(&measure).copied()).collect();
-        values.sort_by(f64::total_cmp);
-        Some((*values.get(values.len() / 2)?, *values.first()?))
+        figures(self.turns.iter().filter_map(|turn| turn.get(&measure).copied()))
     }
 
     fn median(&self, measure: Measure) -> Option<f64> {
         self.figures(measure).map(|(median, _)| median)
     }
-}
-
-struct Options {
-    rounds: usize,
-    json: bool,
-    svg: Option<PathBuf>,
 }
 
 fn main() -> Outcome<()> {
@@ -201,10 +194,6 @@ const fn yes(answer: bool) -> &'static str {
     if answer { "yes" } else { "no" }
 }
 
-fn short(value: f64) -> String {
-    if value >= 100.0 { format!("{value:.0}") } else { format!("{value:.1}") }
-}
-
 fn print_json(rows: &[Row]) {
     let rows: Vec<Value> = rows
         .iter()
@@ -244,22 +233,4 @@ fn picture(rows: &[Row]) -> Outcome<String> {
             .collect(),
     };
     Ok(bars.svg().map_err(|error| error.to_string())?)
-}
-
-impl Options {
-    fn parse() -> Outcome<Self> {
-        let mut options = Self { rounds: 9, json: false, svg: None };
-        let mut args = std::env::args().skip(1);
-        while let Some(arg) = args.next() {
-            match arg.as_str() {
-                // Cargo says so to every benchmark.
-                "--bench" => {}
-                "--json" => options.json = true,
-                "--rounds" => options.rounds = args.next().ok_or("`--rounds` needs a number")?.parse()?,
-                "--svg" => options.svg = Some(args.next().ok_or("`--svg` needs a file")?.into()),
-                _ => return Err(format!("unknown argument `{arg}`").into()),
-            }
-        }
-        Ok(options)
-    }
 }

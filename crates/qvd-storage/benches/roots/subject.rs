@@ -12,8 +12,9 @@ use qvd_core::{Digest, RootPolicy};
 use qvd_storage::{Backends, BaseTree, Place, Root, RootBackend, RootId};
 
 use crate::{
-    Outcome, PEER,
-    bed::{Bed, command},
+    PEER,
+    bed::Bed,
+    common::{Outcome, run},
 };
 
 /// Makes roots.
@@ -71,8 +72,8 @@ pub(crate) fn subjects(bed: &Bed) -> Outcome<Vec<Box<dyn Subject>>> {
     found.push(Box::new(Copied { base, at }));
     let (base, at) = of("btrfs");
     let subvolume = at.join("subvolume");
-    command(Command::new("btrfs").args(["subvolume", "create"]).arg(&subvolume))?;
-    command(Command::new("cp").args(["-a", "--reflink=auto"]).arg(base.join(".")).arg(&subvolume))?;
+    run(Command::new("btrfs").args(["subvolume", "create"]).arg(&subvolume))?;
+    run(Command::new("cp").args(["-a", "--reflink=auto"]).arg(base.join(".")).arg(&subvolume))?;
     found.push(Box::new(Snapshotted { of: subvolume, at }));
     Ok(found)
 }
@@ -154,7 +155,7 @@ impl Subject for Copied {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let to = self.at.join(format!("copied-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
         let began = Instant::now();
-        command(Command::new("cp").arg("-a").arg(&self.base).arg(&to))?;
+        run(Command::new("cp").arg("-a").arg(&self.base).arg(&to))?;
         Ok((Box::new(CopiedRoot(to)), began.elapsed()))
     }
 }
@@ -166,7 +167,7 @@ impl Made for CopiedRoot {
 
     fn remove(self: Box<Self>) -> Outcome<Duration> {
         let began = Instant::now();
-        command(Command::new("rm").arg("-rf").arg(&self.0))?;
+        run(Command::new("rm").arg("-rf").arg(&self.0))?;
         Ok(began.elapsed())
     }
 }
@@ -192,7 +193,7 @@ impl Subject for Snapshotted {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let to = self.at.join(format!("snapshot-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
         let began = Instant::now();
-        command(Command::new("btrfs").args(["subvolume", "snapshot"]).arg(&self.of).arg(&to))?;
+        run(Command::new("btrfs").args(["subvolume", "snapshot"]).arg(&self.of).arg(&to))?;
         Ok((Box::new(SnapshottedRoot(to)), began.elapsed()))
     }
 }
@@ -204,7 +205,7 @@ impl Made for SnapshottedRoot {
 
     fn remove(self: Box<Self>) -> Outcome<Duration> {
         let began = Instant::now();
-        command(Command::new("btrfs").args(["subvolume", "delete"]).arg(&self.0))?;
+        run(Command::new("btrfs").args(["subvolume", "delete"]).arg(&self.0))?;
         Ok(began.elapsed())
     }
 }
