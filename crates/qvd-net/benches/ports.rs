@@ -5,35 +5,34 @@
 //! of other desktops as its argument, 400 without.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bed;
+
 use std::{
-    error::Error,
     fmt::Write as _,
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, OwnedFd},
-    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
+use bed::{OUTSIDE, Outcome, Outside, input, round_trip_us, shell};
 use qvd_core::{DesktopId, Instance, NetPolicy};
 use qvd_net::{Backend, NetConfig, Network, Port, PortSpec, TapSpec};
 use qvd_sys::netns;
 
 const ROUNDS: usize = 50;
 const POLICY: NetPolicy = NetPolicy::internet();
-const UPLINK: &str = "198.51.100.1/24";
-const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// How long each measurement of traffic takes.
 const SPAN: Duration = Duration::from_millis(500);
+/// Round trips that a turn takes.
+const TRIPS: u32 = 2000;
 /// Turns that the configurations take; the best of each counts.
 const TURNS: usize = 3;
 
 /// A way out and nothing else: what desktops of private addresses need anyway.
 const NAT_ALONE: &str = "table inet alone {\nchain out {\ntype nat hook postrouting priority 100;\n\
                          oifname \"uplink\" masquerade\n}\n}\n";
-
-type Outcome<T = ()> = Result<T, Box<dyn Error + Send + Sync>>;
 
 fn main() -> Outcome {
     let others = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(400);
@@ -126,35 +125,13 @@ fn linear(link: &str, others: u32) -> String {
     text
 }
 
-/// Another host behind the host's uplink.
-struct Outside {
-    netns: OwnedFd,
-}
-
-impl Outside {
-    fn new(config: &NetConfig) -> Outcome<Self> {
-        let netns = netns::create()?;
-        let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&netns));
-        let subnet = config.subnet;
-        shell(&format!(
-            "ip link set lo up; ip link add uplink type veth peer name far; ip addr add {UPLINK} dev uplink; \
-             ip link set uplink up; ip link set far netns {path}"
-        ))?;
-        let setup = format!(
-            "ip link set lo up; ip addr add {OUTSIDE}/24 dev far; ip link set far up; ip route add {subnet} via 198.51.100.1"
-        );
-        netns::in_netns(netns.as_fd(), || shell(&setup))??;
-        Ok(Self { netns })
-    }
-}
-
 /// Throughput, packets and latency from a desktop to the outside.
 fn traffic(name: &str, inside: &OwnedFd, outside: &Outside) -> Outcome {
     let (mut bits, mut packets, mut latency) = (0.0_f64, 0.0_f64, f64::INFINITY);
     for _ in 0..TURNS {
         bits = bits.max(stream(inside, outside)?);
-        let (count, time) = datagrams(inside, outside)?;
-        (packets, latency) = (packets.max(count), latency.min(time));
+        packets = packets.max(datagrams(inside, outside)?);
+        latency = latency.min(round_trip_us(inside, outside, TRIPS)?);
     }
     println!("{name}: {bits:.2} Gbit/s, {packets:.0} packets/s, round trip {latency:.1} us");
     Ok(())
@@ -187,33 +164,13 @@ fn stream(inside: &OwnedFd, outside: &Outside) -> Outcome<f64> {
     Ok(all as f64 * 8.0 / began.elapsed().as_secs_f64() / 1e9)
 }
 
-/// Small packets a second that arrive, and the mean of a round trip.
-fn datagrams(inside: &OwnedFd, outside: &Outside) -> Outcome<(f64, f64)> {
+/// Small packets a second that arrive.
+fn datagrams(inside: &OwnedFd, outside: &Outside) -> Outcome<f64> {
     let there = netns::in_netns(outside.netns.as_fd(), || UdpSocket::bind((OUTSIDE, 0)))??;
     let to: SocketAddr = there.local_addr()?;
     there.set_read_timeout(Some(Duration::from_secs(2)))?;
     let here = netns::in_netns(inside.as_fd(), || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))??;
     here.connect(to)?;
-    here.set_read_timeout(Some(Duration::from_secs(2)))?;
-    let echo = there.try_clone()?;
-    const TRIPS: u32 = 2000;
-    let answering = thread::spawn(move || -> io::Result<()> {
-        let mut buffer = [0; 64];
-        for _ in 0..TRIPS {
-            let (length, from) = echo.recv_from(&mut buffer)?;
-            echo.send_to(buffer.get(..length).unwrap_or_default(), from)?;
-        }
-        Ok(())
-    });
-    let began = Instant::now();
-    let mut buffer = [0; 64];
-    for _ in 0..TRIPS {
-        here.send(&[0; 18])?;
-        here.recv(&mut buffer)?;
-    }
-    let trip_us = began.elapsed().as_secs_f64() * 1e6 / f64::from(TRIPS);
-    answering.join().map_err(|_| "the echo panicked")??;
-
     let counting = thread::spawn(move || {
         let (mut buffer, mut count) = ([0; 64], 0_u32);
         while let Ok(length) = there.recv(&mut buffer) {
@@ -238,18 +195,7 @@ fn datagrams(inside: &OwnedFd, outside: &Outside) -> Outcome<(f64, f64)> {
         thread::yield_now();
     }
     let count = counting.join().map_err(|_| "the counter panicked")?;
-    Ok((f64::from(count) / span.as_secs_f64(), trip_us))
-}
-
-fn shell(text: &str) -> Outcome {
-    input("sh", &["-e"], text)
-}
-
-fn input(program: &str, args: &[&str], text: &str) -> Outcome {
-    let mut child = Command::new(program).args(args).stdin(Stdio::piped()).spawn()?;
-    child.stdin.take().ok_or("no input")?.write_all(text.as_bytes())?;
-    let status = child.wait()?;
-    if status.success() { Ok(()) } else { Err(format!("{program} failed: {status}").into()) }
+    Ok(f64::from(count) / span.as_secs_f64())
 }
 
 fn ms(time: Duration) -> f64 {

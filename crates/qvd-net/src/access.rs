@@ -138,7 +138,7 @@ fn class(policy: &NetPolicy) -> String {
 
 /// FNV-1a of 64 bits: the same in each process, as names have to be. Policies
 /// are an administrator's, so nobody looks for two of one number.
-fn hash(bytes: &[u8]) -> u64 {
+pub(crate) fn hash(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 

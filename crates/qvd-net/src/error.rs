@@ -41,6 +41,14 @@ pub enum Error {
     /// Every address is in use.
     #[error("no address is left in subnet {0}")]
     Exhausted(Subnet),
+    /// Every subnet of a range is some tenant's.
+    #[error("no subnet is left in {range}: {tenants} tenants have one each")]
+    TenantsExhausted {
+        /// What there was to give.
+        range: String,
+        /// To how many.
+        tenants: u32,
+    },
     /// Every bridge is full.
     #[error("no room is left on network {network}: {bridges} bridges have {ports} ports each")]
     NoRoom {
@@ -112,7 +120,9 @@ impl Error {
             Self::Invalid(_) | Self::SubnetClash { .. } | Self::AddressOutside { .. } | Self::AddressTaken { .. } => {
                 ErrorKind::Invalid
             }
-            Self::Attached(_) | Self::Exhausted(_) | Self::NoRoom { .. } => ErrorKind::Busy,
+            Self::Attached(_) | Self::Exhausted(_) | Self::NoRoom { .. } | Self::TenantsExhausted { .. } => {
+                ErrorKind::Busy
+            }
             Self::NoPort(_) => ErrorKind::NotFound,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Netlink { .. }

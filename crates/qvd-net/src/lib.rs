@@ -57,6 +57,7 @@ pub mod responder;
 mod rules;
 mod subnet6;
 mod sysctl;
+mod tenants;
 mod view;
 
 #[cfg(test)]
@@ -76,4 +77,5 @@ pub use port::{Port, PortPlace, PortSpec, TapSpec, loopback_up};
 pub use probe::probe;
 pub use qvd_core::ErrorKind;
 pub use subnet6::Subnet6;
+pub use tenants::{SiteRange, TenantPools};
 pub use view::{Counters, PortView};
