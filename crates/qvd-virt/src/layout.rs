@@ -123,14 +123,7 @@ impl Layout {
         let mut tree = Tree { root_fd: spec.root, root, work: slot(plan)?, mounted: Vec::new(), how: spec.resolve };
 
         plan.step("attach the root", Op::Attach { mount: root, dir: PlanFd::CWD, path: c"/".to_owned() });
-        let dev = if spec.devices.is_empty() {
-            clone_dir(if spec.kvm { &self.dev_kvm } else { &self.dev }.as_fd())
-                .map_err(io_error("clone the device file system"))?
-        } else {
-            let kvm = spec.kvm.then(|| Node::new(KVM.0, KVM.1, KVM.2));
-            let nodes = find(Path::new(HOST_DEV), &spec.devices)?.into_iter().chain(kvm).collect::<Vec<_>>();
-            make_dev(&nodes).map_err(io_error("make the device file system"))?
-        };
+        let dev = self.dev(spec)?;
         let dev = keep(plan, dev)?;
         tree.attach(plan, "/dev", dev)?;
         self.proc(plan, &mut tree, dev)?;
@@ -156,6 +149,21 @@ impl Layout {
         }
         plan.step("enter the root", Op::PivotRoot(root));
         Ok(())
+    }
+
+    /// The file system for `/dev`: a clone of one that all share, where that has
+    /// all that is asked for and the kernel clones what is mounted nowhere (since
+    /// Linux 6.15; it was `EINVAL` before).
+    fn dev(&self, spec: &Parts<'_>) -> Result<OwnedFd, Error> {
+        if spec.devices.is_empty() {
+            match clone_dir(if spec.kvm { &self.dev_kvm } else { &self.dev }.as_fd()) {
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                clone => return clone.map_err(io_error("clone the device file system")),
+            }
+        }
+        let kvm = spec.kvm.then(|| Node::new(KVM.0, KVM.1, KVM.2));
+        let nodes = find(Path::new(HOST_DEV), &spec.devices)?.into_iter().chain(kvm).collect::<Vec<_>>();
+        make_dev(&nodes).map_err(io_error("make the device file system"))
     }
 
     /// All processes of the container see each other: `hidepid` would save

@@ -9,4 +9,6 @@ mod crash;
 mod devices;
 mod faults;
 mod lifecycle;
+mod many;
 mod races;
+mod v2;
