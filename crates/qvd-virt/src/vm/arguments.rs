@@ -4,7 +4,7 @@
 use qvd_core::DesktopId;
 use serde_json::{Value, json};
 
-use super::spec::{Accel, BaseDevice, Boot, DiskFormat, Memory, VmSpec};
+use super::spec::{Accel, BaseDevice, Boot, Devices, DiskFormat, Memory, VmSpec};
 
 /// Name of the serial port that our init speaks on.
 pub(crate) const LINK_PORT: &str = "org.qvd.link";
@@ -73,12 +73,17 @@ pub(crate) fn arguments(spec: &VmSpec) -> Vec<String> {
         }
         line.add("-blockdev", block.to_string());
         let boot = if index == 0 { ",bootindex=1" } else { "" };
-        line.add("-device", format!("virtio-blk-pci,id={node}-dev,drive={node},serial={}{boot}", disk.serial));
+        let device = match spec.devices {
+            Devices::Virtio => "virtio-blk-pci".to_owned(),
+            Devices::Emulated => format!("ide-hd,bus=ide.{index}"),
+        };
+        line.add("-device", format!("{device},id={node}-dev,drive={node},serial={}{boot}", disk.serial));
     }
     for (index, nic) in spec.nics.iter().enumerate() {
         let tap = numbers.take();
         line.add("-netdev", format!("tap,id=net{index},fd={tap}"));
-        line.add("-device", format!("virtio-net-pci,id=nic{index},netdev=net{index},mac={},romfile=", mac(&nic.mac)));
+        let device = if spec.devices == Devices::Virtio { "virtio-net-pci" } else { "e1000" };
+        line.add("-device", format!("{device},id=nic{index},netdev=net{index},mac={},romfile=", mac(&nic.mac)));
     }
     if spec.incoming {
         line.add("-incoming", "defer");
@@ -114,7 +119,9 @@ fn common(line: &mut Line, spec: &VmSpec) {
     match spec.accel {
         Accel::Kvm => {
             line.add("-accel", "kvm");
-            line.add("-cpu", "host");
+            // With them Windows asks the hypervisor instead of spinning.
+            let hints = ",hv-relaxed,hv-vapic,hv-time,hv-spinlocks=0x1fff";
+            line.add("-cpu", format!("host{}", if spec.devices == Devices::Virtio { "" } else { hints }));
         }
         Accel::Tcg => {
             line.add("-accel", format!("tcg,tb-size={TRANSLATED_MIB}"));
@@ -124,7 +131,8 @@ fn common(line: &mut Line, spec: &VmSpec) {
     line.add("-smp", spec.processors().to_string());
     let reboot = if kernel { "shutdown" } else { "reset" };
     line.add("-action", format!("reboot={reboot},panic=shutdown"));
-    line.add("-rtc", "base=utc");
+    let clock = if spec.devices == Devices::Virtio { "utc" } else { "localtime" };
+    line.add("-rtc", format!("base={clock}"));
     let Numbers { control, link, .. } = Numbers::FIRST;
     line.add("-chardev", format!("socket,id=control,fd={control},server=on,wait=off"));
     line.add("-mon", "chardev=control,mode=control");
@@ -192,6 +200,11 @@ fn devices(line: &mut Line, spec: &VmSpec) {
     }
     if spec.screen {
         line.add("-device", "VGA,id=screen0");
+    }
+    if spec.devices == Devices::Emulated {
+        // A mouse would be wherever the guest believes it to be.
+        line.add("-device", "qemu-xhci,id=usb0");
+        line.add("-device", "usb-tablet,id=tablet0,bus=usb0.0");
     }
 }
 

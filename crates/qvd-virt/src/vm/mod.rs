@@ -29,5 +29,7 @@ pub use machine::{Down, HostMemory, StopLimits, StoppedBy, Vm, VmRecord, VmState
 pub use memory::{GuestUse, MergeProfit};
 pub use plug::{Picture, Slot};
 pub use qmp::{Command, Event, QemuVersion, Qmp, QmpError, lines_of};
-pub use spec::{Accel, BackingSpec, BaseDevice, BaseSpec, Boot, DiskFormat, DiskSpec, Memory, NicSpec, VmSpec};
+pub use spec::{
+    Accel, BackingSpec, BaseDevice, BaseSpec, Boot, Devices, DiskFormat, DiskSpec, Memory, NicSpec, VmSpec,
+};
 pub use template::{Mold, Pool, Template};

@@ -1,8 +1,14 @@
 //! What a virtual machine is asked to be.
 
-use std::{os::fd::OwnedFd, path::PathBuf};
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
 
-use qvd_core::{Bytes, DesktopId, Limits, UidRange};
+use qvd_core::{Bytes, DesktopId, Limits, Missing, UidRange};
+use qvd_sys::process::memory_file;
 use serde::{Deserialize, Serialize};
 
 use super::kernel::GuestKernel;
@@ -42,6 +48,49 @@ pub enum Boot {
         /// The firmware's variables, this machine's own.
         variables: OwnedFd,
     },
+}
+
+/// Where hosts have the firmware for UEFI, and what its variables begin as:
+/// Debian and Ubuntu, Fedora, Arch.
+const FIRMWARE: [(&str, &str); 4] = [
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
+    ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
+];
+
+impl Boot {
+    /// By UEFI, with the host's firmware and variables that are forgotten with
+    /// the machine. The firmware finds a system by its usual place on the disk; for
+    /// one that it has to remember give a file of the machine's own.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the host has no such firmware; or it cannot
+    /// be read.
+    pub fn uefi() -> Result<Self, Error> {
+        let found = FIRMWARE.iter().find(|(code, _)| Path::new(code).is_file());
+        let missing = Missing::Program("OVMF, the firmware for UEFI (package ovmf)".into());
+        let (code, variables) = found.ok_or(Error::Unsupported { op: "boot by UEFI", missing })?;
+        let copy = || {
+            let to = memory_file(c"qvd-uefi-variables")?;
+            io::copy(&mut File::open(variables)?, &mut File::from(to.try_clone()?))?;
+            Ok(Self::Uefi { code: File::open(code)?.into(), variables: to })
+        };
+        copy().map_err(io_error::<io::Error>(format!("read `{code}` and its variables")))
+    }
+}
+
+/// What a machine's disks, interfaces and pointer are to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Devices {
+    /// What was made for virtual machines: fast, and known to every Linux.
+    #[default]
+    Virtio,
+    /// What real machines had (AHCI, e1000, a USB tablet, a clock that keeps the local
+    /// time), for systems without drivers for the other: Windows as it comes.
+    Emulated,
 }
 
 /// How the guest sees the base.
@@ -160,6 +209,8 @@ pub struct VmSpec {
     pub nics: Vec<NicSpec>,
     /// Whether it has a screen of its own, for systems that are not ours.
     pub screen: bool,
+    /// What its disks and interfaces are to the guest.
+    pub devices: Devices,
     /// Directory for its control sockets; nobody but root can enter it.
     pub dir: PathBuf,
     /// Whether it waits for a template's state instead of booting.
@@ -169,6 +220,9 @@ pub struct VmSpec {
 /// Directory of a path's file system that is long enough for our sockets:
 /// `sun_path` has 108 bytes, unix(7), and the longest name is `/qmp.sock`.
 const MAX_DIR: usize = 90;
+
+/// Disks that q35's own controller has places for.
+const MAX_AHCI: usize = 6;
 
 impl VmSpec {
     /// Parameters of our own guests' kernel. Without `swiotlb=noforce` it
@@ -203,6 +257,7 @@ impl VmSpec {
             disks: Vec::new(),
             nics: Vec::new(),
             screen: false,
+            devices: Devices::default(),
             dir,
             incoming: false,
         }
@@ -239,6 +294,10 @@ impl VmSpec {
         let ours = matches!(self.boot, Boot::Kernel { .. });
         if !ours && self.disks.is_empty() {
             return refuse("a machine without a disk".to_owned(), "there is nothing to boot");
+        }
+        if self.devices == Devices::Emulated && (ours || self.disks.len() > MAX_AHCI) {
+            let reason = "only a foreign system has emulated devices, and six disks at most";
+            return refuse("a machine with emulated devices".to_owned(), reason);
         }
         if self.incoming != matches!(self.memory, Memory::Cloned(_)) {
             return refuse("a state without its memory".to_owned(), "a clone needs both of its template");

@@ -22,7 +22,7 @@ pub const SOON: Duration = Duration::from_secs(120);
 pub struct Bed {
     pub qemu: Qemu,
     pub dir: TempDir,
-    ids: UidRange,
+    pub ids: UidRange,
 }
 
 /// Runs `test` where machines can be made, and looks for what it left.
