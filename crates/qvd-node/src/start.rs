@@ -240,7 +240,7 @@ impl Parts {
     fn home(&self, spec: &DesktopSpec, image: &Image) -> Result<Home, qvd_storage::Error> {
         match &spec.home {
             Some(dir) => Home::open(dir, image),
-            None => self.store.home(&HomeId::from(spec.id), image),
+            None => self.store.home_with(&HomeId::from(spec.id), image, &image.config().defaults.home),
         }
     }
 }

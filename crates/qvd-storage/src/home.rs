@@ -73,6 +73,14 @@ pub struct HomeOptions {
     pub quota: Quota,
 }
 
+impl HomeOptions {
+    /// Whether it is a directory without limits.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A user's files, in a directory or a file system of their own.
 #[derive(Debug, Clone)]
 pub struct Home {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use toml::Spanned;
 
-use crate::{error::RecipeError, glob::Glob};
+use crate::{HomeOptions, error::RecipeError, glob::Glob};
 
 /// Changes whenever the same recipe would give another tree or another
 /// `image.json`, so that images made by an older version are not reused.
@@ -126,6 +126,9 @@ pub struct Defaults {
     /// What makes its root, instead of the node's default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<String>,
+    /// How its home is kept where this library keeps it, and what it may hold.
+    #[serde(skip_serializing_if = "HomeOptions::is_plain")]
+    pub home: HomeOptions,
     /// What it may reach.
     pub net: NetPolicy,
     /// What it does while nobody looks.

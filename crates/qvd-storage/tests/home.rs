@@ -104,6 +104,20 @@ fn a_home_with_a_file_system_of_its_own_is_kept_and_cannot_hold_more_than_it_may
 }
 
 #[test]
+fn a_recipe_says_how_homes_are_kept() {
+    let text = |more: &str| {
+        format!(
+            "name = \"tiny\"\npackages = []\nbase = {{ distribution = \"debian\", suite = \"bookworm\" }}\n\
+             user = {{ name = \"user\", uid = 1000, gid = 1000 }}\n{more}"
+        )
+    };
+    let said = "[defaults.home]\nkind = \"loop\"\nquota = { bytes = 16777216, inodes = 64 }\n";
+    assert_eq!(Recipe::parse(&text(said)).unwrap().config().defaults.home, looped(16));
+    assert!(Recipe::parse(&text("")).unwrap().config().defaults.home.is_plain());
+    assert!(Recipe::parse(&text("[defaults.home]\nkind = \"other\"\n")).is_err());
+}
+
+#[test]
 fn a_limit_that_would_not_hold_is_refused_and_so_are_ids_that_cannot_be_shifted() {
     privileged(NEEDS, || {
         let dir = tempfile::tempdir().unwrap();
