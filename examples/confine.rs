@@ -6,6 +6,7 @@
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use std::{
+    collections::BTreeMap,
     error::Error,
     io::{Read as _, Write as _},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
@@ -44,7 +45,8 @@ fn run(options: &Options, host: &OwnedFd) -> Outcome {
     let gateway_mac = Mac::of(config.instance, config.subnet.gateway());
     let mut site = Site::new(config.subnet, gateway_mac);
     site.gateway_ipv6 = config.subnet6.map(|_| gateway_mac.link_local());
-    let mut responder = Responder::open(&network.bridge_name(), site)?;
+    // One for each bridge that there is.
+    let mut responders: BTreeMap<String, Responder> = BTreeMap::new();
 
     let mut kept: Vec<(Port, OwnedFd)> = Vec::new();
     for number in 1..=options.count {
@@ -55,7 +57,13 @@ fn run(options: &Options, host: &OwnedFd) -> Outcome {
         let add_us = began.elapsed().as_micros();
         let mut guest = Guest::new(port.mac(), port.address());
         (guest.ipv6, guest.way_out) = (port.ipv6(), true);
-        responder.answer(guest);
+        let bridge = port.bridge_name();
+        if !responders.contains_key(&bridge) {
+            responders.insert(bridge.clone(), Responder::open(&bridge, site.clone())?);
+        }
+        if let Some(responder) = responders.get(&bridge) {
+            responder.answer(guest);
+        }
         println!(
             "{}",
             json!({
@@ -67,7 +75,7 @@ fn run(options: &Options, host: &OwnedFd) -> Outcome {
                 "gateway4": config.subnet.gateway(),
                 "gateway6": config.subnet6.map(|subnet6| subnet6.gateway(config.subnet)),
                 "host_netns": path(host),
-                "bridge": network.bridge_name(),
+                "bridge": bridge,
                 "add_us": add_us,
             })
         );
@@ -76,7 +84,9 @@ fn run(options: &Options, host: &OwnedFd) -> Outcome {
 
     std::io::stdin().read_to_end(&mut Vec::new())?;
     let began = Instant::now();
-    responder.close()?;
+    for responder in responders.values_mut() {
+        responder.close()?;
+    }
     // The network removes them all at once, faster than one by one.
     let removed = kept.len();
     let insides: Vec<_> = kept
