@@ -64,6 +64,16 @@ pub enum Error {
         /// File or directory whose file system is full.
         path: PathBuf,
     },
+    /// The thin pool that volumes share is full, or nearly.
+    #[error("{what} of thin pool {pool} are taken by {percent} %: extend it (`lvextend`), or remove roots or disks")]
+    PoolFull {
+        /// Group and name of the pool.
+        pool: String,
+        /// What of it there is no more of.
+        what: &'static str,
+        /// How much is taken, in percent.
+        percent: u64,
+    },
     /// An image is not what its name says, or is incomplete.
     #[error("image {digest} is damaged: {reason}")]
     Damaged {
@@ -254,6 +264,7 @@ impl Error {
             Self::Io { .. }
             | Self::Build { .. }
             | Self::NoSpace { .. }
+            | Self::PoolFull { .. }
             | Self::Program { .. }
             | Self::ServerDied { .. }
             | Self::Damaged { .. }

@@ -34,6 +34,7 @@ mod guest_base;
 mod guests;
 mod home;
 mod image;
+mod lvm;
 mod probe;
 mod program;
 mod quota;
@@ -50,13 +51,14 @@ mod xattr;
 
 pub use backend::{
     Aufs, AufsBranch, AufsOptions, AufsPermission, Backends, BaseTree, Bind, Btrfs, Capabilities, Capability,
-    Deviation, Factory, Fuse, Layer, Looped, OverlayOptions, Overlayfs, Place, PlainCopy, Quota, Reflink, Root,
+    Deviation, Factory, Fuse, Layer, Looped, Lvm, OverlayOptions, Overlayfs, Place, PlainCopy, Quota, Reflink, Root,
     RootBackend, RootId, RootIdError, RootOptions, Snapshots,
 };
 pub use build::BuildOptions;
 pub use disk::{
     BaseDisk, Device, Disk, DiskBackend, DiskBackends, DiskCapabilities, DiskCapability, DiskDeviation, DiskFactory,
-    DiskFormat, DiskFormatError, DiskId, DiskIdError, DiskOptions, DiskReport, Qcow2, RawCopy, RawReflink, qcow2,
+    DiskFormat, DiskFormatError, DiskId, DiskIdError, DiskOptions, DiskReport, LvmDisks, Qcow2, RawCopy, RawReflink,
+    qcow2,
 };
 pub use error::{Error, RecipeError};
 pub use guest_base::{is_guest_base, make_guest_base};

@@ -18,7 +18,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{Error, backend::delete_subvolume_at, fsio};
+use crate::{Error, backend::delete_subvolume_at, fsio, lvm::Volume};
 
 /// A directory of things to be deleted, and the thread that deletes them.
 /// What a crash leaves in it is deleted after the next open.
@@ -88,8 +88,11 @@ impl Trash {
         };
         for entry in entries {
             let name = entry.map_err(Error::io("read", dir))?.file_name();
-            if name.as_encoded_bytes().starts_with(b".") {
-                self.discard(&dir.join(name))?;
+            let path = dir.join(&name);
+            match Volume::doom(&name) {
+                Some(entry) => self.discard_as(&path, &entry)?,
+                None if name.as_encoded_bytes().starts_with(b".") => self.discard(&path)?,
+                None => {}
             }
         }
         Ok(())
@@ -98,12 +101,27 @@ impl Trash {
     /// As [`Trash::discard`], for a name in an open directory.
     pub(crate) fn discard_at(&self, dir: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
         self.set_aside_at(dir, name)?;
+        self.wake();
+        Ok(())
+    }
+
+    /// As [`Trash::discard`], with the name `entry` in the trash, which says what
+    /// else belongs to it: a thin volume, which is removed before the directory.
+    pub(crate) fn discard_as(&self, path: &Path, entry: &str) -> Result<(), Error> {
+        match renameat_with(CWD, path, &self.shared.dir, entry, RenameFlags::NOREPLACE) {
+            Ok(()) => self.wake(),
+            Err(Errno::NOENT) => {}
+            Err(error) => return Err(Error::io("remove", path)(error)),
+        }
+        Ok(())
+    }
+
+    fn wake(&self) {
         if let Some(wake) = &self.wake
             && wake.send(()).is_err()
         {
             tracing::warn!(path = %self.path.display(), "nobody empties the trash");
         }
-        Ok(())
     }
 
     /// As [`Trash::discard_at`], but to be deleted with what is discarded next:
@@ -167,6 +185,9 @@ impl Shared {
     }
 
     fn delete_some(&self, name: &CString) -> io::Result<()> {
+        if let Some(volume) = Volume::doomed(name.to_bytes()) {
+            volume.remove().map_err(io::Error::other)?;
+        }
         match unlinkat(&self.dir, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(Errno::ISDIR | Errno::PERM) => {}

@@ -4,6 +4,7 @@
 //! typed, and each `unsafe` block says why it is sound.
 
 pub mod btrfs;
+pub mod dm;
 pub mod guest;
 pub mod init;
 pub mod loopdev;

@@ -12,10 +12,12 @@ mod fuse;
 mod id;
 mod layer;
 pub(crate) mod looped;
+mod lvm;
 mod overlayfs;
 mod place;
 mod record;
 mod registry;
+mod reserve;
 mod snapshots;
 
 use std::{
@@ -37,6 +39,7 @@ pub use self::{
     fuse::Fuse,
     id::{RootId, RootIdError},
     looped::Looped,
+    lvm::Lvm,
     overlayfs::{OverlayOptions, Overlayfs},
     place::Place,
     registry::{Backends, Factory},

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use super::{Aufs, Bind, Btrfs, Fuse, Looped, Overlayfs, Place, PlainCopy, Reflink, RootBackend};
+use super::{Aufs, Bind, Btrfs, Fuse, Looped, Lvm, Overlayfs, Place, PlainCopy, Reflink, RootBackend};
 use crate::Error;
 
 /// Makes a back end that keeps its roots in a place. It may be called on a
@@ -36,6 +36,7 @@ impl Backends {
         all.add("copy", |place| Ok(Box::new(PlainCopy::new(place))));
         all.add("fuse", |place| Ok(Box::new(Fuse::overlay(place))));
         all.add("loop", |place| Ok(Box::new(Looped::new(place))));
+        all.add("lvm", |place| Ok(Box::new(Lvm::new(place))));
         all.add("overlayfs", |place| Ok(Box::new(Overlayfs::new(place))));
         all.add("reflink", |place| Ok(Box::new(Reflink::new(place))));
         all.add("unionfs-fuse", |place| Ok(Box::new(Fuse::unionfs(place))));

@@ -5,6 +5,7 @@ mod capability;
 mod files;
 mod id;
 mod lock;
+mod lvm;
 mod overlay;
 pub mod qcow2;
 mod raw;
@@ -20,6 +21,7 @@ pub use self::{
     base::{BaseDisk, DiskFormat, DiskFormatError},
     capability::{DiskCapabilities, DiskCapability, DiskDeviation},
     id::{DiskId, DiskIdError},
+    lvm::LvmDisks,
     overlay::Qcow2,
     raw::{RawCopy, RawReflink},
     registry::{DiskBackends, DiskFactory},

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use super::{DiskBackend, Qcow2, RawCopy, RawReflink};
+use super::{DiskBackend, LvmDisks, Qcow2, RawCopy, RawReflink};
 use crate::{Error, Place};
 
 /// Makes a back end that keeps its disks in a place. It may be called on a
@@ -31,6 +31,7 @@ impl DiskBackends {
     pub fn built_in() -> Self {
         let mut all = Self(BTreeMap::new());
         all.add("copy", |place| Ok(Box::new(RawCopy::new(place))));
+        all.add("lvm", |place| Ok(Box::new(LvmDisks::new(place))));
         all.add("qcow2", |place| Ok(Box::new(Qcow2::new(place))));
         all.add("reflink", |place| Ok(Box::new(RawReflink::new(place))));
         all

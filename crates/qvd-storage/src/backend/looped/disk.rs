@@ -14,14 +14,11 @@ use qvd_sys::{
     loopdev::{self, LoopDevice},
     mount::{FsContext, MountError, Restrictions},
 };
-use rustix::{
-    fs::{Mode, OFlags, mkdirat, openat},
-    io::Errno,
-};
+use rustix::io::Errno;
 
 use crate::{
     Error,
-    backend::{Place, exclusive},
+    backend::{Place, exclusive, reserve},
     copytree::Content,
     fsio,
     program::Program,
@@ -39,15 +36,9 @@ const TEMPLATES: &str = "TEMPLATES";
 /// The template that is being made, among them.
 const NEW: &str = "new";
 
-/// Where the files are that take what a limit forbids, beside the root's own.
-const RESERVED: &str = "reserved";
-
 /// Files of a work directory: `work`, `index` and the three of a volatile mount,
 /// with some to spare.
 const OVERLAY_INODES: u64 = 8;
-
-/// Each takes some microseconds, and a few bytes of the disk for its name.
-const MOST_RESERVED: u64 = 1 << 16;
 
 /// What distinguishes one empty file system from another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +106,8 @@ impl Templates {
             let own = mount(&new)?;
             exclusive::prepare(own.as_fd(), &template)?;
             if let Some(inodes) = shape.inodes {
-                reserve(&own, inodes, &template)?;
+                // With what the kernel makes for an overlay.
+                reserve::inodes(&own, inodes.saturating_add(OVERLAY_INODES), &template)?;
             }
             let top = fsio::open_dir_below(&own, ".").map_err(io)?;
             rustix::fs::syncfs(top).map_err(io::Error::from).map_err(io)?;
@@ -125,28 +117,6 @@ impl Templates {
         drop(lock);
         Ok(template)
     }
-}
-
-/// Leaves no more than `inodes` files to be made, and what the kernel makes for
-/// an overlay: the tool that makes the file system rounds up, by some for each
-/// 128 MiB of its size. The rest is taken by empty files beside the root.
-fn reserve(own: &OwnedFd, inodes: u64, template: &Path) -> Result<(), Error> {
-    let io = |error: Errno| Error::io("limit the files of disk", template)(io::Error::from(error));
-    mkdirat(own, RESERVED, Mode::RWXU).map_err(io)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let reserved = openat(own, RESERVED, flags, Mode::empty()).map_err(io)?;
-    let free = rustix::fs::fstatvfs(own).map_err(io)?.f_ffree;
-    let surplus = free.saturating_sub(inodes.saturating_add(OVERLAY_INODES));
-    if surplus > MOST_RESERVED {
-        let least = free - MOST_RESERVED;
-        let missing = Missing::Design(format!("a file system of that size has room for {least} files or more"));
-        return Err(Error::Unsupported { op: "limit the files of a root", missing });
-    }
-    for number in 0..surplus {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        openat(&reserved, number.to_string(), flags, Mode::empty()).map_err(io)?;
-    }
-    Ok(())
 }
 
 /// Makes the file `path` an empty file system, whatever it was.
