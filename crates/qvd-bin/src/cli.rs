@@ -127,6 +127,20 @@ pub(crate) enum Image {
     Ls,
     /// Make a commit of a directory, a tar archive (gzip, xz, bzip2, zstd), an OCI archive, or a raw or qcow2 disk
     Import(Import),
+    /// Make the next version from what a running desktop's root holds, without its secrets
+    Commit {
+        /// Number of the desktop
+        id: DesktopId,
+        /// Why
+        #[arg(short, long, value_name = "TEXT")]
+        message: String,
+        /// Flavour that it is the next version of; that of the desktop, unless given
+        #[arg(long)]
+        flavour: Option<FlavourName>,
+        /// Let desktops follow it at once: move the tag `default` too
+        #[arg(long)]
+        publish: bool,
+    },
     /// Show what a flavour's head came from, newest first
     Log {
         /// Flavour, or FLAVOUR:TAG or FLAVOUR@ID to begin there

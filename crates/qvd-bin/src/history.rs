@@ -41,7 +41,7 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
     let repository = repository.with_context(|| format!("cannot open the images of `{}`", paths.root.display()))?;
     match command {
         // Done before.
-        Image::Build { .. } | Image::Ls | Image::Key { .. } | Image::Bisect(_) => Ok(()),
+        Image::Build { .. } | Image::Ls | Image::Key { .. } | Image::Bisect(_) | Image::Commit { .. } => Ok(()),
         Image::Import(import) => {
             let what = format!("cannot import `{}`", import.source.display());
             let id = self::import(&repository, import).context(what)?;

@@ -32,6 +32,7 @@ use cli::{Cli, Command, Global};
 pub use failure::Exit;
 use output::Output;
 use paths::Paths;
+use qvd_node::NewVersion;
 
 /// Carries out a command line, its first word being the program's name.
 ///
@@ -62,6 +63,11 @@ fn dispatch(global: &Global, command: Command, output: &Output) -> anyhow::Resul
         Command::Man { directory } => generate::man(&directory, output)?,
         Command::Image(cli::Image::Bisect(search)) => {
             return bisect::search(&paths()?, global.server.as_deref(), search, output);
+        }
+        Command::Image(cli::Image::Commit { id, message, flavour, publish }) => {
+            let client = remote::connect(&paths()?, global.server.as_deref())?;
+            let new = NewVersion { flavour, author: history::author(), message, publish };
+            remote::wait(remote::commit(&client, id, &new, output))??;
         }
         Command::Image(command) => image::run(&paths()?, global.server.as_deref(), command, output)?,
         Command::Desktop(command) => {

@@ -9,6 +9,7 @@ use qvd_gateway::api::{
     Client,
     dto::{AddUser, CreateDesktop, SetPassword},
 };
+use qvd_node::NewVersion;
 use serde_json::json;
 use tokio::runtime;
 
@@ -16,8 +17,9 @@ use crate::{
     cli::{Create, Desktop, Image, User},
     exec,
     failure::{Exit, Refusal},
+    history::short,
     image,
-    output::{Output, age},
+    output::{Output, age, one_line},
     password::{self, Password},
     paths::Paths,
 };
@@ -99,6 +101,23 @@ pub(crate) async fn desktop(client: &Client, command: Desktop, output: &Output) 
         Desktop::Exec(command) => return exec::run(client, command).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Makes a version of a running desktop and tells what stayed behind.
+pub(crate) async fn commit(client: &Client, id: DesktopId, new: &NewVersion, output: &Output) -> anyhow::Result<()> {
+    output.result(&client.commit(id, new).await?, |version| {
+        let made = format!(
+            "{} {}: {} entries, {} files were read",
+            version.flavour,
+            short(version.id),
+            version.entries,
+            version.files_read
+        );
+        let left = version.left_out.iter().map(|path| format!("  left out: /{}", one_line(&path.to_string_lossy())));
+        let more = version.left_out_count.saturating_sub(version.left_out.len() as u64);
+        let more = (more > 0).then(|| format!("  and {more} more"));
+        std::iter::once(made).chain(left).chain(more).collect::<Vec<_>>().join("\n")
+    })
 }
 
 fn done(output: &Output, id: DesktopId, what: &str) -> anyhow::Result<()> {
@@ -193,7 +212,7 @@ fn details(info: &DesktopInfo) -> String {
     ];
     lines.extend(desktop.address.map(|address| ("address", address.to_string())));
     lines.extend(status.step.map(|step| ("step", step.text().to_owned())));
-    lines.extend(status.ended.clone().map(|why| ("ended", crate::output::one_line(&why))));
+    lines.extend(status.ended.clone().map(|why| ("ended", one_line(&why))));
     lines.iter().map(|(name, value)| format!("{name:<10} {value}")).collect::<Vec<_>>().join("\n")
 }
 

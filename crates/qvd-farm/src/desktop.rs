@@ -2,7 +2,7 @@ use std::{error::Error as _, net::Ipv4Addr, time::Duration};
 
 use qvd_core::{DesktopId, DesktopSpec, DisplayKind, FlavourName, Limits, Tag, UserName};
 use qvd_guest::{ExecRequest, Stats};
-use qvd_node::{Attachment, ExecSession, PortView, Timings};
+use qvd_node::{Attachment, ExecSession, NewVersion, PortView, Timings, Version};
 use sqlx::{Row, Sqlite, Transaction};
 use tokio::sync::mpsc;
 
@@ -405,6 +405,18 @@ impl Farm {
         // Not its arguments: people pass passwords in them.
         tracing::info!(desktop = %id, as_root, "program started");
         Ok(session)
+    }
+
+    /// Makes the next version of a flavour from what a running desktop's root holds.
+    ///
+    /// # Errors
+    /// There is no such desktop, it does not run, or its host cannot make one.
+    pub async fn commit(&self, id: DesktopId, new: NewVersion) -> Result<Version, FarmError> {
+        self.desktop(id).await?;
+        let made = self.on_host(move |host| host.commit(id, &new)).await?;
+        let made = made.map_err(|e| FarmError::host(format!("cannot make a version of desktop {id}"), e))?;
+        tracing::info!(desktop = %id, flavour = %made.flavour, commit = %made.id, "version made");
+        Ok(made)
     }
 
     /// What a running desktop uses.

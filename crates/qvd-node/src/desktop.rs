@@ -5,7 +5,7 @@ use std::{
     collections::BTreeSet,
     error::Error as StdError,
     fmt,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -13,7 +13,10 @@ use std::{
 
 use qvd_core::{DesktopId, DesktopSpec, Digest, ErrorKind, FlavourName, NetPolicy, RestPolicy, Tag, UidRange};
 use qvd_net::{Network, Port, PortView};
-use qvd_storage::{BuildOptions, HomeId, Image, Recipe, Repository, RootId, Store};
+use qvd_storage::{
+    BuildOptions, HomeId, Image, Recipe, Repository, RootId, Store,
+    repository::{CommitId, NewVersion, Version},
+};
 use qvd_virt::{Exit, Runtime, seal};
 
 use crate::{
@@ -32,6 +35,8 @@ const ELF_MAGIC: &[u8] = b"\x7fELF";
 #[derive(Debug)]
 pub(crate) struct Desktop {
     pub(crate) id: DesktopId,
+    /// What its root stands on.
+    pub(crate) image: Digest,
     pub(crate) uid_slot: u32,
     pub(crate) guest: Guest,
     pub(crate) machine: Box<dyn Machine>,
@@ -216,7 +221,8 @@ impl Parts {
         let Record { spec, uid_slot, machine, address, .. } = self.records.read(id)?;
         let guest = Guest::at(self.records.socket(id));
         let image = self.store.image(spec.image)?;
-        let machine = self.adopt_machine(&spec, &image, &machine, &guest)?;
+        let ids = UidRange::of_slot(uid_slot)?;
+        let machine = self.adopt_machine(&spec, &image, ids, &machine, &guest)?;
         guest.check()?;
         let port = match address {
             None => None,
@@ -228,7 +234,7 @@ impl Parts {
             return Err("its range of ids is another's".into());
         }
         let (rest, linger) = rest_of(&image);
-        Ok(Desktop { id, uid_slot, guest, machine, port, rest, linger })
+        Ok(Desktop { id, image: spec.image, uid_slot, guest, machine, port, rest, linger })
     }
 
     /// Takes over the processes of a desktop, and lets them go on if it was at
@@ -237,6 +243,7 @@ impl Parts {
         &self,
         spec: &DesktopSpec,
         image: &Image,
+        ids: UidRange,
         record: &MachineRecord,
         guest: &Guest,
     ) -> Result<Box<dyn Machine>, Failure> {
@@ -246,7 +253,7 @@ impl Parts {
                 let container = self.runtime.adopt(record)?.ok_or(ENDED)?;
                 container.freezer().map_or(Ok(()), |freezer| freezer.thaw())?;
                 let root = self.store.root(image, &RootId::from(spec.id), spec.root)?;
-                Ok(Box::new(InContainer::new(container, root)))
+                Ok(Box::new(InContainer::new(container, root, ids)))
             }
             MachineRecord::Vm(record) => {
                 let vm = self.machines.qemu()?.adopt(record)?.ok_or(ENDED)?;
@@ -295,6 +302,14 @@ impl Parts {
         self.store.remove_root(&RootId::from(id)).map_err(storage(&what))?;
         self.store.remove_guest_home(id).map_err(storage(&what))?;
         self.store.remove_home(&HomeId::from(id)).map_err(storage(&what))
+    }
+
+    /// Makes a version of what a desktop's root holds; it stands still meanwhile.
+    pub(crate) fn commit(&self, desktop: &Desktop, new: &NewVersion) -> Result<Version, HostError> {
+        let what = format!("cannot make a version of desktop {}", desktop.id);
+        let (root, ids) = desktop.machine.root().map_err(failed(HostErrorKind::Unsupported, &what))?;
+        let base = CommitId::new(desktop.image);
+        self.store.repository().capture(base, root.as_fd(), Some(ids), new).map_err(storage(what))
     }
 
     /// The port of a desktop, and what would become of frames that it sent.

@@ -21,7 +21,10 @@ use std::{
 use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
 use qvd_net::PortView;
-use qvd_storage::Repository;
+use qvd_storage::{
+    Repository,
+    repository::{NewVersion, Version},
+};
 
 use crate::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, ExecStdio, Host, HostError, HostErrorKind,
@@ -307,6 +310,13 @@ impl Host for FakeHost {
         state.running.get(&id).ok_or_else(|| not_running(id))?;
         // Its desktops have no port.
         Ok(None)
+    }
+
+    fn commit(&self, id: DesktopId, _new: &NewVersion) -> Result<Version, HostError> {
+        let state = self.begin(Op::BuildImage)?;
+        state.running.get(&id).ok_or_else(|| not_running(id))?;
+        // Its desktops have no files.
+        Err(HostError::new(HostErrorKind::Unsupported, format!("desktop {id} has no root to make a version of")))
     }
 
     fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {

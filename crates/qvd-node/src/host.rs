@@ -20,7 +20,7 @@ use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats}
 use qvd_net::PortView;
 use qvd_storage::{
     Image, Repository,
-    repository::{Reference, Revision},
+    repository::{NewVersion, Reference, Revision, Version},
 };
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +83,14 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// # Errors
     /// It does not run, or the kernel did not say.
     fn network(&self, id: DesktopId, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError>;
+
+    /// Makes the next version of a flavour from what a running desktop's root holds,
+    /// without its secrets; it stands still meanwhile.
+    ///
+    /// # Errors
+    /// It does not run, or not in a container; the flavour has moved on since it
+    /// started; or something in it cannot be in an image.
+    fn commit(&self, id: DesktopId, new: &NewVersion) -> Result<Version, HostError>;
 
     /// Builds the image that a recipe file describes and makes it the head
     /// and default of its flavour. `progress` gets lines for a person.

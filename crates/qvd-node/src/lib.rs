@@ -27,6 +27,9 @@ pub use node::{Node, NodeConfig, VmConfig};
 pub use probe::{Probe, probe, probe_vms, survey};
 pub use qvd_guest::{ExecRequest, Exit, Stats};
 pub use qvd_net::{Counters, Decision, PortView};
-pub use qvd_storage::Survey;
+pub use qvd_storage::{
+    Survey,
+    repository::{NewVersion, Version},
+};
 pub use qvd_virt::vm::AccelChoice;
 pub use swap::Swap;

@@ -12,7 +12,10 @@ use qvd_core::{
 };
 use qvd_guest::{ExecRequest, Stats};
 use qvd_net::PortView;
-use qvd_storage::Repository;
+use qvd_storage::{
+    Repository,
+    repository::{NewVersion, Version},
+};
 use qvd_virt::vm::AccelChoice;
 
 use crate::{
@@ -481,6 +484,16 @@ impl Host for Node {
         let busy = || HostError::new(HostErrorKind::Busy, format!("desktop {id} is starting or stopping"));
         let live = slot.live.try_lock().map_err(|_| busy())?;
         Parts::port_view(live.as_ref().ok_or_else(not_running)?, frames)
+    }
+
+    fn commit(&self, id: DesktopId, new: &NewVersion) -> Result<Version, HostError> {
+        let slot = self.inner.slot(id);
+        let not_running = || HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run"));
+        let busy = || HostError::new(HostErrorKind::Busy, format!("desktop {id} is starting or stopping"));
+        let live = slot.live.try_lock().map_err(|_| busy())?;
+        let desktop = live.as_ref().ok_or_else(not_running)?;
+        let made = lock(&slot.rest).still(|| self.inner.parts.commit(desktop, new));
+        made.map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot hold desktop {id}"), e))?
     }
 
     fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {

@@ -105,6 +105,17 @@ impl Rest {
         Ok(Awake(Arc::clone(&self.users)))
     }
 
+    /// Lets it stand still while something is done about it, as far as this host
+    /// can stop its processes.
+    pub(crate) fn still<T>(&mut self, work: impl FnOnce() -> T) -> Result<T, qvd_virt::Error> {
+        let frozen = self.is_resting() && self.policy.mode == RestMode::Freeze;
+        let Some(freezer) = self.freezer.as_ref().filter(|_| !frozen) else { return Ok(work()) };
+        freezer.freeze()?;
+        let done = work();
+        freezer.thaw()?;
+        Ok(done)
+    }
+
     /// Lets it go on for one question, if it rests.
     pub(crate) fn briefly<T>(&mut self, question: impl FnOnce() -> T) -> Result<T, qvd_virt::Error> {
         let freezer = self.freezer.as_ref().filter(|_| self.is_resting() && self.policy.mode == RestMode::Freeze);

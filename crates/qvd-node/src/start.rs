@@ -92,7 +92,7 @@ impl Parts {
             .map_err(failed(HostErrorKind::Failed, &what))?;
         undo.keep();
         let (rest, linger) = rest_of(&image);
-        Ok((Desktop { id, uid_slot, guest, machine, port, rest, linger }, timings))
+        Ok((Desktop { id, image: spec.image, uid_slot, guest, machine, port, rest, linger }, timings))
     }
 
     fn start_container<'a>(
@@ -152,7 +152,7 @@ impl Parts {
         step(StartStep::Init);
         let container = prepared.start().map_err(virt(what))?;
         timings.start_us = micros(*began);
-        Ok((Box::new(InContainer::new(container, root)), port, timings))
+        Ok((Box::new(InContainer::new(container, root, *ids)), port, timings))
     }
 
     fn start_vm<'a>(

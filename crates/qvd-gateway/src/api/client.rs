@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use qvd_core::{DesktopId, FlavourName, StartStep, UserName};
 use qvd_farm::{Desktop, DesktopInfo, Flavour, FlavourDefaults, OwnedDesktops, Secret, SessionInfo, User};
 use qvd_guest::{ExecRequest, Stats};
-use qvd_node::{ImageSummary, PortView, Timings};
+use qvd_node::{ImageSummary, NewVersion, PortView, Timings, Version};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -305,6 +305,15 @@ impl Client {
     /// [`ClientError`]: `unknown_desktop`, `not_yours`.
     pub async fn stop(&self, id: DesktopId) -> Result<(), ClientError> {
         self.done(Method::POST, &format!("/desktops/{id}/stop"), NOTHING).await
+    }
+
+    /// `POST desktops/{id}/commit`: makes the next version of a flavour from what a
+    /// running desktop's root holds.
+    ///
+    /// # Errors
+    /// As [`Client::health`].
+    pub async fn commit(&self, id: DesktopId, new: &NewVersion) -> Result<Version, ClientError> {
+        self.send(Method::POST, &format!("/desktops/{id}/commit"), Some(new)).await
     }
 
     /// What a running desktop uses.

@@ -25,6 +25,7 @@
 //! | `DELETE desktops/{id}` | | 204 | administrators |
 //! | `POST desktops/{id}/start` | | events of `Timings` | users their own |
 //! | `POST desktops/{id}/stop` | | 204 | users their own |
+//! | `POST desktops/{id}/commit` | `NewVersion` | 201 `Version` | administrators |
 //! | `GET desktops/{id}/stats` | | `Stats` | users their own |
 //! | `GET desktops/{id}/network` | | `PortView` or null | users their own |
 //! | `POST desktops/{id}/network` | [`dto::ExplainFrames`] | the same, with what becomes of the frames | users their own |

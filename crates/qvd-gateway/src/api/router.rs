@@ -15,7 +15,7 @@ use qvd_farm::{
     Desktop, DesktopInfo, Farm, FarmError, Flavour, FlavourDefaults, OwnedDesktops, Progress, Secret, SessionInfo, User,
 };
 use qvd_guest::Stats;
-use qvd_node::{ImageSummary, PortView};
+use qvd_node::{ImageSummary, NewVersion, PortView, Version};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinHandle};
 
@@ -54,6 +54,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/desktops/{id}", get(desktop).patch(change_desktop).delete(remove_desktop))
         .route("/desktops/{id}/start", post(start))
         .route("/desktops/{id}/stop", post(stop))
+        .route("/desktops/{id}/commit", post(commit))
         .route("/desktops/{id}/stats", get(stats))
         .route("/desktops/{id}/network", get(network).post(explain))
         .route("/desktops/{id}/exec", post(exec::exec))
@@ -315,6 +316,16 @@ async fn start(State(ApiState { farm }): State<ApiState>, caller: Caller, At(id)
 async fn stop(State(ApiState { farm }): State<ApiState>, caller: Caller, At(id): At<DesktopId>) -> Answer<StatusCode> {
     visible(&farm, &caller, id).await?;
     done(&caller, farm.stop(id).await)
+}
+
+async fn commit(
+    State(ApiState { farm }): State<ApiState>,
+    Admin(caller): Admin,
+    At(id): At<DesktopId>,
+    Body(new): Body<NewVersion>,
+) -> Answer<(StatusCode, Json<Version>)> {
+    let made = farm.commit(id, new).await.map_err(|e| ApiError::new(&caller, &e))?;
+    Ok((StatusCode::CREATED, Json(made)))
 }
 
 async fn stats(

@@ -1,9 +1,18 @@
 //! Desktops in containers.
 
-use std::{os::fd::BorrowedFd, path::PathBuf, time::Duration};
+use std::{
+    os::fd::{BorrowedFd, OwnedFd},
+    path::PathBuf,
+    time::Duration,
+};
 
+use qvd_core::UidRange;
 use qvd_storage::Root;
 use qvd_virt::{Container, Exit, Freezer};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    fs::{Mode, OFlags},
+};
 
 use super::{END_GRACE, Failure, Machine, MachineRecord};
 use crate::guest::Guest;
@@ -13,11 +22,12 @@ use crate::guest::Guest;
 pub(crate) struct InContainer {
     container: Container,
     root: Box<dyn Root>,
+    ids: UidRange,
 }
 
 impl InContainer {
-    pub(crate) fn new(container: Container, root: Box<dyn Root>) -> Self {
-        Self { container, root }
+    pub(crate) fn new(container: Container, root: Box<dyn Root>, ids: UidRange) -> Self {
+        Self { container, root, ids }
     }
 }
 
@@ -45,6 +55,19 @@ impl Machine for InContainer {
     fn has_streams(&self, _: &Guest) -> Result<bool, Failure> {
         let net: PathBuf = format!("/proc/{}/net", self.container.pid()).into();
         Ok(qvd_guest::has_streams(&net))
+    }
+
+    fn root(&self) -> Result<(OwnedFd, UidRange), Failure> {
+        let root: PathBuf = format!("/proc/{}/root", self.container.pid()).into();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(&root, flags, Mode::empty()).map_err(std::io::Error::from)?;
+        // The number may be another's by now; the init was not reaped by us.
+        if rustix::event::poll(&mut [PollFd::new(&self.container.pidfd(), PollFlags::IN)], Some(&Timespec::default()))?
+            > 0
+        {
+            return Err("its first process has ended".into());
+        }
+        Ok((root, self.ids))
     }
 
     fn page_out(&self) -> Result<u64, Failure> {

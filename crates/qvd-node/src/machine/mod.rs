@@ -4,8 +4,14 @@ mod container;
 mod hypervisor;
 mod vm;
 
-use std::{error::Error as StdError, fmt, os::fd::BorrowedFd, time::Duration};
+use std::{
+    error::Error as StdError,
+    fmt,
+    os::fd::{BorrowedFd, OwnedFd},
+    time::Duration,
+};
 
+use qvd_core::UidRange;
 use qvd_virt::{ContainerRecord, Exit, Freezer, vm::VmRecord};
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +47,10 @@ pub(crate) trait Machine: fmt::Debug + Send {
 
     /// Whether its programs talk with other hosts. `guest` is its init.
     fn has_streams(&self, guest: &Guest) -> Result<bool, Failure>;
+
+    /// Its root directory as it is now, and the range that owners in it are
+    /// shifted by.
+    fn root(&self) -> Result<(OwnedFd, UidRange), Failure>;
 
     /// Gives back memory; returns how many bytes the kernel was asked for.
     fn page_out(&self) -> Result<u64, Failure>;

@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use qvd_core::UidRange;
 use qvd_guest::{BootConfig, Carrier, Link};
 use qvd_storage::{Device, Disk, DiskFormat};
 use qvd_virt::{
@@ -135,6 +136,10 @@ impl Machine for InVm {
 
     fn has_streams(&self, guest: &Guest) -> Result<bool, Failure> {
         Ok(guest.stats()?.streams)
+    }
+
+    fn root(&self) -> Result<(OwnedFd, UidRange), Failure> {
+        Err("what a machine writes is on a disk that it alone reads; run the desktop in a container for this".into())
     }
 
     fn page_out(&self) -> Result<u64, Failure> {

@@ -1,6 +1,7 @@
 //! Real desktops on a real image: what a node promises, and what it leaves.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod commit;
 mod machine;
 
 use std::{

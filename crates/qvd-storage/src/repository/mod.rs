@@ -17,6 +17,7 @@
 
 pub mod archive;
 mod bisect;
+mod capture;
 mod commit;
 pub mod diff;
 mod disk;
@@ -49,6 +50,7 @@ use std::{
 };
 
 pub use bisect::{Bisect, NothingBetween, Verdict};
+pub use capture::{LEFT_OUT, NewVersion, Version};
 pub use commit::{COMMIT_MAX_BYTES, Commit, Content};
 pub use diff::{BlockDiff, Change, Diff, FileDiff, PackageDiff};
 pub use disk::{DISK_BLOCK_BYTES, DISK_MAX_BYTES};

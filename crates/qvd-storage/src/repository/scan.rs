@@ -19,7 +19,12 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Entry, Meta, Node, Staging, Tree, encoding, staging::Added};
+use super::{
+    Entry, Meta, Node, Staging, TREE_MAX_ENTRIES, Tree,
+    capture::{Look, Past},
+    encoding,
+    staging::Added,
+};
 use crate::{Error, fsio, trash, xattr::xattrs};
 
 /// Most threads that read and hash.
@@ -50,6 +55,21 @@ impl Staging<'_> {
         top: BorrowedFd<'_>,
         omit: &dyn Fn(&Path) -> bool,
     ) -> Result<Vec<Entry>, Error> {
+        self.scan_with(what, top, omit, None)
+    }
+
+    /// As [`Staging::scan_at`], of a root that a desktop has been writing to.
+    pub(crate) fn scan_live(&self, what: &Path, top: BorrowedFd<'_>, past: &Past<'_>) -> Result<Vec<Entry>, Error> {
+        self.scan_with(what, top, &|_| false, Some(past))
+    }
+
+    fn scan_with(
+        &self,
+        what: &Path,
+        top: BorrowedFd<'_>,
+        omit: &dyn Fn(&Path) -> bool,
+        past: Option<&Past<'_>>,
+    ) -> Result<Vec<Entry>, Error> {
         let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
         let (send, receive) = mpsc::sync_channel::<(usize, File)>(OPEN_MAX);
         let receive = Mutex::new(receive);
@@ -62,7 +82,7 @@ impl Staging<'_> {
                 results.lock().unwrap_or_else(PoisonError::into_inner).push((number, added));
             }
         };
-        let mut walk = Walk { top, omit, entries: Vec::new(), linked: HashMap::new(), at: PathBuf::new() };
+        let mut walk = Walk { top, omit, past, entries: Vec::new(), linked: HashMap::new(), at: PathBuf::new() };
         let walked = thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(work);
@@ -98,6 +118,7 @@ impl Staging<'_> {
 struct Walk<'a> {
     top: BorrowedFd<'a>,
     omit: &'a dyn Fn(&Path) -> bool,
+    past: Option<&'a Past<'a>>,
     entries: Vec<Entry>,
     /// Files with several names, by device and number: the first entry and the
     /// number of the group.
@@ -108,7 +129,7 @@ struct Walk<'a> {
 
 impl Walk<'_> {
     fn all(&mut self, send: &mpsc::SyncSender<(usize, File)>) -> io::Result<()> {
-        let root = meta(&fstat(self.top)?, &fd_path(self.top, OsStr::new("")))?;
+        let root = self.meta(&fstat(self.top)?, &fd_path(self.top, OsStr::new("")))?;
         self.entries.push(Entry { path: PathBuf::new(), meta: root, node: Node::Directory });
         let mut todo = vec![PathBuf::new()];
         while let Some(path) = todo.pop() {
@@ -121,6 +142,9 @@ impl Walk<'_> {
                 let path = path.join(OsStr::from_bytes(name.as_bytes()));
                 if (self.omit)(&path) {
                     continue;
+                }
+                if self.entries.len() > TREE_MAX_ENTRIES {
+                    return Err(io::Error::other(format!("more than {TREE_MAX_ENTRIES} files are in it")));
                 }
                 self.at.clone_from(&path);
                 match self.one(dir.as_fd(), &name, path, send) {
@@ -144,6 +168,15 @@ impl Walk<'_> {
         send: &mpsc::SyncSender<(usize, File)>,
     ) -> io::Result<Option<PathBuf>> {
         let mut stat = statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        match self.past.map_or(Ok(Look::Read), |past| past.look(dir, name, &path, &stat))? {
+            Look::Read => {}
+            Look::Same(entry) => {
+                self.entries.push(entry);
+                return Ok(None);
+            }
+            Look::LeaveOut => return Ok((FileType::from_raw_mode(stat.st_mode).is_dir()).then_some(path)),
+            Look::Elsewhere => return Ok(None),
+        }
         let at = fd_path(dir, OsStr::from_bytes(name.as_bytes()));
         let node = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => Node::Directory,
@@ -170,8 +203,17 @@ impl Walk<'_> {
             FileType::Unknown => return Err(io::Error::other("it is of an unknown kind")),
         };
         let below = matches!(node, Node::Directory).then(|| path.clone());
-        self.entries.push(Entry { path, meta: meta(&stat, &at)?, node });
+        let meta = self.meta(&stat, &at)?;
+        self.entries.push(Entry { path, meta, node });
         Ok(below)
+    }
+
+    fn meta(&self, stat: &Stat, at: &Path) -> io::Result<Meta> {
+        let meta = meta(stat, at)?;
+        Ok(match self.past {
+            Some(past) => past.inside(meta),
+            None => meta,
+        })
     }
 
     /// Whether another name of the file was seen, and the number of its group.
