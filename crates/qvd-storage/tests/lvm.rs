@@ -10,13 +10,13 @@ use std::{
     os::{fd::AsFd, unix::fs::FileExt, unix::fs::MetadataExt},
     path::Path,
     process::Command,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use qvd_core::{Bytes, RootPolicy};
 use qvd_storage::{
     BaseDisk, BaseTree, Capability, DiskBackend, DiskBackends, DiskCapability, DiskFormat, DiskId, DiskOptions, Error,
-    ErrorKind, Lvm, LvmDisks, Place, Quota, RootBackend, RootOptions, conformance::Suite,
+    ErrorKind, Lvm, LvmDisks, Place, Quota, RootBackend, RootOptions,
 };
 use qvd_testkit::{Bed, in_bed};
 use scratch::{base, id, kept, path, read, userns, volatile};
@@ -231,25 +231,5 @@ fn disks_are_snapshots_and_a_full_pool_is_said() {
         let at = Path::new("/run/at");
         disks(at);
         full(at, &base(at), &Lvm::new(Place::open(&at.join("store")).unwrap()));
-    });
-}
-
-#[test]
-fn the_conformance_suite_passes() {
-    // Hundreds of commands, each of which takes a second in the bed.
-    if std::env::var_os("QVD_CONFORMANCE").is_none_or(|value| value != "all") {
-        return;
-    }
-    let only = std::env::var("QVD_CONFORMANCE_ONLY").unwrap_or_default();
-    let bed = Bed::new().memory_mib(1024).disk_mib(1200).disk_mib(512).limit(Duration::from_secs(3000));
-    in_bed(&bed.env("QVD_CONFORMANCE_ONLY", only), || {
-        set_up(700);
-        give_pool();
-        let only = std::env::var("QVD_CONFORMANCE_ONLY").unwrap();
-        let began = Instant::now();
-        let suite = Suite::new("lvm", |place| Ok(Box::new(Lvm::new(place)))).only(only);
-        let report = suite.run(Path::new("/run/at")).unwrap();
-        eprintln!("{report}\n{} s", began.elapsed().as_secs());
-        assert!(report.passed(), "{report}");
     });
 }
