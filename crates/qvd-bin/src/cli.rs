@@ -267,7 +267,7 @@ pub(crate) enum Image {
     Pull(Transfer),
     /// Get every flavour of another repository
     Clone {
-        /// The other repository: a directory, or https://USER@HOST[:PORT]
+        /// The other repository: a directory, https://USER@HOST[:PORT], or s3://BUCKET[/PREFIX]
         remote: PathBuf,
         #[command(flatten)]
         access: Access,
@@ -338,7 +338,7 @@ pub(crate) enum ExportFormat {
 
 #[derive(Debug, Args)]
 pub(crate) struct Transfer {
-    /// The other repository: a directory, or https://USER@HOST[:PORT]
+    /// The other repository: a directory, https://USER@HOST[:PORT], or s3://BUCKET[/PREFIX]
     pub(crate) remote: PathBuf,
     /// FLAVOUR with all its tags, or FLAVOUR:TAG
     pub(crate) image: Reference,

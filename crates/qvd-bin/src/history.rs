@@ -133,7 +133,7 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
         Image::Policy { require, none } => signing::policy(&repository, &require, none, output),
         Image::Fsck { repair, access } => {
             let remote = repair.map(|remote| Remote::of(&remote, &access)).transpose().context("cannot repair")?;
-            fsck(&repository, remote.as_ref(), output)
+            fsck(&repository, remote, output)
         }
         Image::Gc { dry_run, keep_days } => {
             let cannot = "cannot collect what is not needed";
@@ -348,7 +348,7 @@ fn export(
     output.result(&Exported { image, to }, |done| format!("{} written to `{}`", done.image, done.to.display()))
 }
 
-fn fsck(repository: &Repository, remote: Option<&Remote>, output: &Output) -> anyhow::Result<()> {
+fn fsck(repository: &Repository, remote: Option<Remote>, output: &Output) -> anyhow::Result<()> {
     let source = remote.map(Remote::source).transpose().context("cannot repair")?;
     let checked = repository.fsck(source.as_deref()).context("cannot check the images")?;
     output.result(&checked, |checked: &Checked| {
@@ -365,7 +365,7 @@ fn fsck(repository: &Repository, remote: Option<&Remote>, output: &Output) -> an
     }
     let count = checked.problems.iter().filter(|problem| !problem.repaired).count();
     let remedy =
-        if remote.is_some() { "the remote has no sound one" } else { "`--repair REMOTE` takes sound ones from there" };
+        if source.is_some() { "the remote has no sound one" } else { "`--repair REMOTE` takes sound ones from there" };
     Err(Refusal::new(Exit::Failed, format!("{count} damaged or missing; {remedy}")).into())
 }
 

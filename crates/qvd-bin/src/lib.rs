@@ -17,6 +17,7 @@ mod output;
 mod password;
 mod paths;
 mod remote;
+mod s3;
 mod signing;
 mod terminal;
 mod transfer;

@@ -22,7 +22,7 @@ use crate::{
     failure::{Exit, Refusal},
     history::{author, existing, mib},
     output::{Output, Progress},
-    password,
+    password, s3,
 };
 
 /// Where a gateway listens unless told otherwise.
@@ -35,12 +35,17 @@ pub(crate) enum Remote {
     Directory(PathBuf),
     /// Of a daemon, over HTTPS.
     Daemon(Arc<RepositoryDoor>),
+    /// A store that speaks the protocol of S3.
+    S3(Box<qvd_s3::Store>),
 }
 
 impl Remote {
     /// The one that a person names: by a directory, its own or an
     /// installation's, or by an address.
     pub(crate) fn of(text: &Path, access: &Access) -> anyhow::Result<Self> {
+        if let Some(address) = text.to_str().filter(|text| text.starts_with("s3://")) {
+            return Ok(Self::S3(Box::new(s3::open(address, access)?)));
+        }
         let Some(address) = text.to_str().and_then(|text| text.strip_prefix("https://")) else {
             let images = text.join("images");
             return Ok(Self::Directory(if images.join("format").exists() { images } else { text.to_path_buf() }));
@@ -64,11 +69,12 @@ impl Remote {
     }
 
     /// To get things from it.
-    pub(crate) fn source(&self) -> anyhow::Result<Box<dyn Source>> {
+    pub(crate) fn source(self) -> anyhow::Result<Box<dyn Source>> {
         match self {
-            Self::Directory(path) => Ok(Box::new(Directory::new(existing(path)?))),
+            Self::S3(store) => Ok(store),
+            Self::Directory(path) => Ok(Box::new(Directory::new(existing(&path)?))),
             Self::Daemon(door) => {
-                let (name, door) = (door.name(), Arc::clone(door));
+                let name = door.name();
                 let streams = Streams::new(move || door.open(Direction::Pull));
                 Ok(Box::new(wire::Remote::new(name, streams)))
             }
@@ -87,6 +93,7 @@ impl Remote {
                 let there = Repository::open(path)?;
                 Ok(there.pull(&Directory::new(from), wanted, &author(), progress)?)
             }
+            Self::S3(store) => Ok(from.push(&**store, wanted, &author(), progress)?),
             Self::Daemon(door) => {
                 let cannot = || format!("cannot connect to `{}`", door.name());
                 let stream = door.open(Direction::Push).with_context(cannot)?;
