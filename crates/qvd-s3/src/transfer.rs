@@ -305,7 +305,7 @@ impl Store {
 /// says `NotImplemented`, status 501, to a header that it does not know.
 fn has_no_conditions(error: &object_store::Error) -> bool {
     matches!(error, object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })
-        || qvd_core::causes(error).iter().any(|text| text.contains("501") || text.contains("<Code>NotImplemented"))
+        || qvd_core::causes(error).iter().any(|text| text.contains("<Code>NotImplemented</Code>"))
 }
 
 fn pack<W: Write>(to: W, from: &mut dyn Read, len: u64) -> io::Result<W> {
