@@ -9,7 +9,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use qvd_testkit::{Census, Need, Scope, privileged};
+use qvd_testkit::{Census, Need, Scope, copy_program_as, privileged};
 use serde_json::Value;
 
 /// Examples are built beside the tests' own directory.
@@ -237,8 +237,7 @@ fn vm_clones_machines_from_a_template_and_removes_them() {
         let dir = tempfile::tempdir().unwrap();
         let before = Census::take(&Scope::marked(["qvd-c0de/"]));
         let tree = base(dir.path());
-        fs::create_dir(tree.join("bin")).unwrap();
-        fs::copy("/bin/busybox", tree.join("bin/cat")).unwrap();
+        copy_program_as("/bin/busybox", "/bin/cat", &tree);
         let mut command = Command::new(example("vm"));
         command.args(["--template", "--count", "2", "--memory", "128", "--kernel"]);
         command.arg(qvd_testkit::bed_directory().unwrap()).arg("--image").arg(tree);

@@ -1,26 +1,15 @@
 //! A fault is found by trying versions in fresh desktops.
 
-use std::{fs, path::Path, process::Command};
+use std::fs;
 
 use qvd_demo::Server;
+use qvd_testkit::copy_program;
 use serde_json::Value;
 
 use crate::{
     bad_input::{elsewhere, tiny_tree},
     harness::{expect_ok, on_a_host},
 };
-
-/// Copies a program and the libraries that it names.
-fn copy_program(program: &str, tree: &Path) {
-    let listed = Command::new("ldd").arg(program).output().unwrap();
-    let listed = String::from_utf8(listed.stdout).unwrap();
-    let libraries = listed.split_ascii_whitespace().filter(|word| word.starts_with('/'));
-    for file in libraries.chain([program]) {
-        let inside = tree.join(file.trim_start_matches('/'));
-        fs::create_dir_all(inside.parent().unwrap()).unwrap();
-        fs::copy(file, inside).unwrap();
-    }
-}
 
 fn bisect(server: &Server, arguments: &[&str]) -> Value {
     let tell = "[ -e /mute ] && exit 125; [ ! -e /fault ]";

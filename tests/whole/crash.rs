@@ -106,7 +106,7 @@ fn see(server: &Server, user: &str, desktop: u32) {
 fn first_process(host: &Host, desktop: u32) -> OwnedFd {
     let path = format!("/run/qvd-{}/desktops/{desktop}/record.json", host.instance);
     let record: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    let pid = i32::try_from(record["container"]["pid"].as_u64().unwrap()).unwrap();
+    let pid = i32::try_from(record["machine"]["container"]["pid"].as_u64().unwrap()).unwrap();
     pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap()
 }
 

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod bisect;
+mod build;
 mod crash;
 mod harness;
 mod journey;

@@ -149,11 +149,16 @@ impl Job<'_> {
         self.run(command, "mmdebstrap")
     }
 
-    /// Runs a program of the tree in it, without a network.
+    /// Runs a program of the tree in it, without a network and without what
+    /// leads out of it.
     fn run_inside(&mut self, tree: &Path, argv: &[String]) -> Result<(), Error> {
-        let mut root = std::ffi::OsString::from("--root=");
+        let mut command = contained(&["--net"])?;
+        // One program enters the tree and gives up the rights for that, before
+        // anything of the tree runs.
+        let mut root = std::ffi::OsString::from("--chroot=");
         root.push(tree);
-        let mut command = contained(&["--net".into(), root])?;
+        command.arg(find("capsh", "libcap2-bin")?).arg(root);
+        command.args(["--no-new-privs", &format!("--drop={}", NOT_IN_A_TREE.join(",")), "--shell=/usr/bin/env", "--"]);
         command.args(argv).env_remove("SOURCE_DATE_EPOCH");
         let name = argv.first().map_or("", String::as_str);
         self.run(command, name)
@@ -282,13 +287,46 @@ impl Drop for Running {
     }
 }
 
-/// A command in mount and process namespaces of its own, which dies with all
-/// its children when it is killed or when we are: what it mounts is in no
-/// other mount table, and nothing goes on writing after a crash.
-fn contained(options: &[std::ffi::OsString]) -> Result<Command, Error> {
+/// What no part of a build needs: to change the kernel, its clock and its log, to
+/// reach devices past their drivers, to look into others.
+const NOT_IN_A_BUILD: &[&str] = &[
+    "-sys_module",
+    "-sys_rawio",
+    "-sys_boot",
+    "-sys_time",
+    "-sys_ptrace",
+    "-sys_pacct",
+    "-syslog",
+    "-mac_admin",
+    "-mac_override",
+    "-audit_control",
+    "-wake_alarm",
+    "-block_suspend",
+];
+
+/// What a program of a tree does not need besides, and would get out with: other
+/// roots and mounts, devices, files by their number.
+const NOT_IN_A_TREE: &[&str] = &[
+    "cap_sys_admin",
+    "cap_sys_chroot",
+    "cap_mknod",
+    "cap_dac_read_search",
+    "cap_net_admin",
+    "cap_net_raw",
+    "cap_sys_resource",
+    "cap_linux_immutable",
+    "cap_setpcap",
+];
+
+/// A command in namespaces of its own, which dies with all its children when it
+/// is killed or when we are: what it mounts is in no other mount table, what it
+/// names is not the host's, and nothing goes on writing after a crash.
+fn contained(options: &[&str]) -> Result<Command, Error> {
     let mut command = command(&find("setpriv", "util-linux")?);
-    command.args(["--pdeathsig", "KILL", "--"]).arg(find("unshare", "util-linux")?);
+    command.args(["--pdeathsig", "KILL", "--bounding-set", &NOT_IN_A_BUILD.join(",")]);
+    command.arg("--").arg(find("unshare", "util-linux")?);
     command.args(["--mount", "--propagation=private", "--pid", "--fork", "--kill-child=SIGKILL"]);
+    command.args(["--ipc", "--uts", "--cgroup"]);
     // A tree's own /proc stays what it is: an empty directory.
     if options.is_empty() {
         command.arg("--mount-proc");
@@ -319,7 +357,8 @@ fn find(program: &str, package: &str) -> Result<PathBuf, Error> {
 
 /// Whether the programs that build images are there.
 pub(crate) fn support() -> Support {
-    let programs = [("mmdebstrap", "mmdebstrap"), ("setpriv", "util-linux"), ("unshare", "util-linux")];
+    let programs =
+        [("mmdebstrap", "mmdebstrap"), ("setpriv", "util-linux"), ("unshare", "util-linux"), ("capsh", "libcap2-bin")];
     match programs.iter().find_map(|(program, package)| find(program, package).err()) {
         Some(Error::Unsupported { missing, .. }) => Support::No(missing),
         _ => Support::Yes,
@@ -349,8 +388,55 @@ fn without_credentials(line: &str) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use qvd_testkit::{Need, copy_program, privileged};
+
     use super::*;
+
+    /// Each line tries a way out, and says which one it was when that worked.
+    const WAYS_OUT: &str = r#"
+        my ($out, $jail, $disk, $none, $kind, $time, $no) = ('', '/jail', '/disk', 'none', 'tmpfs', pack('qq', 1, 0), 'x');
+        mkdir $jail; opendir(my $top, '/');
+        $out .= 'chroot ' if chroot($jail);
+        # mknod, mount, reboot, clock_settime, init_module: by their numbers on x86_64.
+        $out .= 'device ' if syscall(133, $disk, 060000 | 0600, 0x800) == 0;
+        $out .= 'mount ' if syscall(165, $none, $jail, $kind, 0, 0) == 0;
+        $out .= 'reboot ' if syscall(169, 0xfee1dead, 672274793, 0, 0) == 0;
+        $out .= 'clock ' if syscall(227, 0, $time) == 0;
+        $out .= 'module ' if syscall(175, $no, 1, $no) == 0;
+        $out .= 'network ' if -e '/sys/class/net/eth0';
+        $out .= 'signal ' if kill(0, 2) && getppid() > 1;
+        die "ways out: $out\n" if $out;
+        open(my $mark, '>', '/worked') or die "the tree itself cannot be written\n";
+        chown(1000, 1000, '/worked') or die "files cannot be given away\n";
+    "#;
+
+    #[test]
+    fn a_program_of_a_tree_works_in_it_and_does_not_get_out() {
+        privileged(&[Need::Root, Need::Program("capsh"), Need::Program("unshare")], || {
+            let dir = tempfile::tempdir().unwrap();
+            let tree = dir.path().join("tree");
+            for program in ["/usr/bin/env", "/usr/bin/perl"] {
+                copy_program(program, &tree);
+            }
+            let recipe = r#"
+                name = "hostile"
+                packages = []
+                base = { distribution = "debian", suite = "bookworm" }
+                user = { name = "user", uid = 1000, gid = 1000 }
+            "#;
+            let recipe = Recipe::parse(recipe).unwrap();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            let mut job = Job { recipe: &recipe, below: dir.path(), deadline, progress: &mut |_| () };
+            let run = |argv: &[&str]| argv.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+            fs::write(tree.join("ways-out"), WAYS_OUT).unwrap();
+            job.run_inside(&tree, &run(&["perl", "/ways-out"])).unwrap();
+            assert!(tree.join("worked").exists() && !tree.join("disk").exists());
+            let error = job.run_inside(&tree, &run(&["no-such-program"])).unwrap_err().to_string();
+            assert!(error.contains("no-such-program"), "{error}");
+        });
+    }
 
     #[test]
     fn credentials_do_not_reach_logs() {

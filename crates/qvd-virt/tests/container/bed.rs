@@ -8,13 +8,13 @@ use std::{
         unix::fs::{PermissionsExt, chown, symlink},
     },
     path::{Path, PathBuf},
-    process::Command,
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
 use qvd_core::{DesktopId, Instance, UidRange};
 use qvd_sys::mount::{clone_dir, open_dir_path};
+use qvd_testkit::copy_program;
 use qvd_virt::{Container, ContainerSpec, Exit, InheritedFd, Program, Runtime};
 use tempfile::TempDir;
 
@@ -40,7 +40,7 @@ impl Bed {
         let tree = tempfile::tempdir().unwrap();
         fs::set_permissions(tree.path(), fs::Permissions::from_mode(0o755)).unwrap();
         for program in ["/bin/sh", "/usr/bin/perl"] {
-            copy_program(Path::new(program), tree.path());
+            copy_program(program, tree.path());
         }
         chown(tree.path(), Some(ids.base()), Some(ids.base())).unwrap();
         Self { runtime: Runtime::new(instance).unwrap(), instance, ids, tree }
@@ -138,18 +138,6 @@ pub fn listen(spec: &mut ContainerSpec) -> File {
     spec.fds.push(InheritedFd { number: 1, fd: theirs.try_clone().unwrap().into() });
     spec.fds.push(InheritedFd { number: 2, fd: theirs.into() });
     File::from(OwnedFd::from(ours))
-}
-
-/// Copies a program and the libraries it names into a tree.
-fn copy_program(program: &Path, tree: &Path) {
-    let listed = Command::new("ldd").arg(program).output().unwrap();
-    let listed = String::from_utf8(listed.stdout).unwrap();
-    let libraries = listed.split_ascii_whitespace().filter(|word| word.starts_with('/'));
-    for file in libraries.chain([program.to_str().unwrap()]) {
-        let inside = tree.join(file.trim_start_matches('/'));
-        fs::create_dir_all(inside.parent().unwrap()).unwrap();
-        fs::copy(file, inside).unwrap();
-    }
 }
 
 /// A tree in which `/proc` leads elsewhere.

@@ -10,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use qvd_core::{Digest, Missing, RootPolicy, Support};
@@ -23,6 +24,11 @@ use crate::{
     lvm::{self, Lookup, Making, Pool, Volume},
     probe,
 };
+
+/// How long the kernel may hold a device after it was unmounted: it writes back
+/// what is left, and a full pool makes it try for a while.
+const CLOSED_WITHIN: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Roots as thin snapshots of a volume, which the files of a base are copied to
 /// once, in the thin pool that an administrator gave by tagging it `qvd`.
@@ -103,7 +109,15 @@ impl Lvm {
     /// The volume of a root that nobody has mounted.
     fn unused(&self, id: &RootId) -> Result<Volume, Error> {
         let volume = Volume::of(&self.dir(id))?;
-        if volume.in_use()? { Err(Error::RootBusy(id.clone())) } else { Ok(volume) }
+        let deadline = Instant::now() + CLOSED_WITHIN;
+        // There is no event to wait for: the kernel tells nobody.
+        while volume.in_use()? {
+            if Instant::now() > deadline {
+                return Err(Error::RootBusy(id.clone()));
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        Ok(volume)
     }
 
     /// Tries everything on a small base that is gone afterwards: whether roots
