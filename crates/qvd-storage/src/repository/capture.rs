@@ -204,12 +204,8 @@ fn is_untouched(entry: &Entry, stat: &Stat) -> bool {
 fn is_left_out(path: &Path) -> bool {
     let names: Vec<&[u8]> = path.iter().map(OsStrExt::as_bytes).collect();
     let listed = LEFT_OUT.iter().any(|pattern| {
-        let mut parts = 0;
-        let all = pattern.split('/').enumerate().all(|(at, part)| {
-            parts = at + 1;
-            names.get(at).is_some_and(|name| glob::matches(part.as_bytes(), name))
-        });
-        all && names.len() >= parts
+        let mut parts = pattern.split('/').enumerate();
+        parts.all(|(at, part)| names.get(at).is_some_and(|name| glob::matches(part.as_bytes(), name)))
     });
     listed || names.iter().any(|name| LEFT_OUT_NAMES.iter().any(|left| left.as_bytes() == *name))
 }
