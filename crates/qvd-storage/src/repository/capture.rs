@@ -14,7 +14,7 @@ use qvd_core::{FlavourName, Missing, Tag, UidRange};
 use rustix::fs::{AtFlags, Stat, StatxFlags, statx};
 use serde::{Deserialize, Serialize};
 
-use super::{Commit, CommitId, Content, Entry, Expect, Meta, Node, Repository, Tree, packages};
+use super::{Commit, CommitId, Content, Entry, Meta, Node, Repository, Tree, packages};
 use crate::{Error, glob};
 
 /// What stays with the desktop and is in no image: secrets, what tells one desktop
@@ -308,11 +308,7 @@ impl Repository {
         }
         let id = staging.commit(&commit)?;
         let by = (new.author.as_str(), new.message.as_str());
-        self.move_tag(&flavour, &Tag::head(), Expect::At(head), Some(id), by)?;
-        let default = Tag::default_tag();
-        if new.publish || self.tagged(&flavour, &default)?.is_none() {
-            self.move_tag(&flavour, &default, Expect::Anything, Some(id), by)?;
-        }
+        self.advance(&flavour, head, id, new.publish, by)?;
         let (entries, files_read) = (tree.entries().len() as u64, *past.read.borrow());
         Ok(Version { flavour, id, entries, files_read, left_out, left_out_count })
     }

@@ -99,12 +99,26 @@ impl Repository {
         (commit.recipe, commit.recipe_key) = new.recipe.unzip();
         let id = staging.commit(&commit)?;
         let by = (new.author.as_str(), new.message.as_str());
-        self.move_tag(&flavour, &Tag::head(), Expect::At(head), Some(id), by)?;
-        let default = Tag::default_tag();
-        if new.publish || self.tagged(&flavour, &default)?.is_none() {
-            self.move_tag(&flavour, &default, Expect::Anything, Some(id), by)?;
-        }
+        self.advance(&flavour, head, id, new.publish, by)?;
         Ok(id)
+    }
+
+    /// Moves `head` from where it was to the next commit, and `default` too if that
+    /// is to be published or is the first.
+    pub(crate) fn advance(
+        &self,
+        flavour: &FlavourName,
+        from: Option<CommitId>,
+        to: CommitId,
+        publish: bool,
+        by: (&str, &str),
+    ) -> Result<(), Error> {
+        self.move_tag(flavour, &Tag::head(), Expect::At(from), Some(to), by)?;
+        let default = Tag::default_tag();
+        if publish || self.tagged(flavour, &default)?.is_none() {
+            self.move_tag(flavour, &default, Expect::Anything, Some(to), by)?;
+        }
+        Ok(())
     }
 
     /// What a commit came from, itself first, then by time, newest first; a
