@@ -10,4 +10,5 @@ mod crash;
 mod harness;
 mod journey;
 mod machine;
+mod memory;
 mod nx;

@@ -12,6 +12,7 @@ use qvd_storage::repository::{Reference, Rollout};
 use crate::{
     bisect::Search,
     machines::{Doctor, Kind, Machines},
+    memory::Memory,
 };
 
 /// Port of the gateway unless told otherwise: QVD's own since its first release.
@@ -60,6 +61,8 @@ pub(crate) enum Command {
     /// Networks of desktops
     #[command(subcommand)]
     Net(Net),
+    /// Show the host's memory, who has it, and what merging equal pages costs and wins
+    Memory,
     /// Users
     #[command(subcommand)]
     User(User),
@@ -105,6 +108,8 @@ pub(crate) struct Up {
     /// Swap what idle desktops give back to compressed memory, up to SIZE of it, if this host has no swap
     #[arg(long, value_name = "SIZE")]
     pub(crate) zram: Option<qvd_core::Bytes>,
+    #[command(flatten)]
+    pub(crate) memory: Memory,
     #[command(flatten)]
     pub(crate) machines: Machines,
     /// Stop every desktop at the end; otherwise they keep running
@@ -581,6 +586,7 @@ mod tests {
             "qvd user add ana --password-stdin --generate",
             "qvd up --listen nowhere",
             "qvd up --tls-cert cert.pem",
+            "qvd up --memory much",
             "qvd desktop exec 7",
             "qvd desktop exec 7 -e =x true",
         ] {

@@ -12,6 +12,7 @@ mod history;
 mod image;
 mod logging;
 mod machines;
+mod memory;
 mod net;
 mod output;
 mod password;
@@ -74,6 +75,10 @@ fn dispatch(global: &Global, command: Command, output: &Output) -> anyhow::Resul
         Command::Desktop(command) => {
             let client = remote::connect(&paths()?, global.server.as_deref())?;
             return remote::wait(remote::desktop(&client, command, output))?;
+        }
+        Command::Memory => {
+            let client = remote::connect(&paths()?, global.server.as_deref())?;
+            remote::wait(memory::show(&client, output))??;
         }
         Command::Net(command) => {
             let client = remote::connect(&paths()?, global.server.as_deref())?;

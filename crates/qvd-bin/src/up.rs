@@ -48,6 +48,7 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     let mut config = NodeConfig::new(&paths.root, &paths.run, init, paths.instance);
     config.network.internet = args.internet;
     config.vm = args.machines.config();
+    config.memory = args.memory.config();
     for server in &args.name_server {
         match *server {
             IpAddr::V4(server) => config.network.name_server = Some(server),

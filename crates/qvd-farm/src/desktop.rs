@@ -2,7 +2,7 @@ use std::{error::Error as _, net::Ipv4Addr, time::Duration};
 
 use qvd_core::{DesktopId, DesktopSpec, DisplayKind, FlavourName, Limits, Tag, UserName};
 use qvd_guest::{ExecRequest, Stats};
-use qvd_node::{Attachment, ExecSession, NewVersion, PortView, Timings, Version};
+use qvd_node::{Attachment, ExecSession, MemoryReport, NewVersion, PortView, Timings, Version};
 use sqlx::{Row, Sqlite, Transaction};
 use tokio::sync::mpsc;
 
@@ -428,6 +428,14 @@ impl Farm {
         self.on_host(move |host| host.stats(id))
             .await?
             .map_err(|e| FarmError::host(format!("cannot measure desktop {id}"), e))
+    }
+
+    /// What the host has of memory, who has it, and what was decided about it.
+    ///
+    /// # Errors
+    /// The host does not say.
+    pub async fn memory(&self) -> Result<MemoryReport, FarmError> {
+        self.on_host(|host| host.memory()).await?.map_err(|e| FarmError::host("cannot tell of the host's memory", e))
     }
 
     /// The port of a running desktop, if it has one, and what would become of

@@ -34,9 +34,8 @@ const ELF_MAGIC: &[u8] = b"\x7fELF";
 /// A desktop that runs, or of which something is left.
 #[derive(Debug)]
 pub(crate) struct Desktop {
-    pub(crate) id: DesktopId,
-    /// What its root stands on.
-    pub(crate) image: Digest,
+    /// What it was asked to be.
+    pub(crate) spec: DesktopSpec,
     pub(crate) uid_slot: u32,
     pub(crate) guest: Guest,
     pub(crate) machine: Box<dyn Machine>,
@@ -53,7 +52,7 @@ pub(crate) struct Left(Vec<Failure>);
 
 impl Desktop {
     pub(crate) const fn id(&self) -> DesktopId {
-        self.id
+        self.spec.id
     }
 
     pub(crate) const fn guest(&self) -> &Guest {
@@ -77,7 +76,7 @@ impl Desktop {
     /// What was asked about it, or `else_` when that cannot be said.
     fn known<T>(&self, what: &str, found: Result<T, Failure>, else_: T) -> T {
         found.unwrap_or_else(|error| {
-            tracing::debug!(desktop = %self.id, error = &*error as &dyn StdError, "{what} not known");
+            tracing::debug!(desktop = %self.id(), error = &*error as &dyn StdError, "{what} not known");
             else_
         })
     }
@@ -101,20 +100,21 @@ impl Desktop {
     /// Gives back the memory that it can do without while nobody looks.
     pub(crate) fn page_out(&self) {
         match self.machine.page_out() {
-            Ok(asked_bytes) => tracing::debug!(desktop = %self.id, asked_bytes, "desktop rests"),
+            Ok(asked_bytes) => tracing::debug!(desktop = %self.id(), asked_bytes, "desktop rests"),
             Err(error) => {
-                tracing::info!(desktop = %self.id, error = &*error as &dyn StdError, "desktop keeps its memory")
+                tracing::info!(desktop = %self.id(), error = &*error as &dyn StdError, "desktop keeps its memory")
             }
         }
     }
 
     /// Lets go of it: it runs on, and the next node adopts it.
     pub(crate) fn leave(self) {
+        let id = self.id();
         if let Some(port) = self.port {
             port.leave();
         }
         if let Err(error) = self.machine.leave() {
-            tracing::warn!(desktop = %self.id, error = &*error as &dyn StdError, "cannot leave the desktop running");
+            tracing::warn!(desktop = %id, error = &*error as &dyn StdError, "cannot leave the desktop running");
         }
     }
 
@@ -125,7 +125,7 @@ impl Desktop {
         }
         let asked = self.guest.stop(grace).map_err(Failure::from);
         if let Err(error) = asked.and_then(|()| self.machine.wait_end(grace)) {
-            tracing::info!(desktop = %self.id, error, "the desktop did not end by itself");
+            tracing::info!(desktop = %self.id(), error, "the desktop did not end by itself");
         }
     }
 }
@@ -234,7 +234,7 @@ impl Parts {
             return Err("its range of ids is another's".into());
         }
         let (rest, linger) = rest_of(&image);
-        Ok(Desktop { id, image: spec.image, uid_slot, guest, machine, port, rest, linger })
+        Ok(Desktop { spec, uid_slot, guest, machine, port, rest, linger })
     }
 
     /// Takes over the processes of a desktop, and lets them go on if it was at
@@ -281,7 +281,7 @@ impl Parts {
             errors.extend(desktop.machine.close_storage().err());
         }
         if errors.is_empty() {
-            errors.extend(self.records.end(desktop.id).err().map(Into::into));
+            errors.extend(self.records.end(desktop.id()).err().map(Into::into));
         }
         if !errors.is_empty() {
             return Err(Left(errors));
@@ -306,16 +306,16 @@ impl Parts {
 
     /// Makes a version of what a desktop's root holds; it stands still meanwhile.
     pub(crate) fn commit(&self, desktop: &Desktop, new: &NewVersion) -> Result<Version, HostError> {
-        let what = format!("cannot make a version of desktop {}", desktop.id);
+        let what = format!("cannot make a version of desktop {}", desktop.id());
         let (root, ids) = desktop.machine.root().map_err(failed(HostErrorKind::Unsupported, &what))?;
-        let base = CommitId::new(desktop.image);
+        let base = CommitId::new(desktop.spec.image);
         self.store.repository().capture(base, root.as_fd(), Some(ids), new).map_err(storage(what))
     }
 
     /// The port of a desktop, and what would become of frames that it sent.
     pub(crate) fn port_view(desktop: &Desktop, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
         let view = desktop.port.as_ref().map(|port| port.view(frames)).transpose();
-        view.map_err(net(format!("cannot look at the port of desktop {}", desktop.id)))
+        view.map_err(net(format!("cannot look at the port of desktop {}", desktop.id())))
     }
 
     pub(crate) fn close_network(&self) -> Result<(), HostError> {

@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
+use qvd_core::{Bytes, DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
 use qvd_net::PortView;
 use qvd_storage::{
@@ -27,8 +27,8 @@ use qvd_storage::{
 };
 
 use crate::{
-    Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, ExecStdio, Host, HostError, HostErrorKind,
-    ImageSummary, Timings,
+    Attachment, AttachmentEnd, DesktopMemory, DesktopStatus, EndReason, ExecSession, ExecStdio, Host, HostError,
+    HostErrorKind, ImageSummary, MemoryReport, Timings,
 };
 
 /// What an attached display says first. Source: RFC 6143, 7.1.1.
@@ -303,6 +303,32 @@ impl Host for FakeHost {
         let running = state.running.get(&id).ok_or_else(|| not_running(id))?;
         let clients = u32::from(running.client.as_ref().is_some_and(AttachmentEnd::is_open));
         Ok(Stats { pss_bytes: 20 << 20, processes: 9, clients, streams: false, memory: None })
+    }
+
+    fn memory(&self) -> Result<MemoryReport, HostError> {
+        let state = self.begin(Op::Stats)?;
+        let each = Bytes::mib(20);
+        let desktops = state.running.keys().map(|&id| DesktopMemory {
+            id,
+            activity: "idle".to_owned(),
+            minimum: each,
+            maximum: Bytes::gib(1),
+            resident: each,
+            used: each,
+            balloon: None,
+            target: None,
+            reclaimed: Bytes::new(0),
+            merge_profit_bytes: None,
+        });
+        Ok(MemoryReport {
+            total: Bytes::gib(16),
+            available: Bytes::gib(8),
+            swap: Bytes::new(0),
+            pressure_percent: 0,
+            merging: None,
+            not_merging: Some("a host in memory has none".to_owned()),
+            desktops: desktops.collect(),
+        })
     }
 
     fn network(&self, id: DesktopId, _frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {

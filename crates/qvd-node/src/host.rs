@@ -24,7 +24,7 @@ use qvd_storage::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::rest::Awake;
+use crate::{governor::MemoryReport, rest::Awake};
 
 /// A host that runs desktops. Calls block, may come from many threads at once,
 /// and calls about one desktop wait for one another.
@@ -76,6 +76,12 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// # Errors
     /// It does not run, or did not answer in time.
     fn stats(&self, id: DesktopId) -> Result<Stats, HostError>;
+
+    /// What this host has of memory, who has it, and what was decided about it.
+    ///
+    /// # Errors
+    /// The host does not say.
+    fn memory(&self) -> Result<MemoryReport, HostError>;
 
     /// The port of a running desktop, and what would become of `frames` that it
     /// sent; each begins with its Ethernet header. `None` if it has no port.

@@ -5,6 +5,7 @@ mod desktop;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod gate;
+mod governor;
 mod guest;
 mod host;
 mod limits;
@@ -18,6 +19,7 @@ mod start;
 mod supervisor;
 mod swap;
 
+pub use governor::{DesktopMemory, MemoryConfig, MemoryReport};
 pub use host::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecControl, ExecSession, ExecStdio, Host, HostError,
     HostErrorKind, ImageSummary, Timings,

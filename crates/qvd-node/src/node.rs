@@ -2,8 +2,10 @@
 
 use std::{
     collections::HashMap,
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -20,9 +22,10 @@ use qvd_virt::vm::AccelChoice;
 
 use crate::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, Host, HostError, HostErrorKind, ImageSummary,
-    Timings,
-    desktop::{Desktop, Parts, micros},
+    MemoryConfig, MemoryReport, Timings,
+    desktop::{Desktop, Parts, micros, virt},
     gate::Gate,
+    governor::{Desktops, Governor, Reached},
     guest::Guest,
     rest::{Awake, Due, Rest},
     supervisor::{Supervisor, Watcher},
@@ -50,6 +53,8 @@ pub struct NodeConfig {
     pub tenant: NetPolicy,
     /// How desktops run that are virtual machines.
     pub vm: VmConfig,
+    /// How the host's memory is shared out.
+    pub memory: MemoryConfig,
     /// How long a session may take until its window manager is up.
     pub session_limit: Duration,
     /// How long a session may take to open a display.
@@ -71,6 +76,7 @@ impl NodeConfig {
             network: qvd_net::NetConfig::new(instance),
             tenant: NetPolicy::unlimited(),
             vm: VmConfig::default(),
+            memory: MemoryConfig::default(),
             session_limit: Duration::from_secs(60),
             attach_limit: Duration::from_secs(30),
             // Beyond the few seconds that a browser's head lingers.
@@ -108,6 +114,7 @@ impl Default for VmConfig {
 pub struct Node {
     inner: Arc<Inner>,
     supervisor: Supervisor,
+    rounds: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -117,6 +124,8 @@ struct Inner {
     slots: Mutex<HashMap<DesktopId, Arc<Slot>>>,
     /// Where desktops go through that are taken apart.
     exit: Gate,
+    /// Who gets how much memory.
+    governor: Arc<Governor>,
 }
 
 /// One desktop's place. `live` is held for as long as a start or a stop takes,
@@ -180,10 +189,13 @@ impl Node {
         let (parts, adopted) = Parts::open(&config)?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let exit = Gate::new(processors * CLOSED_AT_ONCE);
-        let inner = Arc::new(Inner { parts, config, slots: Mutex::default(), exit });
+        let governor = Arc::new(Governor::open(&config.memory, &config.run));
+        let inner = Arc::new(Inner { parts, config, slots: Mutex::default(), exit, governor });
         let supervisor = Supervisor::start(Arc::downgrade(&inner))
             .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot start the supervisor", e))?;
-        let node = Arc::new(Self { inner, supervisor });
+        let rounds = govern(&inner)
+            .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot start the memory governor", e))?;
+        let node = Arc::new(Self { inner, supervisor, rounds: Some(rounds) });
         for desktop in adopted {
             let slot = node.inner.slot(desktop.id());
             let mut face = lock(&slot.face);
@@ -209,7 +221,10 @@ impl Node {
             stops.into_iter().map(|stop| stop.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
         });
         let network = self.inner.parts.close_network();
-        results.into_iter().chain([network]).collect()
+        self.inner.governor.stop();
+        let memory = self.inner.governor.close();
+        let memory = memory.map_err(virt("cannot leave the merging of equal pages as it was found"));
+        results.into_iter().chain([network, memory]).collect()
     }
 
     /// Whether no desktop runs here and nothing is left of one.
@@ -222,6 +237,33 @@ impl Node {
         self.supervisor
             .watch(desktop.id(), desktop.pidfd())
             .map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot watch desktop {}", desktop.id()), e))
+    }
+}
+
+/// Shares out memory until the governor is told to stop, or the node is gone.
+fn govern(inner: &Arc<Inner>) -> io::Result<JoinHandle<()>> {
+    let (governor, inner) = (Arc::clone(&inner.governor), Arc::downgrade(inner));
+    thread::Builder::new().name("qvd-governor".to_owned()).spawn(move || {
+        while let Some(inner) = inner.upgrade() {
+            let began = Instant::now();
+            governor.go_round(&*inner);
+            drop(inner);
+            if !governor.wait(began.elapsed()) {
+                return;
+            }
+        }
+    })
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.inner.governor.stop();
+        // The thread may hold the last reference to what this drops.
+        if let Some(rounds) = self.rounds.take().filter(|rounds| rounds.thread().id() != thread::current().id())
+            && rounds.join().is_err()
+        {
+            tracing::error!("the memory governor panicked");
+        }
     }
 }
 
@@ -253,6 +295,9 @@ impl Inner {
         }
         let id = desktop.id();
         let result = self.exit.through(|| self.parts.close(desktop));
+        if result.is_ok() {
+            self.governor.forget(id);
+        }
         *lock(&slot.rest) = Rest::default();
         let mut face = lock(&slot.face);
         match result {
@@ -277,10 +322,42 @@ impl Inner {
             && rest.settle(desktop.cpu_time(), || desktop.has_streams(), || desktop.uses_sound())
     }
 
+    /// Whether there is memory for one more desktop; others give some back now
+    /// if that is what it takes.
+    fn admit(&self, spec: &DesktopSpec) -> Result<(), HostError> {
+        for id in self.governor.started() {
+            self.governor.look(self, id);
+        }
+        let refused = |why| HostError::because(HostErrorKind::Busy, format!("cannot start desktop {}", spec.id), why);
+        if self.governor.admit(spec).map_err(refused)?.needs_room {
+            self.governor.go_round(self);
+        }
+        Ok(())
+    }
+
     fn guest(&self, id: DesktopId) -> Result<Guest, HostError> {
         let slot = lock(&self.slots).get(&id).cloned();
         slot.and_then(|slot| lock(&slot.face).guest.clone())
             .ok_or_else(|| HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run")))
+    }
+}
+
+impl Desktops for Inner {
+    fn all(&self) -> Vec<DesktopId> {
+        lock(&self.slots).keys().copied().collect()
+    }
+
+    fn with(&self, id: DesktopId, work: &mut dyn FnMut(Reached<'_>)) {
+        let Some(slot) = lock(&self.slots).get(&id).cloned() else { return };
+        let Ok(mut live) = slot.live.try_lock() else { return };
+        let (state, attached) = {
+            let face = lock(&slot.face);
+            (face.state, face.is_attached())
+        };
+        let resting = lock(&slot.rest).is_resting();
+        if let Some(desktop) = live.as_mut().filter(|_| state == State::Running) {
+            work(Reached { desktop, attached, resting });
+        }
     }
 }
 
@@ -338,16 +415,18 @@ impl Host for Node {
             progress(step);
         };
         step(StartStep::Root);
-        let started = self.inner.parts.start(spec, began, &mut step).and_then(|(desktop, timings)| {
-            step(StartStep::Session);
-            let desktop = live.insert(desktop);
-            self.watch(desktop)?;
-            let waited = desktop.guest().wait_session(self.inner.config.session_limit);
-            waited.map_err(|e| e.into_host_error(format!("the session of desktop {} did not start", spec.id)))?;
-            *lock(&slot.rest) = desktop.rest(self.inner.config.rest_after);
-            let guest = desktop.guest().clone();
-            Ok((guest, Timings { session_us: micros(began), ..timings }))
-        });
+        let admitted = self.inner.admit(spec);
+        let started =
+            admitted.and_then(|()| self.inner.parts.start(spec, began, &mut step)).and_then(|(desktop, timings)| {
+                step(StartStep::Session);
+                let desktop = live.insert(desktop);
+                self.watch(desktop)?;
+                let waited = desktop.guest().wait_session(self.inner.config.session_limit);
+                waited.map_err(|e| e.into_host_error(format!("the session of desktop {} did not start", spec.id)))?;
+                *lock(&slot.rest) = desktop.rest(self.inner.config.rest_after);
+                let guest = desktop.guest().clone();
+                Ok((guest, Timings { session_us: micros(began), ..timings }))
+            });
         match started {
             Ok((guest, timings)) => {
                 let mut face = lock(&slot.face);
@@ -357,6 +436,7 @@ impl Host for Node {
             }
             Err(error) => {
                 lock(&slot.face).state = State::Stopped;
+                self.inner.governor.forget(spec.id);
                 if let Err(left) = self.inner.close(&slot, &mut live) {
                     tracing::warn!(desktop = %spec.id, error = &left as &dyn std::error::Error, "parts are left");
                 }
@@ -476,6 +556,12 @@ impl Host for Node {
         let stats = lock(&slot.rest).briefly(|| guest.stats());
         let stats = stats.map_err(|e| HostError::because(HostErrorKind::Failed, what(), e))?;
         stats.map_err(|e| e.into_host_error(what()))
+    }
+
+    fn memory(&self) -> Result<MemoryReport, HostError> {
+        self.inner.governor.go_round(&*self.inner);
+        let none = || HostError::new(HostErrorKind::Unsupported, "cannot tell of memory: this host does not say");
+        self.inner.governor.report().ok_or_else(none)
     }
 
     fn network(&self, id: DesktopId, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {

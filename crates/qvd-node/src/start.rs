@@ -12,13 +12,11 @@ use qvd_virt::{ContainerMount, ContainerSpec, InheritedFd, Program, seal, vm::Ni
 use crate::{
     HostError, HostErrorKind, Timings,
     desktop::{Desktop, Parts, failed, micros, net, note, rest_of, storage, user_namespace, virt},
+    governor::MACHINE_STEP,
     guest::Guest,
     machine::{Boot, Failure, InContainer, InVm, Machine},
     record::Record,
 };
-
-/// What the memory of a machine is a multiple of.
-const MEMORY_STEP: u64 = 2 << 20;
 
 /// Undoes the steps of a start, last first, unless the start succeeds.
 #[derive(Default)]
@@ -92,7 +90,7 @@ impl Parts {
             .map_err(failed(HostErrorKind::Failed, &what))?;
         undo.keep();
         let (rest, linger) = rest_of(&image);
-        Ok((Desktop { id, image: spec.image, uid_slot, guest, machine, port, rest, linger }, timings))
+        Ok((Desktop { spec: spec.clone(), uid_slot, guest, machine, port, rest, linger }, timings))
     }
 
     fn start_container<'a>(
@@ -182,7 +180,7 @@ impl Parts {
         let planned = self.machines.plan(id, *ids, image, &base, self.records.dir(id));
         let (qemu, mut machine) = planned.map_err(refused(what))?;
         machine.limits = spec.limits;
-        machine.limits.memory = Bytes::new(spec.limits.memory.get().next_multiple_of(MEMORY_STEP));
+        machine.limits.memory = Bytes::new(spec.limits.memory.get().next_multiple_of(MACHINE_STEP));
         for (serial, disk) in [ROOT_SERIAL, HOME_SERIAL].into_iter().zip(&disks) {
             machine.disks.push(InVm::disk(serial, &**disk).map_err(failed(HostErrorKind::Failed, what))?);
         }

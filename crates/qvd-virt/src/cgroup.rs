@@ -341,6 +341,38 @@ impl Cgroup {
         self.processes()?.into_iter().try_fold(Duration::ZERO, |sum, pid| Ok(sum + qvd_sys::process::cpu_time(pid)?))
     }
 
+    /// What its processes keep in memory, in bytes: all that is charged to it
+    /// but pages of files that nobody used for a while.
+    pub(crate) fn memory(&self) -> io::Result<u64> {
+        let limits = |h: &&Hierarchy| h.controllers.contains(&Controller::Memory);
+        let hierarchy = self.all.hierarchies.iter().find(limits).ok_or(io::ErrorKind::Unsupported)?;
+        // Source: Linux `Documentation/admin-guide/cgroup-v2.rst`, "Memory
+        // Interface Files", and `cgroup-v1/memory.rst`, section 5.2.
+        let (usage, unused) = if hierarchy.unified {
+            ("memory.current", "inactive_file ")
+        } else {
+            ("memory.usage_in_bytes", "total_inactive_file ")
+        };
+        let path = self.path(hierarchy);
+        let used: u64 = self.all.tree.read(&path.join(usage))?.trim().parse().map_err(io::Error::other)?;
+        let stat = self.all.tree.read(&path.join("memory.stat"))?;
+        let unused = stat.lines().find_map(|line| line.strip_prefix(unused)?.parse().ok());
+        Ok(used.saturating_sub(unused.unwrap_or(0)))
+    }
+
+    /// Has the kernel take so many bytes from it, as far as they can be had;
+    /// false where the kernel cannot (v1, or older than 5.19).
+    pub(crate) fn reclaim(&self, bytes: u64) -> io::Result<bool> {
+        let v2 = self.all.hierarchies.iter().find(|h| h.unified && h.controllers.contains(&Controller::Memory));
+        let Some(hierarchy) = v2 else { return Ok(false) };
+        match self.all.tree.write(&self.path(hierarchy).join("memory.reclaim"), &bytes.to_string()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            // There was less to be had than was asked for.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+            written => written.map(|()| true),
+        }
+    }
+
     /// What the kernel says the limits are.
     pub(crate) fn limits(&self) -> Result<Vec<(String, String)>, Error> {
         let mut values = Vec::new();

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use qvd_core::{DesktopId, UidRange};
+use qvd_core::{Bytes, DesktopId, UidRange};
 use qvd_sys::process::{Event, Exit, Process, SpawnError, Spawned, boot_id, page_out, start_time};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
@@ -291,6 +291,37 @@ impl Container {
             asked += page_out(pid).map_err(io_error(op()))?;
         }
         Ok(asked)
+    }
+
+    /// What it keeps in memory: all that is charged to its cgroup but pages of
+    /// files that nobody used for a while.
+    ///
+    /// # Errors
+    /// It has been removed, or the kernel does not say.
+    pub fn memory(&self) -> Result<Bytes, Error> {
+        let op = || format!("read the memory of desktop {}", self.place.id);
+        self.place.cgroup.memory().map(Bytes::new).map_err(io_error(op()))
+    }
+
+    /// Asks the kernel for so much of the memory that it keeps. Cgroup v2 gives
+    /// about as much; elsewhere its processes are paged out one after another
+    /// until it is enough.
+    ///
+    /// # Errors
+    /// As [`Container::page_out`].
+    pub fn reclaim(&self, amount: Bytes) -> Result<(), Error> {
+        let op = || format!("reclaim memory of desktop {}", self.place.id);
+        if self.place.cgroup.reclaim(amount.get()).map_err(io_error(op()))? {
+            return Ok(());
+        }
+        let enough = self.memory()?.get().saturating_sub(amount.get());
+        for pid in self.place.cgroup.processes().map_err(io_error(op()))? {
+            page_out(pid).map_err(io_error(op()))?;
+            if self.memory()?.get() <= enough {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Whether one of its programs has a stream of a sound device open, so that

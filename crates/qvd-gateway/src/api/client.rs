@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use qvd_core::{DesktopId, FlavourName, StartStep, UserName};
 use qvd_farm::{Desktop, DesktopInfo, Flavour, FlavourDefaults, OwnedDesktops, Secret, SessionInfo, User};
 use qvd_guest::{ExecRequest, Stats};
-use qvd_node::{ImageSummary, NewVersion, PortView, Timings, Version};
+use qvd_node::{ImageSummary, MemoryReport, NewVersion, PortView, Timings, Version};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -322,6 +322,14 @@ impl Client {
     /// [`ClientError`]: `unknown_desktop`, `not_yours`.
     pub async fn stats(&self, id: DesktopId) -> Result<Stats, ClientError> {
         self.get(&format!("/desktops/{id}/stats")).await
+    }
+
+    /// What the host has of memory, who has it, and what was decided about it.
+    ///
+    /// # Errors
+    /// [`ClientError`]: `forbidden`.
+    pub async fn memory(&self) -> Result<MemoryReport, ClientError> {
+        self.get("/memory").await
     }
 
     /// The port of a running desktop, and what would become of `frames` that it

@@ -15,7 +15,7 @@ use qvd_farm::{
     Desktop, DesktopInfo, Farm, FarmError, Flavour, FlavourDefaults, OwnedDesktops, Progress, Secret, SessionInfo, User,
 };
 use qvd_guest::Stats;
-use qvd_node::{ImageSummary, NewVersion, PortView, Version};
+use qvd_node::{ImageSummary, MemoryReport, NewVersion, PortView, Version};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinHandle};
 
@@ -50,6 +50,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/images", get(images).post(build_image))
         .route("/flavours", get(flavours))
         .route("/flavours/{name}/defaults", put(set_flavour_defaults))
+        .route("/memory", get(memory))
         .route("/desktops", get(desktops).post(create_desktop))
         .route("/desktops/{id}", get(desktop).patch(change_desktop).delete(remove_desktop))
         .route("/desktops/{id}/start", post(start))
@@ -335,6 +336,10 @@ async fn stats(
 ) -> Answer<Json<Stats>> {
     visible(&farm, &caller, id).await?;
     farm.stats(id).await.map(Json).map_err(|e| ApiError::new(&caller, &e))
+}
+
+async fn memory(State(ApiState { farm }): State<ApiState>, Admin(caller): Admin) -> Answer<Json<MemoryReport>> {
+    farm.memory().await.map(Json).map_err(|e| ApiError::new(&caller, &e))
 }
 
 async fn network(

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use qvd_core::UidRange;
+use qvd_core::{Bytes, UidRange};
 use qvd_storage::Root;
 use qvd_virt::{Container, Exit, Freezer};
 use rustix::{
@@ -14,7 +14,7 @@ use rustix::{
     fs::{Mode, OFlags},
 };
 
-use super::{END_GRACE, Failure, Machine, MachineRecord};
+use super::{Balloon, END_GRACE, Failure, Machine, MachineRecord, Usage};
 use crate::guest::Guest;
 
 /// A container and its root.
@@ -72,6 +72,21 @@ impl Machine for InContainer {
 
     fn page_out(&self) -> Result<u64, Failure> {
         Ok(self.container.page_out()?)
+    }
+
+    fn memory(&mut self, _: bool) -> Result<Usage, Failure> {
+        let used = self.container.memory()?;
+        Ok(Usage { resident: used, used, left: None })
+    }
+
+    fn reclaim(&self, amount: Bytes) -> Result<(), Failure> {
+        Ok(self.container.reclaim(amount)?)
+    }
+
+    /// What it does not use is the host's already, and none of its pages are
+    /// merged: they would have to be allowed to be from its birth on.
+    fn balloon(&mut self) -> Option<&mut dyn Balloon> {
+        None
     }
 
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use qvd_core::UidRange;
+use qvd_core::{Bytes, UidRange};
 use qvd_virt::{ContainerRecord, Exit, Freezer, vm::VmRecord};
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +55,16 @@ pub(crate) trait Machine: fmt::Debug + Send {
     /// Gives back memory; returns how many bytes the kernel was asked for.
     fn page_out(&self) -> Result<u64, Failure>;
 
+    /// What it has of the host's memory, and needs. One that stands still is not
+    /// asked itself.
+    fn memory(&mut self, still: bool) -> Result<Usage, Failure>;
+
+    /// Asks for so much of its memory at once.
+    fn reclaim(&self, amount: Bytes) -> Result<(), Failure>;
+
+    /// What moves its memory while it runs; `None` where nothing does.
+    fn balloon(&mut self) -> Option<&mut dyn Balloon>;
+
     /// Waits until it has ended by itself, as its init was asked to.
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure>;
 
@@ -71,6 +81,30 @@ pub(crate) trait Machine: fmt::Debug + Send {
 
     /// Lets go of it while it runs.
     fn leave(self: Box<Self>) -> Result<(), Failure>;
+}
+
+/// What a machine has and needs of memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Usage {
+    /// What it has of the host's.
+    pub(crate) resident: Bytes,
+    /// What it works with.
+    pub(crate) used: Bytes,
+    /// What its balloon leaves it, if it has one and answers.
+    pub(crate) left: Option<Bytes>,
+}
+
+/// Memory of its own that a machine can be asked to give up, and that can be
+/// merged with others'.
+pub(crate) trait Balloon {
+    /// Leaves it so much.
+    fn leave(&mut self, memory: Bytes) -> Result<(), Failure>;
+
+    /// Lets the kernel merge its pages with equal ones of others that do.
+    fn merge(&mut self) -> Result<(), Failure>;
+
+    /// What merging saves of it less what that takes, in bytes, if it is known.
+    fn merge_profit(&self) -> Option<i64>;
 }
 
 /// What is remembered of a running machine.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use qvd_core::UidRange;
+use qvd_core::{Bytes, UidRange};
 use qvd_guest::{BootConfig, Carrier, Link};
 use qvd_storage::{Device, Disk, DiskFormat};
 use qvd_virt::{
@@ -15,7 +15,7 @@ use qvd_virt::{
     vm::{BackingSpec, DiskFormat as Format, DiskSpec, StopLimits, Vm},
 };
 
-use super::{END_GRACE, Failure, Machine, MachineRecord};
+use super::{Balloon, END_GRACE, Failure, Machine, MachineRecord, Usage};
 use crate::guest::Guest;
 
 /// How long a kernel may take to come up and find its disks: ten seconds by
@@ -29,6 +29,9 @@ const OFF_WITHIN: Duration = Duration::from_secs(15);
 /// Lines of the console that an error shows.
 const CONSOLE_LINES: usize = 4;
 
+/// How often a guest's kernel says what it uses.
+const REPORTS_EVERY: Duration = Duration::from_secs(2);
+
 /// A machine, its disks, and the line to its init.
 #[derive(Debug)]
 pub(crate) struct InVm {
@@ -37,6 +40,8 @@ pub(crate) struct InVm {
     carrier: Carrier,
     /// What it writes to its system, and its home; in this order.
     disks: [Box<dyn Disk>; 2],
+    /// Whether it was told to say what it uses.
+    reports: bool,
 }
 
 /// What makes a machine a desktop.
@@ -57,7 +62,7 @@ impl InVm {
             Ok(link.carry(boot.listener.try_clone()?)?)
         };
         match tell() {
-            Ok(carrier) => Ok(Self { vm, carrier, disks }),
+            Ok(carrier) => Ok(Self { vm, carrier, disks, reports: false }),
             Err(error) => {
                 let said = last_lines(&vm.console().unwrap_or_default());
                 let error = Silent { said, source: error };
@@ -72,7 +77,7 @@ impl InVm {
     /// Takes over a machine that an earlier node left running.
     pub(crate) fn adopt(vm: Vm, disks: [Box<dyn Disk>; 2], listener: OwnedFd) -> Result<Self, Failure> {
         let link = Link::reconnect(vm.link(), BOOTS_WITHIN)?;
-        Ok(Self { carrier: link.carry(listener)?, vm, disks })
+        Ok(Self { carrier: link.carry(listener)?, vm, disks, reports: false })
     }
 
     /// Opens a disk for QEMU, with what the back end says is behind it.
@@ -146,6 +151,29 @@ impl Machine for InVm {
         Ok(self.vm.container().page_out()?)
     }
 
+    fn memory(&mut self, still: bool) -> Result<Usage, Failure> {
+        let resident = self.vm.container().memory()?;
+        let unasked = Usage { resident, used: resident, left: None };
+        if still {
+            return Ok(unasked);
+        }
+        if !self.reports {
+            self.vm.report_use(REPORTS_EVERY)?;
+            self.reports = true;
+        }
+        // A guest without that driver, or one that has not got so far.
+        let Some(seen) = self.vm.guest_use()? else { return Ok(unasked) };
+        Ok(Usage { resident, used: seen.used(), left: Some(self.vm.memory_left()?) })
+    }
+
+    fn reclaim(&self, amount: Bytes) -> Result<(), Failure> {
+        Ok(self.vm.container().reclaim(amount)?)
+    }
+
+    fn balloon(&mut self) -> Option<&mut dyn Balloon> {
+        Some(self)
+    }
+
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
         let limits = StopLimits { guest: grace + END_GRACE + OFF_WITHIN, button: Duration::ZERO };
         self.vm.stop(limits, || true)?;
@@ -176,6 +204,20 @@ impl Machine for InVm {
         let Self { vm, mut carrier, .. } = *self;
         vm.detach()?;
         Ok(carrier.close()?)
+    }
+}
+
+impl Balloon for InVm {
+    fn leave(&mut self, memory: Bytes) -> Result<(), Failure> {
+        Ok(self.vm.balloon(memory)?)
+    }
+
+    fn merge(&mut self) -> Result<(), Failure> {
+        Ok(self.vm.allow_merging(true)?)
+    }
+
+    fn merge_profit(&self) -> Option<i64> {
+        self.vm.merge_profit().ok().map(|profit| profit.profit_bytes)
     }
 }
 

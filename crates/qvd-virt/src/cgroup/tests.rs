@@ -256,3 +256,32 @@ fn what_does_not_stop_runs_on_after_the_refusal() {
     assert_eq!(strict.file("qvd-1a2b/7/freezer.state"), "THAWED");
     strict.write(&group.join("cgroup.procs"), "").unwrap();
 }
+
+/// What a kernel says of a group's memory.
+fn says(strict: &Strict, files: &[(&str, &str)]) {
+    let mut state = strict.state();
+    let group = state.groups.get_mut(&PathBuf::from(ROOT).join("qvd-1a2b/7")).unwrap();
+    group.extend(files.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+}
+
+#[test]
+fn memory_is_what_is_kept_and_is_asked_back_where_the_kernel_can() {
+    let strict = Strict::new(true);
+    let cgroup = open(&strict, true).create(id(7), LIMITS).unwrap();
+    says(
+        &strict,
+        &[("memory.current", "9000\n"), ("memory.stat", "anon 5000\ninactive_file 1000\nactive_file 3000\n")],
+    );
+    assert_eq!(cgroup.memory().unwrap(), 8000);
+    assert!(!cgroup.reclaim(4096).unwrap(), "a kernel without the file");
+    says(&strict, &[("memory.reclaim", "")]);
+    assert!(cgroup.reclaim(4096).unwrap());
+    assert_eq!(strict.file("qvd-1a2b/7/memory.reclaim"), "4096");
+
+    let strict = Strict::new(false);
+    let cgroup = open(&strict, false).create(id(7), LIMITS).unwrap();
+    let stat = "inactive_file 1\ntotal_inactive_file 1000\n";
+    says(&strict, &[("memory.usage_in_bytes", "9000"), ("memory.stat", stat)]);
+    assert_eq!(cgroup.memory().unwrap(), 8000);
+    assert!(!cgroup.reclaim(4096).unwrap());
+}

@@ -1,6 +1,7 @@
 //! The memory governor's judgement: who gets how much of a host's memory, and
 //! whether one more desktop fits. Pure functions of what was measured, so that
-//! their promises are tested without a machine.
+//! their promises are tested without a machine. [`Ksm`] and [`HostState::read`]
+//! are all that touches one.
 //!
 //! [`decide`] shares out a *pool*: what the guests have now, and what the host
 //! can spare beside. A balloon moves memory between these two and leaves
@@ -9,9 +10,12 @@
 
 mod admission;
 mod decision;
+mod host;
+mod ksm;
 
-pub use admission::{Request, Shortfall, admit};
+pub use admission::{Lack, Request, Shortfall, admit};
 pub use decision::decide;
+pub use ksm::{KSM_DIR, Ksm, MergeCost};
 use qvd_core::{Bytes, DesktopId};
 
 /// Whose desktops may share pages with one another. That a page is shared can
@@ -26,16 +30,40 @@ pub struct HostState {
     pub total: Bytes,
     /// What can be had without swapping: `MemAvailable`.
     pub available: Bytes,
-    /// Swap, compressed or not, that desktops may be promised.
+    /// Free swap, compressed or not: what there is to page out to.
     pub swap: Bytes,
+    /// Most that the maximums of all may come to, if that is limited. With no
+    /// more than memory and swap nobody can be let down; but most desktops never
+    /// need what they may have.
+    pub promises: Option<Bytes>,
     /// Hundredths of the last ten seconds in which something waited for
     /// memory: `some avg10` of `/proc/pressure/memory`.
     pub pressure_percent: u8,
-    /// Whether the kernel is merging equal pages.
-    pub merging: bool,
-    /// The tenant whose processes were started with merging allowed. A process
-    /// can only be told so by itself, so this lasts while one of them runs.
+    /// What the kernel's merging of equal pages does, if it runs.
+    pub merging: Option<Merging>,
+    /// The tenant whose guests are allowed to be merged with one another.
     pub merging_tenant: Option<Tenant>,
+}
+
+/// What merging of equal pages has come to since it began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Merging {
+    /// How often all pages were looked at. One round only remembers, the second
+    /// merges.
+    pub full_scans: u64,
+    /// What is saved less what the kernel's notes take, in bytes.
+    pub profit_bytes: i64,
+}
+
+/// What goes on in a desktop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Activity {
+    /// Nobody is attached and its programs do nothing.
+    Idle,
+    /// Nobody is attached; its programs work.
+    Working,
+    /// Somebody sits in front of it.
+    Attended,
 }
 
 /// What a desktop has.
@@ -49,12 +77,18 @@ pub struct Guest {
     pub minimum: Bytes,
     /// What it was promised at most; not less than the minimum.
     pub maximum: Bytes,
-    /// What it may use at the moment.
+    /// What it may use at the moment. Without a balloon, what it holds.
     pub current: Bytes,
     /// What it works with, caches that it could do without not counted.
     pub used: Bytes,
-    /// Whether nobody is attached and its programs do nothing.
-    pub idle: bool,
+    /// What goes on in it: in which order needs are met when there is not
+    /// enough.
+    pub activity: Activity,
+    /// Whether a balloon can move what it may use. A container, or a machine
+    /// that stands still, has none: it can only be paged out.
+    pub balloon: bool,
+    /// Whether the kernel can be let merge its pages.
+    pub mergeable: bool,
 }
 
 /// What is to be done now.
@@ -83,14 +117,14 @@ pub struct Share {
     pub reclaim: Bytes,
 }
 
-/// What the kernel's merging of equal pages is set to.
+/// What the kernel's merging of equal pages is to be set to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Merge {
     /// Whether it runs.
     pub run: bool,
     /// Pages looked at in each round of [`Merge::SLEEP_MS`].
     pub pages_to_scan: u32,
-    /// The one tenant whose new processes may be started with merging allowed.
+    /// The one tenant whose guests may be merged with one another.
     pub tenant: Option<Tenant>,
 }
 

@@ -1,0 +1,257 @@
+//! Who gets how much of this host's memory: measures every few seconds, has
+//! [`qvd_virt::memory`] decide, and does what was decided.
+
+mod report;
+mod round;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use qvd_core::{Bytes, DesktopId, DesktopSpec, Virtualizer};
+use qvd_virt::memory::{Activity, Guest, HostState, KSM_DIR, Ksm, Request, Shortfall, Tenant, admit};
+
+pub use self::report::{DesktopMemory, MemoryReport};
+use self::round::Round;
+pub(crate) use self::round::{Desktops, Measured, Reached};
+
+/// File in the run-time directory that says how the host merged equal pages
+/// before this did.
+const KSM_NOTE: &str = "ksm.json";
+
+/// How many times as long as a round the pause after it is.
+const IDLE_FOR: u32 = 100;
+
+/// Longest pause because of that.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// Pressure at which nobody waits longer than they have to.
+const PRESSED_PERCENT: u8 = 10;
+
+/// A node serves one tenant: its desktops may share pages with one another.
+const TENANT: Tenant = Tenant(0);
+
+/// What the memory of a machine is a multiple of.
+pub(crate) const MACHINE_STEP: u64 = 2 << 20;
+
+/// How a node shares out its host's memory.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct MemoryConfig {
+    /// Most that desktops may have together; as much as the host has, unless
+    /// given.
+    pub total: Option<Bytes>,
+    /// How often it is measured and decided.
+    pub every: Duration,
+    /// Whether equal pages of machines are merged when memory is short.
+    pub merge: bool,
+    /// Most that all desktops may be promised together, in hundredths of the
+    /// memory. `None` does not limit it: most never need what they may have.
+    pub promise_percent: Option<u32>,
+    /// What a container is owed: it does not start without, and is not paged
+    /// out below.
+    pub container_minimum: Bytes,
+    /// What a machine is owed, in hundredths of what it may have; no balloon
+    /// takes it below.
+    pub machine_minimum_percent: u8,
+    /// What it is owed at least.
+    pub machine_minimum: Bytes,
+}
+
+impl Default for MemoryConfig {
+    /// All of the host's memory, looked at every five seconds; merging by need;
+    /// promises not limited. A container is owed 24 MiB, what a desktop of
+    /// docs/density.md takes, and a machine a quarter of its memory, at least
+    /// 96 MiB: a kernel, a session and little else.
+    fn default() -> Self {
+        Self {
+            total: None,
+            every: Duration::from_secs(5),
+            merge: true,
+            promise_percent: None,
+            container_minimum: Bytes::mib(24),
+            machine_minimum_percent: 25,
+            machine_minimum: Bytes::mib(96),
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// What a desktop needs to come up, and may have at most.
+    pub(crate) fn request(&self, spec: &DesktopSpec) -> Request {
+        let limit = spec.limits.memory.get();
+        let (maximum, minimum) = if spec.virtualizer == Virtualizer::Container {
+            (limit, self.container_minimum.get())
+        } else {
+            let maximum = limit.next_multiple_of(MACHINE_STEP);
+            let part = maximum / 100 * u64::from(self.machine_minimum_percent);
+            (maximum, part.max(self.machine_minimum.get()))
+        };
+        Request { minimum: Bytes::new(minimum.min(maximum)), maximum: Bytes::new(maximum) }
+    }
+}
+
+/// What the governor remembers from one round to the next, and what a start
+/// asks it.
+#[derive(Debug)]
+pub(crate) struct Governor {
+    config: MemoryConfig,
+    proc: PathBuf,
+    /// Desktops as they were measured last.
+    known: Mutex<BTreeMap<DesktopId, Measured>>,
+    /// Those that were let start and have not been measured yet.
+    starting: Mutex<BTreeMap<DesktopId, Request>>,
+    round: Mutex<Round>,
+    report: Mutex<Option<MemoryReport>>,
+    /// Desktops that have ended since the last round.
+    gone: Mutex<Vec<DesktopId>>,
+    ended: Mutex<bool>,
+    end: Condvar,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Governor {
+    /// Begins to govern. What cannot be done here is logged, and the rest is done.
+    pub(crate) fn open(config: &MemoryConfig, run: &Path) -> Self {
+        let ksm = if config.merge { Ksm::open(Path::new(KSM_DIR), &run.join(KSM_NOTE)) } else { Err(not_wanted()) };
+        let round = Round::new(ksm);
+        Self {
+            config: config.clone(),
+            proc: PathBuf::from("/proc"),
+            known: Mutex::default(),
+            starting: Mutex::default(),
+            round: Mutex::new(round),
+            report: Mutex::default(),
+            gone: Mutex::default(),
+            ended: Mutex::new(false),
+            end: Condvar::new(),
+        }
+    }
+
+    /// Waits for the next round after one that took so long; false when there is
+    /// none. Rounds take at most a hundredth of the time, unless memory is short.
+    pub(crate) fn wait(&self, took: Duration) -> bool {
+        let until = Instant::now() + (took * IDLE_FOR).min(LONGEST);
+        loop {
+            let ended = lock(&self.ended);
+            let waited = self.end.wait_timeout_while(ended, self.config.every, |ended| !*ended);
+            if *waited.unwrap_or_else(PoisonError::into_inner).0 {
+                return false;
+            }
+            let pressed = || HostState::read(&self.proc).is_ok_and(|host| host.pressure_percent >= PRESSED_PERCENT);
+            if Instant::now() >= until || pressed() {
+                return true;
+            }
+        }
+    }
+
+    /// Has the thread that goes round end.
+    pub(crate) fn stop(&self) {
+        *lock(&self.ended) = true;
+        self.end.notify_all();
+    }
+
+    /// Leaves the host's settings as they were found.
+    pub(crate) fn close(&self) -> Result<(), qvd_virt::Error> {
+        lock(&self.round).close()
+    }
+
+    /// What the host has for desktops. `held` is what they have of it already.
+    fn host(&self, held: u64) -> Result<HostState, qvd_virt::Error> {
+        let mut host = HostState::read(&self.proc)?;
+        if let Some(total) = self.config.total.filter(|&total| total < host.total) {
+            host.total = total;
+            host.available = host.available.min(Bytes::new(total.get().saturating_sub(held)));
+        }
+        let most = |percent: u32| Bytes::new(host.total.get() / 100 * u64::from(percent));
+        host.promises = self.config.promise_percent.map(most);
+        Ok(host)
+    }
+
+    /// Those that run and what they are known to have, and those of `starting`
+    /// that are not measured yet.
+    fn guests(&self, starting: &BTreeMap<DesktopId, Request>) -> BTreeMap<DesktopId, Measured> {
+        let mut all = lock(&self.known).clone();
+        for (&id, request) in starting {
+            all.entry(id).or_insert_with(|| Measured::starting(id, *request));
+        }
+        all
+    }
+
+    /// Lets a desktop start, or says what is missing. Others that ask meanwhile
+    /// find its minimum taken. Where the host cannot be measured, it may.
+    pub(crate) fn admit(&self, spec: &DesktopSpec) -> Result<Admitted, Shortfall> {
+        let request = self.config.request(spec);
+        let mut starting = lock(&self.starting);
+        let mut all = self.guests(&starting);
+        all.remove(&spec.id);
+        let held = all.values().map(|one| one.resident.get()).sum();
+        let needs_room = match self.host(held) {
+            Ok(host) => {
+                let guests: Vec<Guest> = all.values().map(|one| one.guest).collect();
+                admit(&host, &guests, request)?;
+                let room = i128::from(host.available.get()) - i128::from(request.minimum.get());
+                room < i128::from(host.total.get() / 20)
+            }
+            Err(error) => {
+                tracing::warn!(desktop = %spec.id, error = &error as &dyn std::error::Error, "memory is not known: it may start");
+                false
+            }
+        };
+        starting.insert(spec.id, request);
+        Ok(Admitted { needs_room })
+    }
+
+    /// Those of whom nothing is known but that they were let start.
+    pub(crate) fn started(&self) -> Vec<DesktopId> {
+        lock(&self.starting).keys().copied().collect()
+    }
+
+    /// Takes note of what a desktop has now.
+    pub(crate) fn note(&self, measured: Measured) {
+        let id = measured.guest.id;
+        // In the order in which both are looked at.
+        let mut starting = lock(&self.starting);
+        lock(&self.known).insert(id, measured);
+        starting.remove(&id);
+    }
+
+    /// Forgets one that does not run any more.
+    pub(crate) fn forget(&self, id: DesktopId) {
+        let mut starting = lock(&self.starting);
+        lock(&self.known).remove(&id);
+        starting.remove(&id);
+        lock(&self.gone).push(id);
+    }
+
+    /// What the last round came to, if there was one.
+    pub(crate) fn report(&self) -> Option<MemoryReport> {
+        lock(&self.report).clone()
+    }
+}
+
+fn not_wanted() -> qvd_virt::Error {
+    qvd_virt::Error::Invalid { what: "merging of equal pages".to_owned(), reason: "it is switched off" }
+}
+
+/// A desktop may start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Admitted {
+    /// What it needs is there only once others have given some of theirs back.
+    pub(crate) needs_room: bool,
+}
+
+/// What can be said of a desktop's activity.
+pub(crate) const fn activity(attached: bool, resting: bool, busy: bool) -> Activity {
+    match (attached, resting, busy) {
+        (true, ..) => Activity::Attended,
+        (_, false, true) => Activity::Working,
+        _ => Activity::Idle,
+    }
+}
