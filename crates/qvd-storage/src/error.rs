@@ -127,6 +127,14 @@ pub enum Error {
     /// As [`Error::DiskBusy`], for a file that is not a back end's.
     #[error("disk file `{}` is in use", .0.display())]
     DiskFileBusy(PathBuf),
+    /// A base is to be changed, and another disk would change with it.
+    #[error("base `{}` cannot be changed: disk {disk} stands on it too", base.display())]
+    BaseShared {
+        /// Disk that stands on it.
+        disk: DiskId,
+        /// File of the base.
+        base: PathBuf,
+    },
     /// A kept disk was made on another image.
     #[error("disk {disk} was made on image {has}, not on {wanted}")]
     OtherBaseDisk {
@@ -259,6 +267,7 @@ impl Error {
             | Self::HomeBusy(_)
             | Self::DiskBusy(_)
             | Self::DiskFileBusy(_)
+            | Self::BaseShared { .. }
             | Self::TagMoved { .. } => ErrorKind::Busy,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Io { .. }

@@ -99,20 +99,32 @@ impl Home {
     /// # Errors
     /// It cannot be made, or is something else than a directory.
     pub fn open(dir: &Path, image: &Image) -> Result<Self, Error> {
-        Self::directory(dir, image, Quota::default())
+        Self::open_with(dir, image, &HomeOptions::default())
     }
 
-    /// The home in a store: in `dir` or `disk`, by its kind.
-    pub(crate) fn in_store(dir: &Path, disk: &Path, image: &Image, options: &HomeOptions) -> Result<Self, Error> {
-        let other = if options.kind == HomeKind::Loop { dir } else { disk };
-        if other.try_exists().map_err(Error::io("open home", other))? {
-            let why = format!("home `{}` was made in another way, and its files would not be seen", other.display());
-            return Err(Error::Unsupported { op: "change the kind of a home", missing: Missing::Design(why) });
-        }
+    /// As [`Home::open`], in this way: of kind [`HomeKind::Loop`] it is the file `path`,
+    /// which can be on a network file system too.
+    ///
+    /// # Errors
+    /// As [`Home::open`]; [`Error::Unsupported`] when a limit would not hold.
+    pub fn open_with(path: &Path, image: &Image, options: &HomeOptions) -> Result<Self, Error> {
         match options.kind {
-            HomeKind::Directory => Self::directory(dir, image, options.quota),
-            HomeKind::Loop => Self::file_system(disk, image, options.quota),
+            HomeKind::Directory => Self::directory(path, image, options.quota),
+            HomeKind::Loop => Self::file_system(path, image, options.quota),
         }
+    }
+
+    /// The home in a store: in `dir` or `disk`, by its kind. One that is there
+    /// stays of the kind that it was made as, with the limits of then.
+    pub(crate) fn in_store(dir: &Path, disk: &Path, image: &Image, options: &HomeOptions) -> Result<Self, Error> {
+        let (own, other) = if options.kind == HomeKind::Loop { (disk, dir) } else { (dir, disk) };
+        let there = |path: &Path| path.try_exists().map_err(Error::io("open home", path));
+        if there(other)? && !there(own)? {
+            let kind = if options.kind == HomeKind::Loop { HomeKind::Directory } else { HomeKind::Loop };
+            tracing::info!(home = %other.display(), "a home keeps the kind and the limits that it was made with");
+            return Ok(Self { path: other.to_path_buf(), kind });
+        }
+        Self::open_with(own, image, options)
     }
 
     fn directory(dir: &Path, image: &Image, quota: Quota) -> Result<Self, Error> {

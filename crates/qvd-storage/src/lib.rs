@@ -57,8 +57,8 @@ pub use backend::{
 pub use build::BuildOptions;
 pub use disk::{
     BaseDisk, Device, Disk, DiskBackend, DiskBackends, DiskCapabilities, DiskCapability, DiskDeviation, DiskFactory,
-    DiskFormat, DiskFormatError, DiskId, DiskIdError, DiskOptions, DiskReport, LvmDisks, Qcow2, RawCopy, RawReflink,
-    qcow2,
+    DiskFormat, DiskFormatError, DiskId, DiskIdError, DiskOptions, DiskReport, DiskSurvey, LvmDisks, OnBase, Qcow2,
+    RawCopy, RawReflink, SurveyedDisks, qcow2,
 };
 pub use error::{Error, RecipeError};
 pub use guest_base::{is_guest_base, make_guest_base};

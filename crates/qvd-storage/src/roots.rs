@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use qvd_core::RootPolicy;
+use qvd_core::{Digest, RootPolicy};
 
 use crate::{Backends, BaseTree, Error, Place, Root, RootBackend, RootId, RootOptions, fsio, trash::Trash};
 
@@ -94,6 +94,17 @@ impl Roots {
         }
         found.sort_by(|(one, _), (other, _)| one.cmp(other));
         Ok(found)
+    }
+
+    /// Lets every back end forget bases that are of no more use. What goes wrong is
+    /// tried again at the next open.
+    pub(crate) fn forget_bases(&self, gone: &dyn Fn(Digest) -> bool) -> Result<(), Error> {
+        for name in self.in_use()? {
+            if let Err(error) = self.backend(&name).and_then(|backend| backend.forget_bases(gone)) {
+                tracing::warn!(back_end = %name, %error, "bases of no more use left behind");
+            }
+        }
+        Ok(())
     }
 
     /// The back ends that were ever used here.

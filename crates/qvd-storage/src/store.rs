@@ -73,6 +73,7 @@ impl Store {
         trash.take_temporary(&root.join("homes"))?;
         trash.take_temporary(&root.join("home-disks"))?;
         let roots = Roots::open(&root.join("roots"), backends, Arc::clone(&trash))?;
+        roots.forget_bases(&|digest| !images.repository().has_commit(CommitId::new(digest)))?;
         let guests = Guests::open(&root, images.repository(), &trash)?;
         Ok(Self { images, roots, guests, trash, building: Mutex::new(()), _lock: lock, root })
     }

@@ -173,6 +173,39 @@ fn a_program_outlives_its_starter_and_is_found_again() {
 }
 
 #[test]
+fn a_program_that_dies_is_named_to_processes_that_did_not_start_it() {
+    in_place(|at, backend| {
+        let base = base(at);
+        let place = || Place::open(&at.join("store")).unwrap();
+        let other = || if backend.name() == "fuse" { Fuse::overlay(place()) } else { Fuse::unionfs(place()) };
+        let first = backend.create(&base, &id("one"), &kept()).unwrap();
+        let mount = first.mount(None).unwrap();
+        fs::write(path(&mount, "etc/new"), "kept").unwrap();
+        let (pid, program) = server(at);
+        // One that watches when it happens, and one that comes later.
+        let watching = other();
+        let watched = watching.create(&base, &id("one"), &kept()).unwrap();
+        watched.check().unwrap();
+        kill(pid);
+        let said = death(watched.as_ref()).to_string();
+        assert_eq!(said, format!("root one is dead: {program} (process {pid}) was killed by signal 9"));
+        assert!(matches!(death(first.as_ref()), Error::ServerDied { .. }));
+        let later = other();
+        let mut found = later.create(&base, &id("one"), &kept()).unwrap();
+        let said = found.check().unwrap_err().to_string();
+        assert_eq!(said, format!("root one is dead: {program} (process {pid}) ended while nobody watched it"));
+        // It can be mounted again beside the dead mount, and is as it was.
+        let again = found.mount(None).unwrap();
+        found.check().unwrap();
+        assert_eq!(read(&again, "etc/new"), "kept");
+        drop((mount, again));
+        found.close().unwrap();
+        found.check().unwrap();
+        backend.remove(&id("one")).unwrap();
+    });
+}
+
+#[test]
 fn a_program_that_hangs_is_ended_with_its_last_mount() {
     in_place(|at, backend| {
         let root = backend.create(&base(at), &id("one"), &kept()).unwrap();

@@ -84,15 +84,25 @@ fn a_home_with_a_file_system_of_its_own_is_kept_and_cannot_hold_more_than_it_may
         drop(mount);
         assert!(fs::metadata(home.dir()).unwrap().blocks() * 512 < 17 << 20);
 
-        // It is there again as it was, and of its kind and size alone.
+        // It is there again as it was, and of its size alone.
         let home = store.home_with(&whose(), &image, &looped(16)).unwrap();
         let mount = home.mount(None).unwrap();
         assert!(path(&mount, "many/0").exists());
         drop(mount);
-        for other in [looped(32), looped(1), HomeOptions::default()] {
+        for other in [looped(32), looped(1)] {
             let error = store.home_with(&whose(), &image, &other).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
         }
+        // Whoever makes new ones in another way finds it of its kind.
+        let same = store.home(&whose(), &image).unwrap();
+        assert_eq!((same.kind(), same.dir()), (HomeKind::Loop, home.dir()));
+        let mount = same.mount(None).unwrap();
+        assert!(path(&mount, "many/0").exists());
+        drop(mount);
+        let new = HomeId::from(DesktopId::new(8).unwrap());
+        assert_eq!(store.home(&new, &image).unwrap().kind(), HomeKind::Directory);
+        assert_eq!(store.home_with(&new, &image, &looped(16)).unwrap().kind(), HomeKind::Directory);
+        store.remove_home(&new).unwrap();
         store.remove_home(&whose()).unwrap();
         store.remove_home(&whose()).unwrap();
         store.empty_trash().unwrap();

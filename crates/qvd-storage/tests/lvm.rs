@@ -16,7 +16,7 @@ use std::{
 use qvd_core::{Bytes, RootPolicy};
 use qvd_storage::{
     BaseDisk, BaseTree, Capability, DiskBackend, DiskBackends, DiskCapability, DiskFormat, DiskId, DiskOptions, Error,
-    ErrorKind, Lvm, LvmDisks, Place, Quota, RootBackend, RootOptions,
+    ErrorKind, Lvm, LvmDisks, Place, Quota, RootBackend, RootOptions, conformance::Suite,
 };
 use qvd_testkit::{Bed, in_bed};
 use scratch::{base, id, kept, path, read, userns, volatile};
@@ -237,4 +237,34 @@ fn disks_are_snapshots_and_a_full_pool_is_said() {
         disks(at);
         full(at, &base(at), &Lvm::new(Place::open(&at.join("store")).unwrap()));
     });
+}
+
+/// Runs a suite on a pool in the bed, and shows what it says.
+fn suite(limit: Duration, only: &[&str]) {
+    in_bed(&Bed::new().memory_mib(1536).disk_mib(1200).disk_mib(256).limit(limit), || {
+        set_up(1024);
+        give_pool();
+        let suite = Suite::new("lvm", |place| Ok(Box::new(Lvm::new(place))));
+        let report = only.iter().fold(suite, |suite, only| suite.only(*only)).run(Path::new("/run/at")).unwrap();
+        fs::write("/dev/console", format!("{report}\n")).unwrap();
+        assert!(report.passed(), "{report}");
+        let left = volumes();
+        assert!(left.is_empty(), "{left:?}");
+    });
+}
+
+/// Those in which roots of a volume could differ from others: the rest is what
+/// ext4 does. All of them: `the_whole_suite`.
+#[test]
+fn the_suite_in_part() {
+    let only = ["use-is-noticed", "snapshots", "limit-in-bytes", "kept-roots-survive", "bases-are-forgotten"];
+    suite(LIMIT, &[&only[..], &["base-unchanged"]].concat());
+}
+
+/// Each of its some five hundred commands takes a second or more in the bed: for
+/// `cargo nextest run -p qvd-storage --test lvm --run-ignored all`.
+#[test]
+#[ignore = "takes a quarter of an hour and more"]
+fn the_whole_suite() {
+    suite(Duration::from_secs(60 * 60), &[]);
 }

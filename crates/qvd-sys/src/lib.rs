@@ -3,6 +3,7 @@
 //! Everything here is a thin, safe wrapper: descriptors are owned, flags are
 //! typed, and each `unsafe` block says why it is sound.
 
+pub mod blk;
 pub mod btrfs;
 pub mod dm;
 pub mod guest;

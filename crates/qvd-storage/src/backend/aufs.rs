@@ -5,6 +5,7 @@ mod options;
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
 };
 
 use qvd_core::{Missing, RootPolicy, Support};
@@ -16,10 +17,9 @@ use rustix::{
 
 pub use self::options::{AufsBranch, AufsOptions, AufsPermission};
 use super::{
-    BaseTree, Capabilities, Capability, Deviation, Layer, Place, Root, RootBackend, RootId, RootOptions,
-    record::{self, Record},
+    BaseTree, Capabilities, Capability, Deviation, Layer, Place, Root, RootBackend, RootId, RootOptions, record,
 };
-use crate::{Error, fsio};
+use crate::Error;
 
 /// Roots whose writable branch is a directory, on the directories of a base.
 ///
@@ -28,6 +28,8 @@ use crate::{Error, fsio};
 #[derive(Debug, Clone)]
 pub struct Aufs {
     place: Place,
+    /// What trying it said.
+    works: Arc<OnceLock<Support>>,
 }
 
 /// The branch that is written to, in a root's directory.
@@ -38,8 +40,17 @@ const NUMBERS: &str = "xino";
 impl Aufs {
     /// Roots in this place.
     #[must_use]
-    pub const fn new(place: Place) -> Self {
-        Self { place }
+    pub fn new(place: Place) -> Self {
+        Self { place, works: Arc::default() }
+    }
+
+    /// Whether it works in this place, tried once.
+    fn works(&self) -> Result<Support, Error> {
+        if let Some(known) = self.works.get() {
+            return Ok(known.clone());
+        }
+        let found = self.probe()?;
+        Ok(self.works.get_or_init(|| found).clone())
     }
 
     fn dir(&self, id: &RootId) -> PathBuf {
@@ -97,7 +108,7 @@ impl RootBackend for Aufs {
     }
 
     fn capabilities(&self) -> Result<Capabilities, Error> {
-        let works = self.probe()?;
+        let works = self.works()?;
         let design = |why: &str| match &works {
             Support::Yes => Support::No(Missing::Design(why.to_owned())),
             no => no.clone(),
@@ -128,27 +139,11 @@ impl RootBackend for Aufs {
             return Err(Error::Unsupported { op: "limit roots", missing });
         }
         // Here rather than at the mount: a root that can never be used is not made.
-        if let Support::No(missing) = self.probe()? {
+        if let Support::No(missing) = self.works()? {
             return Err(lacks(missing));
         }
-        let dir = self.dir(id);
-        let io = |op| Error::io(op, &dir);
-        fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-        let mut had = Record::read(&dir)?;
-        match (&had, options.policy) {
-            (None, RootPolicy::Volatile) => {}
-            (Some(had), RootPolicy::Persistent) => had.expect_base(id, base)?,
-            _ => {
-                // What another policy left is not what this one promises.
-                self.place.discard(&dir)?;
-                fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-                had = None;
-            }
-        }
-        let record = Record::new(base, options);
-        if options.policy == RootPolicy::Persistent && had.as_ref() != Some(&record) {
-            record.write(&dir)?;
-        }
+        // Aufs does not say who uses it.
+        let dir = record::claim(&self.place, base, id, options, |_| Ok(()))?;
         let (id, base, place) = (id.clone(), base.clone(), self.place.clone());
         Ok(Box::new(Stacked { id, dir, base, policy: options.policy, place, closed: false }))
     }

@@ -8,7 +8,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use qvd_core::{Bytes, Missing, RootPolicy, Support};
+use qvd_core::{Bytes, Digest, Missing, RootPolicy, Support};
 use qvd_sys::btrfs;
 
 use self::volumes::Volumes;
@@ -209,6 +209,10 @@ impl RootBackend for Btrfs {
 
     fn find(&self, id: &RootId) -> Result<Option<RootPolicy>, Error> {
         record::find(&self.volumes.place, id)
+    }
+
+    fn forget_bases(&self, gone: &dyn Fn(Digest) -> bool) -> Result<(), Error> {
+        self.volumes.forget_bases(gone)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

@@ -25,7 +25,7 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
-use qvd_core::{Bytes, RootPolicy};
+use qvd_core::{Bytes, Digest, RootPolicy};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::btrfs::delete_at as delete_subvolume_at;
@@ -92,6 +92,17 @@ pub trait RootBackend: fmt::Debug + Send + Sync {
     /// As [`RootBackend::roots`].
     fn find(&self, id: &RootId) -> Result<Option<RootPolicy>, Error> {
         Ok(self.roots()?.into_iter().find_map(|(found, policy)| (found == *id).then_some(policy)))
+    }
+
+    /// Forgets what is kept of bases for roots to come, of those that `gone` says are of
+    /// no more use. Roots that there are do not notice, and a base that is used
+    /// again is only slower at first.
+    ///
+    /// # Errors
+    /// What is kept cannot be read or taken out of the way.
+    fn forget_bases(&self, gone: &dyn Fn(Digest) -> bool) -> Result<(), Error> {
+        let _ = gone;
+        Ok(())
     }
 
     /// How to copy roots in constant time, for back ends that can.

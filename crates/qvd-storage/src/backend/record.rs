@@ -1,13 +1,16 @@
 //! What every back end keeps of a root beside its files, and the directory
 //! that both are in.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use qvd_core::{Digest, RootPolicy};
 use serde::{Deserialize, Serialize};
 
 use super::{BaseTree, Place, Quota, RootId, RootOptions};
-use crate::{Error, fsio};
+use crate::{Error, fsio, quota};
 
 const RECORD: &str = "root.json";
 
@@ -52,6 +55,40 @@ impl Record {
         }
         Err(Error::OtherBase { root: id.clone(), has: self.base, wanted: base.digest() })
     }
+}
+
+/// The directory of a root whose files are added to as they come: made, or found
+/// as what was asked for left it. What another policy left goes, once
+/// `expect_unused` has said that nobody uses it.
+pub(super) fn claim(
+    place: &Place,
+    base: &BaseTree,
+    id: &RootId,
+    options: &RootOptions,
+    expect_unused: impl FnOnce(&Path) -> Result<(), Error>,
+) -> Result<PathBuf, Error> {
+    let dir = place.dir().join(id.as_str());
+    let make = || fsio::ensure_private_dir(&dir).map_err(Error::io("make root", &dir));
+    make()?;
+    let mut had = Record::read(&dir)?;
+    match (&had, options.policy) {
+        (None, RootPolicy::Volatile) => {}
+        (Some(had), RootPolicy::Persistent) => had.expect_base(id, base)?,
+        _ => {
+            // It is not what this policy promises: what a volatile root wrote may
+            // lack anything after a crash.
+            expect_unused(&dir)?;
+            place.discard(&dir)?;
+            make()?;
+            had = None;
+        }
+    }
+    quota::renew(&dir, had.as_ref().map(|record| record.quota), options.quota)?;
+    let record = Record::new(base, options);
+    if options.policy == RootPolicy::Persistent && had.as_ref() != Some(&record) {
+        record.write(&dir)?;
+    }
+    Ok(dir)
 }
 
 /// Every root that has a directory of its name in the place.

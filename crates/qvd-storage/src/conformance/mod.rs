@@ -62,7 +62,7 @@ pub struct Suite {
     factory: Arc<Factory>,
     form: BaseForm,
     effort: Effort,
-    only: Option<String>,
+    only: Vec<String>,
 }
 
 impl Suite {
@@ -73,7 +73,7 @@ impl Suite {
         factory: impl Fn(Place) -> Result<Box<dyn RootBackend>, Error> + Send + Sync + 'static,
     ) -> Self {
         let (form, effort) = (BaseForm::default(), Effort::default());
-        Self { name: name.into(), factory: Arc::new(factory), form, effort, only: None }
+        Self { name: name.into(), factory: Arc::new(factory), form, effort, only: Vec::new() }
     }
 
     /// All cases, for one of the back ends of a list.
@@ -97,10 +97,10 @@ impl Suite {
         self
     }
 
-    /// Only the cases whose name begins so.
+    /// Only the cases whose name begins so; said again, those whose name begins so too.
     #[must_use]
     pub fn only(mut self, prefix: impl Into<String>) -> Self {
-        self.only = Some(prefix.into());
+        self.only.push(prefix.into());
         self
     }
 
@@ -123,7 +123,7 @@ impl Suite {
             }
         };
         for case in cases::all() {
-            if self.only.as_ref().is_some_and(|only| !case.name.starts_with(only)) {
+            if !self.only.is_empty() && !self.only.iter().any(|only| case.name.starts_with(only.as_str())) {
                 continue;
             }
             tracing::debug!(case = case.name, back_end = %self.name, "conformance");

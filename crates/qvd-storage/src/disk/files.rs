@@ -1,20 +1,27 @@
 //! Disks that are files, each in a directory of its own: what all ways to make
 //! such files have in common.
 
+mod on_base;
+
 use std::{
     fmt,
     fs::{self, File},
     io,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use qvd_core::{Bytes, Missing, RootPolicy, Support};
 use rustix::{fs::FallocateFlags, io::Errno};
 
 use super::{
-    BaseDisk, Device, Disk, DiskCapabilities, DiskCapability, DiskFormat, DiskId, DiskOptions, DiskReport, lock,
+    BaseDisk, Device, Disk, DiskCapabilities, DiskCapability, DiskFormat, DiskId, DiskOptions, DiskReport, OnBase,
+    lock,
+    qcow2::BackingPolicy,
     record::{self, Record},
 };
 use crate::{Error, Place, fsio};
@@ -25,8 +32,6 @@ pub(super) trait Make: fmt::Debug + Clone + Send + Sync + 'static {
     const FILE: &'static str;
     /// Its format.
     const FORMAT: DiskFormat;
-    /// Whether its base stays behind it.
-    const ON_BASE: bool = false;
 
     /// Fills the empty file `to` with a disk on `base`. Nothing is synced.
     fn make(&self, base: &BaseDisk, size: Option<Bytes>, to: &File, path: &Path) -> Result<(), Error>;
@@ -39,6 +44,14 @@ pub(super) trait Make: fmt::Debug + Clone + Send + Sync + 'static {
 
     /// Makes it larger; it is not in use.
     fn grow(&self, base: &BaseDisk, path: &Path, size: u64) -> Result<(), Error>;
+
+    /// Makes bytes zero that are inside of it; it is not in use.
+    fn discard(&self, base: &BaseDisk, path: &Path, at: u64, length: u64) -> Result<(), Error>;
+
+    /// What may be behind its base, if that stays behind it.
+    fn behind(&self) -> Option<&BackingPolicy> {
+        None
+    }
 }
 
 /// The disks of one way, in a place.
@@ -52,7 +65,7 @@ pub(super) struct Files<M> {
 #[derive(Debug)]
 struct FileDisk<M> {
     id: DiskId,
-    base: BaseDisk,
+    base: Mutex<BaseDisk>,
     options: DiskOptions,
     files: Files<M>,
     /// Just made and not attached yet: it is as its base.
@@ -82,9 +95,7 @@ impl<M: Make> Files<M> {
         let dir = self.dir(id);
         let fresh = match (record::find(&self.place, id)?, options.policy) {
             (Some(RootPolicy::Persistent), RootPolicy::Persistent) => {
-                if let Some(record) = Record::read(&dir)? {
-                    record.expect_base(id, base)?;
-                }
+                self.expect_base(id, base)?;
                 self.expect_size(base, id, options)?;
                 false
             }
@@ -100,7 +111,7 @@ impl<M: Make> Files<M> {
         };
         Ok(Box::new(FileDisk {
             id: id.clone(),
-            base: base.clone(),
+            base: Mutex::new(base.clone()),
             options: *options,
             files: self.clone(),
             fresh: AtomicBool::new(fresh),
@@ -174,16 +185,16 @@ impl<M: Make> Disk for FileDisk<M> {
 
     fn attach(&self) -> Result<Device, Error> {
         self.files.expect_unused(&self.id)?;
-        let volatile = self.options.policy == RootPolicy::Volatile;
+        let (base, volatile) = (self.base(), self.options.policy == RootPolicy::Volatile);
         if volatile && !self.fresh.swap(false, Ordering::Relaxed) {
             let dir = self.files.dir(&self.id);
             self.files.place.discard(&dir)?;
-            self.files.make(&self.base, &dir, self.options.size, RootPolicy::Volatile)?;
+            self.files.make(&base, &dir, self.options.size, RootPolicy::Volatile)?;
         }
         let path = self.files.file(&self.id);
-        let size = self.files.making.size(&self.base, &path)?;
+        let size = self.files.making.size(&base, &path)?;
         let device = Device::new(path, M::FORMAT, Bytes::new(size));
-        Ok(if M::ON_BASE { device.on(self.base.clone()) } else { device })
+        Ok(if self.files.making.behind().is_some() { device.on(base) } else { device })
     }
 
     fn check(&self) -> Result<DiskReport, Error> {
@@ -192,22 +203,35 @@ impl<M: Make> Disk for FileDisk<M> {
         let about = fs::metadata(&path).map_err(Error::io("check disk", &path))?;
         // In units of 512 bytes, whatever the file system's blocks are.
         let mut report = DiskReport { used: Bytes::new(about.blocks() * 512), ..DiskReport::default() };
-        self.files.making.check(&self.base, &path, &mut report)?;
+        self.files.making.check(&self.base(), &path, &mut report)?;
         Ok(report)
     }
 
     fn resize(&self, size: Bytes) -> Result<(), Error> {
         self.files.expect_unused(&self.id)?;
         let path = self.files.file(&self.id);
-        let has = self.files.making.size(&self.base, &path)?;
+        let base = self.base();
+        let has = self.files.making.size(&base, &path)?;
         let refuse =
             |why: &str| Err(Error::Unsupported { op: "resize a disk", missing: Missing::Design(why.to_owned()) });
         match size.get() {
             size if size < has => refuse("what is behind a disk's new end would be lost"),
             size if !size.is_multiple_of(SECTOR) => refuse("a disk has a whole number of sectors of 512 bytes"),
             size if size == has => Ok(()),
-            size => self.files.making.grow(&self.base, &path, size),
+            size => self.files.making.grow(&base, &path, size),
         }
+    }
+
+    fn discard(&self, at: Bytes, length: Bytes) -> Result<(), Error> {
+        self.files.expect_unused(&self.id)?;
+        let (base, path) = (self.base(), self.files.file(&self.id));
+        let has = self.files.making.size(&base, &path)?;
+        expect_inside(&self.id, at, length, has)?;
+        self.files.making.discard(&base, &path, at.get(), length.get())
+    }
+
+    fn on_base(&self) -> Option<&dyn OnBase> {
+        self.files.making.behind().map(|_| self as &dyn OnBase)
     }
 
     fn close(&mut self) -> Result<(), Error> {
@@ -216,6 +240,24 @@ impl<M: Make> Disk for FileDisk<M> {
         }
         self.closed = true;
         Ok(())
+    }
+}
+
+impl<M> FileDisk<M> {
+    fn base(&self) -> BaseDisk {
+        self.base.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Refuses bytes that a disk of that size does not have.
+pub(super) fn expect_inside(id: &DiskId, at: Bytes, length: Bytes, size: u64) -> Result<(), Error> {
+    match at.get().checked_add(length.get()) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(Error::Refused(format!(
+            "disk {id} has {size} bytes: no {} of them begin at byte {}",
+            length.get(),
+            at.get()
+        ))),
     }
 }
 
@@ -256,6 +298,30 @@ pub(super) fn capabilities(place: &Place, works: &Support) -> Result<DiskCapabil
         found.set(DiskCapability::Durable, Support::No(Missing::Filesystem("storage: it is in memory".to_owned())));
     }
     Ok(found)
+}
+
+/// Makes bytes of a file zero: as a hole where it can have one.
+pub(super) fn zero(file: &File, at: u64, length: u64) -> io::Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
+    match rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, length) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => write_zeros(file, at, length),
+        done => Ok(done?),
+    }
+}
+
+/// As [`zero`], with zeros that are written.
+pub(super) fn write_zeros(file: &File, at: u64, length: u64) -> io::Result<()> {
+    const AT_ONCE: u64 = 1 << 20;
+    let zeros = vec![0; usize::try_from(AT_ONCE.min(length)).unwrap_or(0)];
+    let mut done = 0;
+    while done < length {
+        let piece = usize::try_from((length - done).min(AT_ONCE)).unwrap_or(0);
+        file.write_all_at(zeros.get(..piece).unwrap_or_default(), at + done)?;
+        done += piece as u64;
+    }
+    Ok(())
 }
 
 /// Whether files in `dir` can be given holes, found by making one.

@@ -1,16 +1,20 @@
 //! Disks as thin volumes of LVM.
 
 use std::{
-    fs::File,
-    os::unix::fs::FileExt,
-    path::PathBuf,
+    fs::{self, File},
+    io,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use qvd_core::{Bytes, Missing, RootPolicy, Support};
+use qvd_core::{Bytes, Digest, Missing, RootPolicy, Support};
 
 use super::{
     BaseDisk, Device, Disk, DiskBackend, DiskCapabilities, DiskCapability, DiskDeviation, DiskFormat, DiskId,
@@ -71,7 +75,8 @@ impl LvmDisks {
         let made = || {
             let digest = base.digest().hex();
             let name = format!("qvd.disk.{}", digest.get(..32).unwrap_or(&digest));
-            pool.snapshot_base(name, &making.volume, |volume| self.make_base(&pool, base, volume))?;
+            let base_at = (&self.place, base.digest(), name);
+            pool.snapshot_base(base_at, &making.volume, |volume| self.make_base(&pool, base, volume))?;
             if size > size_of_volume(&making.volume)? {
                 making.volume.extend(size)?;
             }
@@ -95,7 +100,7 @@ impl LvmDisks {
             Pool::name_base(&making.volume, to)
         };
         match made() {
-            Ok(true) => std::fs::remove_dir_all(&making.dir).map_err(Error::io("make base", &making.dir)),
+            Ok(true) => fs::remove_dir_all(&making.dir).map_err(Error::io("make base", &making.dir)),
             other => {
                 making.give_up(&self.place);
                 other.map(drop)
@@ -156,6 +161,29 @@ fn copy(chain: &mut Chain, to: &Volume) -> Result<(), Error> {
         at += length as u64;
     }
     device.sync_all().map_err(Error::io("copy disk to", &path))
+}
+
+/// Gives back the whole blocks of a range, which then read as zeros, and
+/// writes zeros to the rest of it.
+fn discard(path: &Path, at: u64, length: u64) -> io::Result<()> {
+    let device = File::options().write(true).open(path)?;
+    let number = device.metadata()?.rdev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let granularity = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/queue/discard_granularity"))?;
+    // Nothing, where the pool ignores it.
+    let granularity = granularity.trim().parse::<u64>().unwrap_or(0);
+    let end = at + length;
+    let (first, last) = match granularity {
+        0 => (end, end),
+        block => (at.next_multiple_of(block), end / block * block),
+    };
+    if first >= last {
+        return files::write_zeros(&device, at, length);
+    }
+    files::write_zeros(&device, at, first - at)?;
+    qvd_sys::blk::discard(device.as_fd(), first, last - first)?;
+    files::write_zeros(&device, last, end - last)?;
+    device.sync_all()
 }
 
 fn size_of_volume(volume: &Volume) -> Result<u64, Error> {
@@ -231,6 +259,10 @@ impl DiskBackend for LvmDisks {
     fn find(&self, id: &DiskId) -> Result<Option<RootPolicy>, Error> {
         record::find(&self.place, id)
     }
+
+    fn forget_bases(&self, gone: &dyn Fn(Digest) -> bool) -> Result<(), Error> {
+        lvm::forget_bases(&self.place, gone)
+    }
 }
 
 #[derive(Debug)]
@@ -287,6 +319,13 @@ impl Disk for ThinDisk {
             return Err(Error::Unsupported { op: "resize a disk", missing: Missing::Design(why) });
         }
         if size.get() == has { Ok(()) } else { volume.extend(size.get()) }
+    }
+
+    fn discard(&self, at: Bytes, length: Bytes) -> Result<(), Error> {
+        let volume = self.back.unused(&self.id)?;
+        files::expect_inside(&self.id, at, length, size_of_volume(&volume)?)?;
+        let path = volume.device();
+        discard(&path, at.get(), length.get()).map_err(Error::io("discard part of volume", &path))
     }
 
     fn close(&mut self) -> Result<(), Error> {

@@ -6,15 +6,17 @@ mod files;
 mod id;
 mod lock;
 mod lvm;
+mod on_base;
 mod overlay;
 pub mod qcow2;
 mod raw;
 mod record;
 mod registry;
+mod survey;
 
 use std::{fmt, path::PathBuf};
 
-use qvd_core::{Bytes, RootPolicy};
+use qvd_core::{Bytes, Digest, RootPolicy};
 use serde::{Deserialize, Serialize};
 
 pub use self::{
@@ -22,9 +24,11 @@ pub use self::{
     capability::{DiskCapabilities, DiskCapability, DiskDeviation},
     id::{DiskId, DiskIdError},
     lvm::LvmDisks,
+    on_base::OnBase,
     overlay::Qcow2,
     raw::{RawCopy, RawReflink},
     registry::{DiskBackends, DiskFactory},
+    survey::{DiskSurvey, SurveyedDisks},
 };
 use crate::Error;
 
@@ -74,6 +78,16 @@ pub trait DiskBackend: fmt::Debug + Send + Sync {
     fn find(&self, id: &DiskId) -> Result<Option<RootPolicy>, Error> {
         Ok(self.disks()?.into_iter().find_map(|(found, policy)| (found == *id).then_some(policy)))
     }
+
+    /// Forgets what is kept of bases for disks to come: see
+    /// [`RootBackend::forget_bases`](crate::RootBackend::forget_bases).
+    ///
+    /// # Errors
+    /// What is kept cannot be read or taken out of the way.
+    fn forget_bases(&self, gone: &dyn Fn(Digest) -> bool) -> Result<(), Error> {
+        let _ = gone;
+        Ok(())
+    }
 }
 
 /// The writable disk of one desktop.
@@ -102,6 +116,19 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// [`Error::DiskBusy`] while a virtual machine has it, [`Error::Unsupported`]
     /// for a smaller size: what is behind the new end would be lost.
     fn resize(&self, size: Bytes) -> Result<(), Error>;
+
+    /// Makes bytes of the disk zero, and gives back the space of what holds nothing else.
+    ///
+    /// # Errors
+    /// [`Error::DiskBusy`] while a virtual machine has it, [`Error::Refused`] for
+    /// bytes that it does not have; it cannot be written.
+    fn discard(&self, at: Bytes, length: Bytes) -> Result<(), Error>;
+
+    /// How to write the disk to its base or to put it on another one, for disks
+    /// that have their base behind them.
+    fn on_base(&self) -> Option<&dyn OnBase> {
+        None
+    }
 
     /// Says that nobody uses the disk any more: a volatile one is forgotten, a
     /// kept one kept. Closing again is `Ok`; after an error, closing again tries again.

@@ -11,7 +11,7 @@ use qvd_core::{Bytes, Support};
 use super::{
     BaseDisk, DiskCapability, DiskFormat, DiskId, DiskReport,
     files::{self, Files, Make, delegate},
-    qcow2::{self, BackingPolicy, Chain, Rebase, Repair, Shrink},
+    qcow2::{self, BackingPolicy, Chain, Rebase, Repair, Shrink, Writer},
 };
 use crate::{Error, Place};
 
@@ -81,7 +81,6 @@ impl Overlay {
 impl Make for Overlay {
     const FILE: &'static str = "disk.qcow2";
     const FORMAT: DiskFormat = DiskFormat::Qcow2;
-    const ON_BASE: bool = true;
 
     fn make(&self, base: &BaseDisk, size: Option<Bytes>, to: &File, path: &Path) -> Result<(), Error> {
         let real = base.path().canonicalize().map_err(Error::io("open base", base.path()))?;
@@ -105,5 +104,16 @@ impl Make for Overlay {
 
     fn grow(&self, base: &BaseDisk, path: &Path, size: u64) -> Result<(), Error> {
         qcow2::resize(path, size, Shrink::Never, &self.permitted(base)?)
+    }
+
+    fn discard(&self, base: &BaseDisk, path: &Path, at: u64, length: u64) -> Result<(), Error> {
+        let mut disk = Writer::open(path, &self.permitted(base)?)?;
+        let discarded = disk.discard(at, length);
+        // Refused or done, it is in order.
+        disk.finish().and(discarded)
+    }
+
+    fn behind(&self) -> Option<&BackingPolicy> {
+        Some(&self.policy)
     }
 }

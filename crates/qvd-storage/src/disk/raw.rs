@@ -115,6 +115,10 @@ impl Make for Copy {
     fn grow(&self, _: &BaseDisk, path: &Path, size: u64) -> Result<(), Error> {
         grow(path, size)
     }
+
+    fn discard(&self, _: &BaseDisk, path: &Path, at: u64, length: u64) -> Result<(), Error> {
+        discard(path, at, length)
+    }
 }
 
 impl Make for Share {
@@ -153,6 +157,10 @@ impl Make for Share {
     fn grow(&self, _: &BaseDisk, path: &Path, size: u64) -> Result<(), Error> {
         grow(path, size)
     }
+
+    fn discard(&self, _: &BaseDisk, path: &Path, at: u64, length: u64) -> Result<(), Error> {
+        discard(path, at, length)
+    }
 }
 
 fn length(path: &Path) -> Result<u64, Error> {
@@ -177,4 +185,13 @@ fn grow(path: &Path, size: u64) -> Result<(), Error> {
         file.sync_all()
     };
     grow().map_err(Error::io("resize disk", path))
+}
+
+fn discard(path: &Path, at: u64, length: u64) -> Result<(), Error> {
+    let discard = || {
+        let file = File::options().write(true).open(path)?;
+        files::zero(&file, at, length)?;
+        file.sync_all()
+    };
+    discard().map_err(Error::io("discard part of disk", path))
 }

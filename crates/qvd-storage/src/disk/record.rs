@@ -17,11 +17,14 @@ const RECORD: &str = "disk.json";
 #[serde(deny_unknown_fields)]
 pub(crate) struct Record {
     pub(crate) base: Digest,
+    /// What it was being put on when that was written last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) next: Option<Digest>,
 }
 
 impl Record {
     pub(crate) const fn new(base: &BaseDisk) -> Self {
-        Self { base: base.digest() }
+        Self { base: base.digest(), next: None }
     }
 
     /// The record in a disk's directory, if it is a kept disk's.

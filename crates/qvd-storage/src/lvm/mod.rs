@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use qvd_core::Digest;
 use qvd_sys::dm;
 
 pub(crate) use self::pool::{Lookup, Pool};
@@ -28,7 +29,7 @@ pub(super) const LVM: Program = Program { name: "lvm", package: "lvm2" };
 /// half way may leave devices suspended, so it is given time.
 const COMMAND: Duration = Duration::from_secs(180);
 
-/// How long the kernel may take to let go of a device that was unmounted.
+/// How long the kernel may take to let go of a device that was closed.
 const RELEASE: Duration = Duration::from_millis(300);
 
 /// How the names of entries begin that stand for a volume: in a place while it
@@ -40,6 +41,9 @@ pub(crate) const DOOMED: &str = "lv:";
 /// Names the volume, in the directory of a root or disk: a link is there whole
 /// or not at all.
 const LINK: &str = "volume";
+
+/// Where a place notes its bases; no root or disk has a name in capital letters.
+const BASES: &str = "BASES";
 
 /// A volume of a group, by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,17 +114,21 @@ impl Volume {
         Ok(status)
     }
 
-    /// Whether a mount or a virtual machine has it. The kernel lets go of a
-    /// device a moment after it was unmounted.
+    /// Whether a mount or a virtual machine has it.
     pub(crate) fn in_use(&self) -> Result<bool, Error> {
-        let until = Instant::now() + RELEASE;
+        self.in_use_after(RELEASE)
+    }
+
+    /// As [`Volume::in_use`], where the kernel may need so long to let go of the
+    /// device after the last unmount. It tells nobody when it has.
+    pub(crate) fn in_use_after(&self, limit: Duration) -> Result<bool, Error> {
+        let until = Instant::now() + limit;
         loop {
-            match self.status()? {
-                Some(status) if status.open_count > 0 && Instant::now() < until => {
-                    thread::park_timeout(Duration::from_millis(10));
-                }
-                status => return Ok(status.is_some_and(|status| status.open_count > 0)),
+            let used = self.status()?.is_some_and(|status| status.open_count > 0);
+            if !used || Instant::now() >= until {
+                return Ok(used);
             }
+            thread::park_timeout(Duration::from_millis(10));
         }
     }
 
@@ -213,6 +221,49 @@ impl Making {
             tracing::warn!(path = %self.dir.display(), %error, "volume left behind until the next start");
         }
     }
+}
+
+/// Notes that the volume `base`, with the files or the disk `digest`, is there for
+/// this place or will be: before it is, so that none is forgotten.
+pub(crate) fn note_base(place: &Place, digest: Digest, base: &Volume) -> Result<(), Error> {
+    let bases = place.dir().join(BASES);
+    let note = bases.join(format!("{}.{}", digest.hex(), base.name));
+    let there = || match note.symlink_metadata() {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    };
+    if there().map_err(Error::io("read", &note))? {
+        return Ok(());
+    }
+    fsio::ensure_private_dir(&bases).map_err(Error::io("use", &bases))?;
+    match std::os::unix::fs::symlink(base.path(), &note) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("note base at", &note)(error)),
+        _ => fsio::sync_dir(&bases).map_err(Error::io("note base at", &note)),
+    }
+}
+
+/// Takes the bases of this place out of the way that `gone` names. Snapshots of
+/// them stay as they are; another place that used one makes it again.
+pub(crate) fn forget_bases(place: &Place, gone: &dyn Fn(Digest) -> bool) -> Result<(), Error> {
+    let bases = place.dir().join(BASES);
+    let entries = match fs::read_dir(&bases) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(Error::io("read", &bases))?,
+    };
+    for entry in entries {
+        let note = entry.map_err(Error::io("read", &bases))?.path();
+        let name = note.file_name().and_then(|name| name.to_str()).and_then(|name| name.split_once('.'));
+        let digest = name.and_then(|(hex, _)| format!("sha256:{hex}").parse().ok());
+        if !digest.is_some_and(gone) {
+            continue;
+        }
+        let target = fs::read_link(&note).map_err(Error::io("read", &note))?;
+        if let Some(volume) = target.to_str().and_then(|target| Volume::parse(target, '/')) {
+            place.trash().discard_as(&note, &volume.entry())?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes a directory and its volume out of the way; the volume is removed in the

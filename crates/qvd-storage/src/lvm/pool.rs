@@ -2,12 +2,12 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use qvd_core::Missing;
+use qvd_core::{Digest, Missing};
 use qvd_sys::dm;
 use rustix::io::Errno;
 
 use super::{LVM, Volume, run};
-use crate::Error;
+use crate::{Error, Place};
 
 /// What tells our pool from others.
 pub(crate) const TAG: &str = "qvd";
@@ -128,14 +128,16 @@ impl Pool {
         run("make a snapshot", &args).map(drop)
     }
 
-    /// Snapshots the base `name`, which `fill` makes where it is absent yet.
+    /// Snapshots the base `name` of a place, with what `digest` says, which `fill`
+    /// makes where it is absent yet.
     pub(crate) fn snapshot_base(
         &self,
-        name: String,
+        (place, digest, name): (&Place, Digest, String),
         to: &Volume,
         fill: impl FnOnce(&Volume) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let base = self.sibling(name);
+        super::note_base(place, digest, &base)?;
         // Without a look first: the base is there, but for the first time.
         match self.snapshot(&base, to) {
             Err(Error::Program { .. }) if !base.exists()? => {}

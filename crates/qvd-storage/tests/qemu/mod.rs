@@ -56,9 +56,14 @@ pub struct Holder(Child);
 
 impl Holder {
     pub fn of(device: &Device) -> Self {
+        Self::of_file(&device.path, device.format.name())
+    }
+
+    /// As it holds a disk whose base is not there.
+    pub fn of_file(path: &Path, format: &str) -> Self {
         let mut child = Command::new("qemu-io")
-            .args(["-f", device.format.name()])
-            .arg(&device.path)
+            .args(["-f", format])
+            .arg(path)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use qvd_core::Missing;
+use qvd_core::{Digest, Missing};
 use qvd_sys::btrfs;
 use rustix::io::Errno;
 
@@ -91,6 +91,24 @@ impl Volumes {
                 tracing::warn!(path = %scratch.display(), %error, "part of a base left behind");
             }
         })
+    }
+
+    /// Takes bases out of the way that `gone` names. Snapshots of them stay as they are.
+    pub(super) fn forget_bases(&self, gone: &dyn Fn(Digest) -> bool) -> Result<(), Error> {
+        let _one_at_a_time = self.importing.lock().unwrap_or_else(PoisonError::into_inner);
+        let bases = self.place.dir().join(BASES);
+        let entries = match std::fs::read_dir(&bases) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(Error::io("read", &bases))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(Error::io("read", &bases))?;
+            let digest = entry.file_name().to_str().and_then(|name| format!("sha256:{name}").parse().ok());
+            if digest.is_some_and(gone) {
+                self.delete(&entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn subvolume(&self, path: &Path) -> Result<(), Error> {

@@ -18,8 +18,7 @@ use rustix::io::Errno;
 
 use self::{root::Served, server::Servers, union::Union};
 use super::{
-    BaseTree, Capabilities, Capability, Deviation, Layer, Place, Root, RootBackend, RootId, RootOptions, layer,
-    record::{self, Record},
+    BaseTree, Capabilities, Capability, Deviation, Layer, Place, Root, RootBackend, RootId, RootOptions, layer, record,
 };
 use crate::{Error, fsio, probe, quota};
 
@@ -148,26 +147,7 @@ impl RootBackend for Fuse {
 
     fn create(&self, base: &BaseTree, id: &RootId, options: &RootOptions) -> Result<Box<dyn Root>, Error> {
         self.union.find()?;
-        let dir = self.dir(id);
-        let io = |op| Error::io(op, &dir);
-        fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-        let mut had = Record::read(&dir)?;
-        match (&had, options.policy) {
-            (None, RootPolicy::Volatile) => {}
-            (Some(had), RootPolicy::Persistent) => had.expect_base(id, base)?,
-            _ => {
-                // What another policy left is not what this one promises.
-                self.servers.expect_unused(id, &dir)?;
-                self.place.discard(&dir)?;
-                fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-                had = None;
-            }
-        }
-        quota::renew(&dir, had.as_ref().map(|record| record.quota), options.quota)?;
-        let record = Record::new(base, options);
-        if options.policy == RootPolicy::Persistent && had.as_ref() != Some(&record) {
-            record.write(&dir)?;
-        }
+        let dir = record::claim(&self.place, base, id, options, |dir| self.servers.expect_unused(id, dir))?;
         // One that a killed process left running is watched from here on.
         self.servers.find(id, &dir)?;
         Ok(Box::new(self.root(base, id, options.policy)))

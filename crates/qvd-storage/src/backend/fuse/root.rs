@@ -65,7 +65,7 @@ impl Root for Served {
     }
 
     fn check(&self) -> Result<(), Error> {
-        self.servers.find(&self.id, &self.dir)?.map_or(Ok(()), |server| server.check(&self.id))
+        self.servers.check(&self.id, &self.dir)
     }
 
     fn close(&mut self) -> Result<(), Error> {

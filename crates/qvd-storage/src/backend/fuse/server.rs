@@ -104,6 +104,8 @@ pub(super) struct Server {
     said: Option<File>,
     /// Whether we ended it ourselves.
     ended_by_us: AtomicBool,
+    /// Whether it ended under a mount, and nobody can say how.
+    lost: AtomicBool,
     exit: Mutex<Option<Exit>>,
     ended: Condvar,
 }
@@ -114,7 +116,8 @@ impl Server {
         let pidfd = pid.map_err(io::Error::from).and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
         let pidfd = pidfd.map_err(Error::io("watch", &note.program))?;
         let (exit, ended) = (Mutex::default(), Condvar::new());
-        Ok(Self { note, pidfd, said, ended_by_us: AtomicBool::new(false), exit, ended })
+        let (ended_by_us, lost) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self { note, pidfd, said, ended_by_us, lost, exit, ended })
     }
 
     /// Says whether it serves, or how it died.
@@ -131,7 +134,26 @@ impl Server {
 
     /// Whether an end was not that of its mounts.
     fn died(&self, exit: Exit) -> bool {
-        !matches!(exit, Exit::Code(0) | Exit::Unknown) && !self.ended_by_us.load(Ordering::Acquire)
+        let died = match exit {
+            Exit::Code(0) => false,
+            Exit::Unknown => self.lost.load(Ordering::Acquire),
+            _ => true,
+        };
+        died && !self.ended_by_us.load(Ordering::Acquire)
+    }
+
+    /// Whether its mount is still there some time after it ended: who ends
+    /// because the last mount is gone leaves none.
+    fn left_its_mount(&self) -> bool {
+        let Some(connection) = self.note.connection else { return false };
+        let deadline = Instant::now() + ENDS_WITHIN;
+        while is_connected(connection).unwrap_or(false) {
+            if Instant::now() > deadline {
+                return true;
+            }
+            thread::park_timeout(Duration::from_millis(10));
+        }
+        false
     }
 
     fn death(&self, root: &RootId, exit: Exit) -> Error {
@@ -242,15 +264,39 @@ impl Servers {
         Ok(self.0.lock().unwrap_or_else(PoisonError::into_inner).get(root).map(Arc::clone))
     }
 
+    /// Says whether a root that somebody has mounted is served, or how its
+    /// program died.
+    pub(super) fn check(&self, root: &RootId, dir: &Path) -> Result<(), Error> {
+        if let Some(server) = self.find(root, dir)? {
+            return server.check(root);
+        }
+        let gone = || -> io::Result<Option<Note>> {
+            match Note::read(dir)? {
+                Some(note) if note.boot == boot_id()? => match note.connection {
+                    Some(connection) => Ok(is_connected(connection)?.then_some(note)),
+                    None => Ok(None),
+                },
+                _ => Ok(None),
+            }
+        };
+        let Some(note) = gone().map_err(Error::io("read root", dir))? else { return Ok(()) };
+        let how = "ended while nobody watched it".to_owned();
+        Err(Error::ServerDied { root: root.clone(), program: note.program, pid: note.pid, how })
+    }
+
     /// Refuses a root that is mounted anywhere. When this returns well, no
-    /// process serves it.
+    /// process serves it, and its number can be another's.
     pub(super) fn expect_unused(&self, root: &RootId, dir: &Path) -> Result<(), Error> {
-        let Some(server) = self.find(root, dir)? else { return Ok(()) };
-        if server.in_use()? {
+        if self.find(root, dir)?.map_or(Ok(false), |server| server.in_use())? {
             return Err(Error::RootBusy(root.clone()));
         }
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(root);
-        Ok(())
+        match fs::remove_file(dir.join(NOTE)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io("forget the program of", dir)(error))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -267,6 +313,9 @@ fn wait_for_end(root: &RootId, server: &Server, mut process: Process) {
             }
         }
     };
+    if exit == Exit::Unknown && server.left_its_mount() {
+        server.lost.store(true, Ordering::Release);
+    }
     if server.died(exit) {
         tracing::error!(error = %server.death(root, exit), "a root's file system is gone");
     }

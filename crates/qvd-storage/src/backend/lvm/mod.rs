@@ -10,7 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use qvd_core::{Digest, Missing, RootPolicy, Support};
@@ -28,7 +28,6 @@ use crate::{
 /// How long the kernel may hold a device after it was unmounted: it writes back
 /// what is left, and a full pool makes it try for a while.
 const CLOSED_WITHIN: Duration = Duration::from_secs(5);
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Roots as thin snapshots of a volume, which the files of a base are copied to
 /// once, in the thin pool that an administrator gave by tagging it `qvd`.
@@ -47,8 +46,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 ///
 /// # What stays
 ///
-/// Bases (`qvd.tree.…`) are kept for roots to come. No root depends on its base:
-/// one that is of no more use can be removed with `lvremove` at any time.
+/// Bases (`qvd.tree.…`) are kept for roots to come, until
+/// [`forget_bases`](RootBackend::forget_bases) says that they are of no more use. No root
+/// depends on its base: one can be removed with `lvremove` at any time.
 #[derive(Debug, Clone)]
 pub struct Lvm {
     place: Place,
@@ -92,7 +92,7 @@ impl Lvm {
     fn make_on(&self, base: &BaseTree, id: &RootId, quota: Quota, record: Option<&Record>) -> Result<(), Error> {
         self.make(id, record, |pool, to| {
             let fill = |volume: &Volume| tree::make_base(&self.place, pool, base, quota, volume);
-            pool.snapshot_base(tree::base_name(base, quota), to, fill)
+            pool.snapshot_base((&self.place, base.digest(), tree::base_name(base, quota)), to, fill)
         })
     }
 
@@ -109,15 +109,7 @@ impl Lvm {
     /// The volume of a root that nobody has mounted.
     fn unused(&self, id: &RootId) -> Result<Volume, Error> {
         let volume = Volume::of(&self.dir(id))?;
-        let deadline = Instant::now() + CLOSED_WITHIN;
-        // There is no event to wait for: the kernel tells nobody.
-        while volume.in_use()? {
-            if Instant::now() > deadline {
-                return Err(Error::RootBusy(id.clone()));
-            }
-            std::thread::sleep(LOOK_AGAIN);
-        }
-        Ok(volume)
+        if volume.in_use_after(CLOSED_WITHIN)? { Err(Error::RootBusy(id.clone())) } else { Ok(volume) }
     }
 
     /// Tries everything on a small base that is gone afterwards: whether roots
@@ -229,6 +221,10 @@ impl RootBackend for Lvm {
 
     fn find(&self, id: &RootId) -> Result<Option<RootPolicy>, Error> {
         record::find(&self.place, id)
+    }
+
+    fn forget_bases(&self, gone: &dyn Fn(Digest) -> bool) -> Result<(), Error> {
+        lvm::forget_bases(&self.place, gone)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

@@ -8,6 +8,7 @@ mod stack;
 use std::{
     fs, io,
     os::fd::{AsFd, BorrowedFd},
+    path::Path,
     sync::OnceLock,
 };
 
@@ -22,11 +23,8 @@ pub(crate) use self::{
 };
 use crate::{
     Error,
-    backend::{
-        BaseTree, Capabilities, Capability, Deviation, Place, Root, RootBackend, RootId, RootOptions,
-        record::{self, Record},
-    },
-    fsio, probe, quota,
+    backend::{BaseTree, Capabilities, Capability, Deviation, Place, Root, RootBackend, RootId, RootOptions, record},
+    probe, quota,
 };
 
 /// Roots made of an upper directory on a base tree.
@@ -129,31 +127,11 @@ impl RootBackend for Overlayfs {
     }
 
     fn create(&self, base: &BaseTree, id: &RootId, options: &RootOptions) -> Result<Box<dyn Root>, Error> {
-        let policy = options.policy;
         let mounting = self.options()?;
-        let dir = self.place.dir().join(id.as_str());
-        let io = |op| Error::io(op, &dir);
-        fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-        let mut had = Record::read(&dir)?;
-        match (&had, policy) {
-            (None, RootPolicy::Volatile) => {}
-            (Some(had), RootPolicy::Persistent) => had.expect_base(id, base)?,
-            _ => {
-                // What another policy left is not what this one promises: a
-                // volatile upper may lack anything after a crash.
-                check_unused(id, &dir, mounting, self.place.trash())?;
-                self.place.discard(&dir)?;
-                fsio::ensure_private_dir(&dir).map_err(io("make root"))?;
-                had = None;
-            }
-        }
-        quota::renew(&dir, had.as_ref().map(|record| record.quota), options.quota)?;
-        note_base(&dir, base.path()).map_err(io("make root"))?;
-        let record = Record::new(base, options);
-        if policy == RootPolicy::Persistent && had.as_ref() != Some(&record) {
-            record.write(&dir)?;
-        }
-        Ok(Box::new(Overlay::new(id.clone(), dir, base.clone(), policy, mounting, self.place.clone())))
+        let check = |dir: &Path| check_unused(id, dir, mounting, self.place.trash());
+        let dir = record::claim(&self.place, base, id, options, check)?;
+        note_base(&dir, base.path()).map_err(Error::io("make root", &dir))?;
+        Ok(Box::new(Overlay::new(id.clone(), dir, base.clone(), options.policy, mounting, self.place.clone())))
     }
 
     fn remove(&self, id: &RootId) -> Result<(), Error> {

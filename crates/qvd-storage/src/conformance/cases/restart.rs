@@ -21,6 +21,7 @@ pub(super) const CASES: &[Listed] = &[
     ("volatile-roots-begin-anew", None, anew),
     ("volatile-roots-are-swept", None, swept),
     ("removed-roots-are-gone", None, removed),
+    ("bases-are-forgotten", None, forgotten),
 ];
 
 fn kept(bench: &Bench) -> Checked {
@@ -162,5 +163,34 @@ fn removed(bench: &Bench) -> Checked {
         let emptied = bench.site.open("restart-removed")?.place.trash().empty().step("the trash can be emptied");
         emptied.and_then(|()| equal("the trash holds so many", left, 0))
     })?;
+    Ok(Seen::Plain)
+}
+
+/// Bases whose image is gone are given up; roots on them, and roots to come, are as ever.
+fn forgotten(bench: &Bench) -> Checked {
+    let opened = bench.site.open("forgotten")?;
+    let (used, new) = (id("used"), id("new"));
+    let mut kept = create(&*opened.backend, &bench.site.small, &used, RootPolicy::Persistent)?;
+    let tree = mount(&*kept)?;
+    tree.write("var/new", "kept")?;
+    let digest = bench.site.small.tree.digest();
+    opened.backend.forget_bases(&|_| false).step("nothing can be forgotten")?;
+    opened.backend.forget_bases(&|base| base == digest).step("a base can be forgotten while it is used")?;
+    opened.place.trash().empty().step("the trash can be emptied")?;
+    opened.backend.forget_bases(&|base| base == digest).step("it can be forgotten again")?;
+    tree.expect("var/new", "kept")?;
+    tree.expect("var/d/f", TEXT)?;
+    drop(tree);
+    kept.close().step("it can be closed")?;
+    let mut other = create(&*opened.backend, &bench.site.small, &new, RootPolicy::Volatile)?;
+    let tree = mount(&*other)?;
+    tree.expect("var/d/f", TEXT)?;
+    tree.expect_absent("var/new")?;
+    drop(tree);
+    other.close().step("it can be closed")?;
+    let tree = mount(&*create(&*opened.backend, &bench.site.small, &used, RootPolicy::Persistent)?)?;
+    tree.expect("var/new", "kept")?;
+    drop(tree);
+    opened.backend.remove(&used).step("it can be removed")?;
     Ok(Seen::Plain)
 }

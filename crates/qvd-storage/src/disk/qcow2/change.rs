@@ -8,8 +8,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::FallocateFlags;
-
 use super::{
     BackingName, BackingPolicy, Chain, Fault, Image, Mapping, Repair, Writer,
     chain::{Layer, read_layers},
@@ -19,7 +17,7 @@ use super::{
 };
 use crate::{
     Error,
-    disk::{DiskFormat, lock},
+    disk::{DiskFormat, files, lock},
 };
 
 /// How a disk is put on another file.
@@ -338,21 +336,7 @@ impl Target {
     fn discard(&mut self, at: u64, length: u64) -> Result<(), Error> {
         match self {
             Self::Qcow2(writer) => writer.discard(at, length),
-            Self::Raw { file, path } => {
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                if rustix::fs::fallocate(&*file, flags, at, length).is_ok() {
-                    return Ok(());
-                }
-                let zeros = vec![0; AT_ONCE];
-                let mut done = 0;
-                while done < length {
-                    let piece = usize::try_from(length - done).unwrap_or(AT_ONCE).min(AT_ONCE);
-                    let part = zeros.get(..piece).unwrap_or_default();
-                    file.write_all_at(part, at + done).map_err(Error::io("write disk", &*path))?;
-                    done += piece as u64;
-                }
-                Ok(())
-            }
+            Self::Raw { file, path } => files::zero(file, at, length).map_err(Error::io("write disk", &*path)),
         }
     }
 
