@@ -112,21 +112,7 @@ impl Images {
         for entry in fs::read_dir(making).map_err(Error::io("read", making))? {
             images.trash.discard(&entry.map_err(Error::io("read", making))?.path())?;
         }
-        images.discard_plain(dir)?;
         Ok(images)
-    }
-
-    /// Images of versions before the repository were plain trees under their
-    /// digest. No tag leads to them: their recipes are built again.
-    fn discard_plain(&self, dir: &Path) -> Result<(), Error> {
-        for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
-            let path = entry.map_err(Error::io("read", dir))?.path();
-            if path.join("image.json").exists() {
-                tracing::warn!(image = %path.display(), "removed: it was made by a version before there was a history");
-                self.trash.discard(&path)?;
-            }
-        }
-        Ok(())
     }
 
     pub(crate) fn repository(&self) -> &Arc<Repository> {

@@ -2,16 +2,23 @@
 //! tree: an absolute link in it never leads to the host's files.
 
 use std::{
+    collections::HashSet,
     ffi::CString,
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::Path,
     time::{Duration, SystemTime},
 };
 
 use rustix::{
-    fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, mkdirat, openat, openat2, unlinkat},
+    fs::{
+        AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, fstat, mkdirat, openat, openat2,
+        unlinkat,
+    },
     io::Errno,
 };
 
@@ -26,6 +33,9 @@ use crate::{
 /// the same recipe has to give the same tree. Source of the name:
 /// <https://reproducible-builds.org/specs/source-date-epoch/>.
 pub(crate) const SOURCE_DATE_EPOCH_S: u64 = 1_600_000_000;
+
+/// Longest list of users or groups that is read, in bytes.
+const LIST_MAX_BYTES: u64 = 4 << 20;
 
 /// What a build leaves that has no place in an image: where packages came
 /// from, what was logged on the way, and what must differ between desktops.
@@ -206,6 +216,21 @@ pub(crate) fn settle_times(tree: &Path, started: SystemTime) -> Result<(), Error
     Ok(())
 }
 
+/// How many entries a tree has, its root included, and how many bytes its files:
+/// one with several names counts once.
+pub(crate) fn measure(tree: &Path) -> Result<(u64, u64), Error> {
+    let (mut entries, mut bytes, mut seen) = (0, 0_u64, HashSet::new());
+    for entry in walkdir::WalkDir::new(tree).follow_links(false).same_file_system(true) {
+        let meta = entry.and_then(|entry| entry.metadata());
+        let meta = meta.map_err(|error| Error::io("measure", tree)(io::Error::from(error)))?;
+        entries += 1;
+        if meta.is_file() && (meta.nlink() == 1 || seen.insert((meta.dev(), meta.ino()))) {
+            bytes += meta.len();
+        }
+    }
+    Ok((entries, bytes))
+}
+
 fn statat_exists(root: &OwnedFd, path: &str) -> bool {
     rustix::fs::statat(root, path, AtFlags::empty()).is_ok()
 }
@@ -215,10 +240,26 @@ fn in_root(root: impl AsFd, path: &str, flags: OFlags) -> io::Result<OwnedFd> {
     Ok(openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
+/// Opens a file that packages have made. It is looked at before it is opened: a
+/// pipe would wait for another end, and a device would do whatever it does.
+fn regular_in_root(root: &OwnedFd, path: &str, flags: OFlags) -> io::Result<File> {
+    let found = in_root(root, path, OFlags::PATH)?;
+    if FileType::from_raw_mode(fstat(&found)?.st_mode) != FileType::RegularFile {
+        return Err(io::Error::other(format!("`/{path}` of the tree is no file")));
+    }
+    let by_number = format!("/proc/self/fd/{}", found.as_raw_fd());
+    Ok(File::from(rustix::fs::open(by_number, flags | OFlags::CLOEXEC, Mode::empty())?))
+}
+
 fn read(root: &OwnedFd, path: &str) -> io::Result<String> {
     let mut text = String::new();
-    match in_root(root, path, OFlags::RDONLY) {
-        Ok(file) => File::from(file).read_to_string(&mut text).map(|_| text),
+    match regular_in_root(root, path, OFlags::RDONLY) {
+        Ok(file) => {
+            if file.take(LIST_MAX_BYTES + 1).read_to_string(&mut text)? as u64 > LIST_MAX_BYTES {
+                return Err(io::Error::other(format!("`/{path}` of the tree has more than {LIST_MAX_BYTES} bytes")));
+            }
+            Ok(text)
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(text),
         Err(error) => Err(error),
     }
@@ -226,8 +267,8 @@ fn read(root: &OwnedFd, path: &str) -> io::Result<String> {
 
 /// Appends to a file if it is there: not every distribution has every one.
 fn append(root: &OwnedFd, path: &str, line: &str) -> io::Result<()> {
-    match in_root(root, path, OFlags::WRONLY | OFlags::APPEND) {
-        Ok(file) => File::from(file).write_all(line.as_bytes()),
+    match regular_in_root(root, path, OFlags::WRONLY | OFlags::APPEND) {
+        Ok(mut file) => file.write_all(line.as_bytes()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
@@ -332,5 +373,49 @@ mod tests {
         assert!(passwd.ends_with(&format!("user:x:{uid}:{gid}::/home/user:/bin/sh\n")), "{passwd}");
         let error = add_user(&tree, &user).unwrap_err();
         assert!(std::error::Error::source(&error).unwrap().to_string().contains("already"), "{error}");
+    }
+
+    /// A pipe would let the build wait for ever, a device would be opened.
+    #[test]
+    fn lists_that_are_no_files_are_refused() {
+        use rustix::fs::{CWD, mknodat};
+        let user = UserConfig { name: "user".to_owned(), uid: 1000, gid: 1000 };
+        type Spoil = fn(&Path);
+        let spoil: [(&str, Spoil); 5] = [
+            ("etc/passwd", |at| mknodat(CWD, at, FileType::Fifo, Mode::RUSR, 0).unwrap()),
+            ("etc/group", |at| mknodat(CWD, at, FileType::Fifo, Mode::RUSR, 0).unwrap()),
+            ("etc/passwd", |at| fs::create_dir(at).unwrap()),
+            ("etc/passwd", |at| fs::write(at, "x".repeat(5 << 20)).unwrap()),
+            ("etc/passwd", |at| {
+                mknodat(CWD, at.with_file_name("pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+                std::os::unix::fs::symlink("/etc/pipe", at).unwrap();
+            }),
+        ];
+        for (path, spoil) in spoil {
+            let (dir, _trash) = setup();
+            let tree = dir.path().join("tree");
+            spoil(&tree.join(path));
+            let error = add_user(&tree, &user).unwrap_err();
+            let reason = std::error::Error::source(&error).unwrap().to_string();
+            assert!(reason.contains(&format!("`/{path}` of the tree")), "{reason}");
+        }
+        // What leads out of the tree leads to nothing, and is not written.
+        let (dir, _trash) = setup();
+        let tree = dir.path().join("tree");
+        std::os::unix::fs::symlink(dir.path().join("host/precious"), tree.join("etc/shadow")).unwrap();
+        let root = fsio::open_dir(&tree).unwrap();
+        append(&root, "etc/shadow", "user:*\n").unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("host/precious")).unwrap(), "x");
+    }
+
+    #[test]
+    fn a_tree_is_measured() {
+        let (dir, _trash) = setup();
+        let tree = dir.path().join("tree");
+        let (entries, _) = measure(&tree).unwrap();
+        fs::write(tree.join("etc/f"), [7; 100]).unwrap();
+        fs::hard_link(tree.join("etc/f"), tree.join("etc/g")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("host"), tree.join("out")).unwrap();
+        assert_eq!(measure(&tree).unwrap(), (entries + 3, 100));
     }
 }

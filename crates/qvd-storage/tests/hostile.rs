@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{Cursor, Read, Seek, SeekFrom, Write},
     path::Path,
+    process::Command,
 };
 
 use qvd_storage::{Error, Repository};
@@ -61,11 +62,16 @@ fn repository() -> (tempfile::TempDir, Repository) {
 
 /// Imports an archive and returns why it was refused, after a look at what is left.
 fn refused(archive: &[u8]) -> String {
+    refused_beyond(archive, 1 << 30)
+}
+
+/// The same where so many bytes are allowed.
+fn refused_beyond(archive: &[u8], max_bytes: u64) -> String {
     let (dir, repository) = repository();
     let path = dir.path().join("archive");
     fs::write(&path, archive).unwrap();
     let staging = repository.stage().unwrap();
-    let error = staging.import(&path, 1 << 30).unwrap_err();
+    let error = staging.import(&path, max_bytes).unwrap_err();
     drop(staging);
     assert!(matches!(error, Error::Import { .. }), "{error:?}");
     assert_eq!(fs::read_dir(repository.dir().join("incoming")).unwrap().count(), 0);
@@ -137,14 +143,36 @@ fn broken_archives_are_refused() {
     assert!(refused(b"this is no archive at all, whatever its name is").contains("ends in the middle"));
 }
 
+/// The archive of a large file of zeroes, compressed by `program`: its start, then
+/// the same piece as often as it takes, as each of these formats allows.
+fn bomb(program: &str, args: &[&str]) -> Vec<u8> {
+    let packed = |bytes: &[u8]| {
+        let mut plain = tempfile::tempfile().unwrap();
+        plain.write_all(bytes).unwrap();
+        plain.rewind().unwrap();
+        let packed = Command::new(program).args(args).stdin(plain).output().unwrap();
+        assert!(packed.status.success(), "{program}");
+        packed.stdout
+    };
+    let piece = packed(&[0; 8 << 20]);
+    [packed(&header(&file("bomb", b""), 7 << 30)), piece.repeat(40)].concat()
+}
+
 #[test]
 fn bombs_are_refused_before_they_fill_anything() {
-    let bomb = || Cursor::new(header(&file("bomb", b""), 7 << 30)).chain(std::io::repeat(0)).take(900 << 20);
-    let mut zst = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
-    std::io::copy(&mut bomb(), &mut zst).unwrap();
-    let zst = zst.finish().unwrap();
-    assert!(zst.len() < 1 << 20);
-    assert!(refused(&zst).contains("times its size"), "{}", refused(&zst));
+    for (program, args) in [("gzip", ["-9c"].as_slice()), ("xz", &["-1c"]), ("bzip2", &["-9c"])] {
+        let bomb = bomb(program, args);
+        assert!(bomb.len() < 1 << 20, "{program}: {}", bomb.len());
+        let reason = refused_beyond(&bomb, 20 << 20);
+        assert!(reason.contains("`bomb` it has more than the 20971520 bytes"), "{program}: {reason}");
+    }
+    let zeroes = zstd::encode_all([0; 8 << 20].as_slice(), 1).unwrap().repeat(40);
+    let zst = [zstd::encode_all(header(&file("bomb", b""), 7 << 30).as_slice(), 1).unwrap(), zeroes].concat();
+    let reason = refused(&zst);
+    assert!(reason.contains("`bomb` it expands to more than 100 times its size"), "{reason}");
+    // One that asks for more memory than it may: a window of 1 GiB. Source: RFC 8878, 3.1.1.1.2.
+    let window = [&[0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xa0][..], &[0; 64]].concat();
+    assert!(refused(&window).contains("emory"), "{}", refused(&window));
     // Not compressed, but sparse: more than is allowed.
     let (dir, repository) = repository();
     let mut sparse = fs::File::create(dir.path().join("sparse")).unwrap();
@@ -154,6 +182,92 @@ fn bombs_are_refused_before_they_fill_anything() {
     let staging = repository.stage().unwrap();
     let error = staging.import(&dir.path().join("sparse"), 64 << 20).unwrap_err();
     assert!(error.to_string().contains("more than the 67108864 bytes"), "{error}");
+}
+
+/// An archive of as many members as somebody reads, whose names have `len` bytes,
+/// in parts of `part` each.
+struct Endless {
+    len: usize,
+    part: usize,
+    next: u64,
+    member: Cursor<Vec<u8>>,
+}
+
+impl Endless {
+    fn new(len: usize, part: usize) -> Self {
+        Self { len, part, next: 0, member: Cursor::default() }
+    }
+}
+
+impl Read for Endless {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        if self.member.position() == self.member.get_ref().len() as u64 {
+            // It counts up from its first part on.
+            let digits = format!("{:<width$}", format!("{:09}", self.next), width = self.len).replace(' ', "x");
+            let mut parts = Vec::new();
+            let mut rest = digits.as_str();
+            while !rest.is_empty() {
+                let len = if parts.is_empty() { 9 } else { self.part };
+                let (part, behind) = rest.split_at(len.min(rest.len()));
+                parts.push(part);
+                rest = behind;
+            }
+            let path = parts.join("/");
+            let mut member = Vec::new();
+            if path.len() > 99 {
+                member.extend(header(&Member { path: "l", kind: b'L', link: "", content: b"" }, path.len() as u64));
+                member.extend(path.as_bytes());
+                member.resize(member.len().next_multiple_of(512), 0);
+            }
+            member.extend(header(&file(&path[..path.len().min(99)], b""), 0));
+            self.member = Cursor::new(member);
+            self.next += 1;
+        }
+        self.member.read(to)
+    }
+}
+
+impl Seek for Endless {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        assert_eq!(to, SeekFrom::Start(0));
+        *self = Self::new(self.len, self.part);
+        Ok(0)
+    }
+}
+
+/// Most memory that this process has had, in bytes. Source: proc_pid_status(5).
+fn memory_peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// Imports it, and says why that was refused and how much memory it took.
+fn endless(len: usize, part: usize) -> (String, u64) {
+    let (_dir, repository) = repository();
+    let staging = repository.stage().unwrap();
+    let before = memory_peak();
+    let error = staging.import_archive(&mut Endless::new(len, part), u64::MAX).unwrap_err();
+    let taken = memory_peak() - before;
+    assert_eq!(fs::read_dir(repository.dir().join("objects")).unwrap().count(), 0);
+    (std::error::Error::source(&error).unwrap().to_string(), taken)
+}
+
+#[test]
+fn an_archive_of_long_names_is_refused_while_memory_lasts() {
+    // Each implies two thousand directories, all with long paths.
+    let (reason, taken) = endless(2000, 1);
+    assert!(reason.contains("is one too many") && reason.contains("than their names may take"), "{reason}");
+    assert!(taken < 1 << 30, "{taken}");
+}
+
+#[test]
+#[ignore = "it reads two million headers, which takes a minute in a build that is not optimised"]
+fn an_archive_that_does_not_end_is_refused_while_memory_lasts() {
+    let (reason, taken) = endless(9, 9);
+    // The root is the first of two millions.
+    assert!(reason.contains("`001999999` is one too many: more than 2000000 entries"), "{reason}");
+    assert!(taken < 1 << 30, "{taken}");
 }
 
 /// An OCI archive of one layer, with its digests as given.

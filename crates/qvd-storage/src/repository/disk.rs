@@ -50,6 +50,10 @@ impl Staging<'_> {
         let file_bytes = file.metadata()?.len();
         let mut data = 0;
         self.blocks(size_bytes, max_bytes, |at, block| {
+            let until = disk.nothing_until(at);
+            if until >= at + block.len() as u64 {
+                return Ok(Next::Nothing(until));
+            }
             let written = disk.read_at(at, block)?;
             data += if written { block.len() as u64 } else { 0 };
             check_ratio(file_bytes, data)?;

@@ -44,8 +44,11 @@ impl Packages {
             };
             let installed = field("Status").is_some_and(|status| status.ends_with(" installed"));
             if let (true, Some(name), Some(version)) = (installed, field("Package"), field("Version")) {
-                let architecture = field("Architecture").unwrap_or("all");
-                versions.insert(format!("{name}:{architecture}"), version.to_owned());
+                let name = format!("{name}:{}", field("Architecture").unwrap_or("all"));
+                // No package is called so, and our list could not say it.
+                if !name.contains(char::is_whitespace) {
+                    versions.insert(name, version.to_owned());
+                }
             }
         }
         Self { kind: PackageKind::Dpkg, versions }

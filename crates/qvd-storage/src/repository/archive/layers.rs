@@ -71,12 +71,7 @@ impl<'s, 'r> Layers<'s, 'r> {
 
     fn member(&mut self, path: Vec<u8>, member: Member, content: &mut dyn Read) -> io::Result<()> {
         let names = path.len() + member.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
-        self.names_bytes += names as u64;
-        if self.names_bytes > NAMES_MAX_BYTES || self.entries.len() >= TREE_MAX_ENTRIES {
-            return Err(bad(format!(
-                "is one too many: more than {TREE_MAX_ENTRIES} entries, or than their names may take"
-            )));
-        }
+        self.expect_room(names)?;
         self.parents(&path)?;
         self.make_way(&path, &member.kind)?;
         let meta = Meta {
@@ -106,6 +101,17 @@ impl<'s, 'r> Layers<'s, 'r> {
         };
         let entry = Entry { path: os_path(&path), meta, node };
         self.entries.insert(path, Slot { entry, layer: self.layer, implied: false });
+        Ok(())
+    }
+
+    /// Counts an entry whose names and attributes have so many bytes.
+    fn expect_room(&mut self, names: usize) -> io::Result<()> {
+        self.names_bytes += names as u64;
+        if self.names_bytes > NAMES_MAX_BYTES || self.entries.len() >= TREE_MAX_ENTRIES {
+            return Err(bad(format!(
+                "is one too many: more than {TREE_MAX_ENTRIES} entries, or than their names may take"
+            )));
+        }
         Ok(())
     }
 
@@ -146,6 +152,8 @@ impl<'s, 'r> Layers<'s, 'r> {
                     return Err(bad(format!("goes through `{above}`, which is no directory")));
                 }
                 None => {
+                    // A short archive can imply many long names.
+                    self.expect_room(above.len())?;
                     self.entries.insert(above.to_vec(), implied(above, self.layer));
                 }
             }

@@ -86,6 +86,17 @@ impl<'f> Qcow2<'f> {
         self.size_bytes
     }
 
+    /// Until where there is nothing from `at` on, as far as the first-level table
+    /// tells; if it tells of something, that is `at`.
+    pub(crate) fn nothing_until(&self, at: u64) -> u64 {
+        // Each entry covers a cluster full of entries of 8 bytes.
+        let covered = 1_u64 << (2 * self.cluster_bits - 3);
+        let first = at / covered;
+        let rest = self.l1.get(usize::try_from(first).unwrap_or(usize::MAX)..).unwrap_or_default();
+        let empty = rest.iter().take_while(|entry| **entry & OFFSET == 0).count() as u64;
+        ((first + empty) * covered).clamp(at, self.size_bytes.max(at))
+    }
+
     /// Fills `to` with what is at `at`; says whether anything was ever written there.
     pub(crate) fn read_at(&mut self, mut at: u64, to: &mut [u8]) -> io::Result<bool> {
         let mut written = false;
