@@ -32,6 +32,7 @@ build: $(STAMP)/build-tools $(STAMP)/web
 test: init image browser bed $(STAMP)/test-tools
 	QVD_TEST_PRIVILEGED=1 QVD=$(T)/debug/qvd QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
 		cargo nextest run --locked --workspace --profile ci
+	QVD_TEST_PRIVILEGED=1 QVD_INIT=$(INIT) cargo nextest run --locked -p qvd-libvirt --features libvirt --profile ci
 	cargo test --locked --workspace --doc
 	cargo run --locked --example desktop -- $(STORE) $(INIT)
 	QVD=$(T)/debug/qvd QVD_INIT=$(INIT) QVD_TEST_STORE=$(STORE) QVD_TEST_OUTPUT=$(T)/browser \
@@ -56,7 +57,7 @@ check: $(STAMP)/build-tools $(STAMP)/check-tools $(STAMP)/web
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
 	env -u QVD_TEST_PRIVILEGED cargo nextest run --locked --workspace --lib --bins --profile ci
-	cargo deny --locked check --hide-inclusion-graph licenses bans sources
+	cargo deny --locked --workspace check --hide-inclusion-graph licenses bans sources
 
 # FLOOR is the source of the least that a start can cost; see docs/benchmarks.md.
 FLOOR ?= ../shared/bench/floor.c

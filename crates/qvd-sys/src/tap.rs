@@ -2,7 +2,7 @@
 
 use std::{
     io, mem,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use rustix::fs::{Mode, OFlags};
@@ -34,4 +34,16 @@ pub fn create(name: &str, header: bool) -> io::Result<OwnedFd> {
     // SAFETY: the request is of the type that TUNSETIFF takes and outlives the call.
     let made = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
     if made == 0 { Ok(tap) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lets a tap last without a descriptor, until its link is removed: whoever is
+/// only told its name can attach it then, once the descriptor is closed.
+///
+/// # Errors
+/// The descriptor is no attached tap.
+pub fn keep(tap: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: TUNSETPERSIST takes an integer by value and no memory of ours.
+    let kept = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, on) };
+    if kept == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -19,12 +19,15 @@
 extern crate self as qvd_virt;
 
 mod cgroup;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod container;
 mod devices;
 mod enforced;
 mod error;
 mod fuse;
 mod layout;
+mod machine;
 mod measures;
 pub mod memory;
 mod probe;
@@ -38,6 +41,7 @@ pub use cgroup::Freezer;
 pub use container::{Container, ContainerRecord, Prepared};
 pub use enforced::Enforced;
 pub use error::Error;
+pub use machine::{Failure, Machine};
 pub use probe::probe;
 pub use qvd_sys::process::{Exit, seal};
 pub use runtime::Runtime;

@@ -6,9 +6,6 @@ use serde_json::{Value, json};
 
 use super::spec::{Accel, BaseDevice, Boot, Devices, DiskFormat, Memory, VmSpec};
 
-/// Name of the serial port that our init speaks on.
-pub(crate) const LINK_PORT: &str = "org.qvd.link";
-
 /// Bytes of the guest's console that are kept.
 pub(crate) const CONSOLE_BYTES: u32 = 64 * 1024;
 
@@ -140,7 +137,7 @@ fn common(line: &mut Line, spec: &VmSpec) {
     line.add("-serial", "chardev:console");
     line.add("-device", "virtio-serial-pci,id=serial0,max_ports=2");
     line.add("-chardev", format!("socket,id=link,fd={link},server=on,wait=off"));
-    line.add("-device", format!("virtserialport,bus=serial0.0,nr=1,chardev=link,id=link0,name={LINK_PORT}"));
+    line.add("-device", format!("virtserialport,bus=serial0.0,nr=1,chardev=link,id=link0,name={}", VmSpec::LINK_PORT));
 }
 
 fn boot(line: &mut Line, spec: &VmSpec, numbers: &mut Numbers) {

@@ -3,10 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::{fs::PermissionsExt as _, net::UnixListener},
-    },
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -23,8 +20,8 @@ use tracing::info_span;
 use super::{
     Vm, VmRecord, VmSpec,
     arguments::arguments,
-    machine::Sockets,
     qmp::Qmp,
+    sockets::Sockets,
     spec::{Accel, Boot, DiskFormat, Memory},
 };
 use crate::{Container, ContainerMount, ContainerSpec, Error, InheritedFd, Profile, Program, Runtime, error::io_error};
@@ -91,6 +88,7 @@ impl Qemu {
         }
         let env = modules().map(|dir| format!("QEMU_MODULE_DIR={}", dir.display())).into_iter().collect();
         let container = self.contain(&spec, Program { file: program.into(), argv, env }, fds)?;
+        sockets.publish()?;
         let words = File::from(words);
         let control = match Qmp::connect(sockets.control(), GREETS_WITHIN) {
             Ok(control) => control,
@@ -146,7 +144,7 @@ impl Qemu {
         if let Some(freezer) = container.freezer() {
             freezer.thaw()?;
         }
-        let sockets = Sockets::new(&record.dir);
+        let sockets = Sockets::of_running(&record.dir);
         let control = Qmp::connect(sockets.control(), GREETS_WITHIN).map_err(|source| Error::Qmp { id, source })?;
         let mut vm = Vm::new(container, control, sockets, None, record.memory_file);
         vm.look()?;
@@ -177,9 +175,7 @@ fn descriptors(
 ) -> Result<Vec<OwnedFd>, Error> {
     let keep = |fd: io::Result<OwnedFd>| fd.map_err(io_error("keep a descriptor for QEMU"));
     let mut fds = vec![keep(words.try_clone_to_owned())?, keep(words.try_clone_to_owned())?];
-    for path in [sockets.control(), sockets.link()] {
-        fds.push(listen(path)?.into());
-    }
+    fds.extend(sockets.listen()?.map(OwnedFd::from));
     match &spec.boot {
         Boot::Kernel { kernel: one, initramfs: two, .. } | Boot::Uefi { code: one, variables: two } => {
             fds.push(keep(one.try_clone())?);
@@ -213,20 +209,6 @@ fn modules() -> Option<PathBuf> {
             found.any(|entry| entry.is_ok_and(|entry| entry.path().extension().is_some_and(|end| end == "so")))
         })
     })
-}
-
-/// A socket that nobody else can connect to: its directory is root's.
-fn listen(path: &Path) -> Result<UnixListener, Error> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(io_error(format!("remove `{}`", path.display()))(error));
-        }
-        _ => {}
-    }
-    let listener = UnixListener::bind(path).map_err(io_error(format!("listen on `{}`", path.display())))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-        .map_err(io_error(format!("restrict `{}`", path.display())))?;
-    Ok(listener)
 }
 
 /// The root of QEMU's file system: links that lead to the libraries.

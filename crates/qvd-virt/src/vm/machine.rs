@@ -2,7 +2,6 @@
 
 use std::{
     fs::{self, File},
-    io,
     os::{fd::BorrowedFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -15,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     command::{Balloon, Cont, QueryBalloon, QueryStatus, Quit, RingbufRead, Stop, SystemPowerdown},
     qmp::{Command, Event, QemuVersion, Qmp, QmpError},
+    sockets::Sockets,
 };
 use crate::{Container, ContainerRecord, Error, error::io_error};
 
@@ -92,40 +92,6 @@ pub struct HostMemory {
     pub proportional: Bytes,
     /// What would be free if it ended.
     pub private: Bytes,
-}
-
-/// Names of a machine's sockets.
-#[derive(Debug)]
-pub(crate) struct Sockets {
-    control: PathBuf,
-    link: PathBuf,
-}
-
-impl Sockets {
-    pub(crate) fn new(dir: &Path) -> Self {
-        Self { control: dir.join("qmp.sock"), link: dir.join("link.sock") }
-    }
-
-    pub(crate) fn control(&self) -> &Path {
-        &self.control
-    }
-
-    pub(crate) fn link(&self) -> &Path {
-        &self.link
-    }
-
-    /// Removes the names. Those of absent ones are gone as well.
-    pub(crate) fn close(&mut self) -> Result<(), Error> {
-        for path in [&self.control, &self.link] {
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(io_error(format!("remove `{}`", path.display()))(error));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
 }
 
 /// A virtual machine: QEMU's process, and the socket that it is driven by.
@@ -368,7 +334,9 @@ impl Vm {
     /// # Errors
     /// It cannot even be killed.
     pub fn stop(&mut self, limits: StopLimits, ask: impl FnOnce() -> bool) -> Result<StoppedBy, Error> {
-        if self.is_down(Duration::ZERO)? {
+        // One that has said that it is off has only to end.
+        let ended = self.is_down(Duration::ZERO)?;
+        if ended || (matches!(self.state, VmState::Down(_)) && self.is_down(ANSWERS_WITHIN)?) {
             return Ok(StoppedBy::Itself);
         }
         if self.state == VmState::Paused {
@@ -378,11 +346,14 @@ impl Vm {
         if ask() && self.is_down(limits.guest)? {
             return Ok(StoppedBy::Guest);
         }
-        if self.call(&SystemPowerdown).is_ok() && self.is_down(limits.button)? {
+        let pressed = self.call(&SystemPowerdown);
+        if pressed.is_ok() && self.is_down(limits.button)? {
             return Ok(StoppedBy::Button);
         }
-        // QEMU writes what its disks still wait for when it ends by itself.
-        if self.call(&Quit).is_err() || !self.is_down(ANSWERS_WITHIN)? {
+        // QEMU writes what its disks still wait for when it ends by itself, if it
+        // hears at all.
+        let hears = matches!(pressed, Ok(_) | Err(Error::Qmp { source: QmpError::Refused { .. }, .. }));
+        if !hears || self.call(&Quit).is_err() || !self.is_down(ANSWERS_WITHIN)? {
             self.container.kill()?;
         }
         Ok(StoppedBy::Kill)
@@ -423,7 +394,7 @@ impl Vm {
     /// # Errors
     /// It has ended.
     pub fn record(&self) -> Result<VmRecord, Error> {
-        let dir = self.sockets.control.parent().unwrap_or(Path::new("/")).to_owned();
+        let dir = self.sockets.dir().to_owned();
         Ok(VmRecord { container: self.container.record()?, dir, memory_file: self.memory_file })
     }
 
@@ -431,8 +402,9 @@ impl Vm {
     ///
     /// # Errors
     /// It has ended.
-    pub fn detach(self) -> Result<VmRecord, Error> {
+    pub fn detach(mut self) -> Result<VmRecord, Error> {
         let record = self.record()?;
+        self.sockets.leave();
         self.container.detach()?;
         Ok(record)
     }

@@ -225,6 +225,9 @@ const MAX_DIR: usize = 90;
 const MAX_AHCI: usize = 6;
 
 impl VmSpec {
+    /// Name of the serial port that our init speaks on.
+    pub const LINK_PORT: &str = "org.qvd.link";
+
     /// Parameters of our own guests' kernel. Without `swiotlb=noforce` it
     /// takes 64 MiB for devices that cannot reach all memory, which ours can.
     pub const PARAMETERS: &str = "quiet panic=-1 swiotlb=noforce random.trust_cpu=on console=ttyS0 -- boot";
@@ -264,12 +267,16 @@ impl VmSpec {
     }
 
     /// Processors of the guest.
-    pub(crate) fn processors(&self) -> u32 {
+    #[must_use]
+    pub fn processors(&self) -> u32 {
         self.limits.cpu.0.div_ceil(1000).clamp(1, 64)
     }
 
     /// Everything that can be found wrong without touching the kernel.
-    pub(crate) fn check(&self) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] names it.
+    pub fn check(&self) -> Result<(), Error> {
         let refuse = |what: String, reason| Err(Error::Invalid { what, reason });
         let memory = self.limits.memory.get();
         if memory < Self::LEAST_MEMORY.get() || !memory.is_multiple_of(2 << 20) {

@@ -22,6 +22,7 @@ use tempfile::TempDir;
 pub const SOON: Duration = Duration::from_secs(60);
 
 /// Fields drop in order: the runtime before what it ran on.
+#[derive(Debug)]
 pub struct Bed {
     pub runtime: Runtime,
     pub instance: Instance,

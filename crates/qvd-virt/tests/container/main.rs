@@ -5,6 +5,7 @@ mod attacks;
 mod bed;
 mod browser;
 mod confinement;
+mod conformance;
 mod crash;
 mod devices;
 mod faults;

@@ -21,6 +21,8 @@ pub const SOON: Duration = Duration::from_secs(120);
 
 pub struct Bed {
     pub qemu: Qemu,
+    pub runtime: Arc<Runtime>,
+    pub instance: Instance,
     pub dir: TempDir,
     pub ids: UidRange,
 }
@@ -34,10 +36,11 @@ pub fn with_bed(test: impl FnOnce(&Bed)) {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
         let runtime = Arc::new(Runtime::new(instance).unwrap());
         let ids = UidRange::of_slot(41_000).unwrap();
-        let bed = Bed { qemu: Qemu::find(Arc::clone(&runtime)).unwrap(), dir, ids };
+        let qemu = Qemu::find(Arc::clone(&runtime)).unwrap();
+        let bed = Bed { qemu, runtime, instance, dir, ids };
         test(&bed);
         assert_eq!(fs::read_dir(bed.dir.path()).unwrap().count(), 0, "sockets");
-        drop((bed, runtime));
+        drop(bed);
         census.assert_unchanged();
     });
 }

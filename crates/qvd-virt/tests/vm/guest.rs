@@ -83,6 +83,11 @@ impl Guests<'_> {
         self.work.path().join(name)
     }
 
+    /// What all guests read from.
+    pub fn base(&self) -> &Path {
+        &self.base
+    }
+
     pub fn spec(&self, number: u32) -> VmSpec {
         let mut spec = self.bed.spec(number, &self.kernel);
         let size = Bytes::new(fs::metadata(&self.base).unwrap().len());
@@ -93,7 +98,7 @@ impl Guests<'_> {
 
     /// Lets `vm` run and become a desktop.
     pub fn boot(&self, mut vm: Vm) -> Guest {
-        vm.resume().unwrap();
+        vm.resume().unwrap_or_else(|error| panic!("{error:?}: {}", vm.words()));
         let control = self.path(&format!("control-{}", vm.id()));
         let mut guest = Guest { vm, carrier: None, control };
         let config = BootConfig {
@@ -172,6 +177,12 @@ impl Guest {
         let asked = matches!(self.ask(&Request::Stop { grace_ms: 500 }, &[]).recv(SOON), Ok((Reply::Stopping, _)));
         let limits = StopLimits { guest: SOON, button: Duration::ZERO };
         self.vm.stop(limits, || asked).unwrap()
+    }
+
+    /// The machine, once nobody holds the line to its init.
+    pub fn into_vm(mut self) -> Vm {
+        drop(self.carrier.take());
+        self.vm
     }
 
     pub fn close(mut self) {

@@ -3,7 +3,10 @@
 
 mod bed;
 mod boots;
+mod conformance;
 mod guest;
+mod hostile;
 mod kvm;
 mod lifecycle;
 mod plug;
+mod template;
