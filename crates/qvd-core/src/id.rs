@@ -94,6 +94,15 @@ impl Instance {
         Self(u16::from_be_bytes([a ^ c ^ e ^ g, b ^ d ^ f ^ h]))
     }
 
+    /// One of the further numbers of an installation, for what it has several
+    /// of: 0 is its own, and up to 65535 no two are alike.
+    #[must_use]
+    pub const fn sibling(self, number: u16) -> Self {
+        // Odd, so that each number has another product. Source of the spread:
+        // the golden ratio of 16 bits, as in Linux `include/linux/hash.h`.
+        Self(self.0.wrapping_add(number.wrapping_mul(0x9e37)))
+    }
+
     /// Name of the bridge: `qvd1a2b`.
     #[must_use]
     pub fn bridge_name(self) -> String {
@@ -255,6 +264,21 @@ name!(
     "use up to 64 of a-z 0-9 _ . - and start with a letter or a digit"
 );
 
+name!(
+    /// Name of a tenant: an organisation whose desktops reach no other's.
+    TenantName, "tenant name", 32,
+    |b| b.is_ascii_lowercase() || b.is_ascii_digit(),
+    |b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-',
+    "use up to 32 of a-z 0-9 - and start with a letter or a digit"
+);
+
+impl Default for TenantName {
+    /// Whom everything belongs to unless somebody else is named.
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
+
 impl Tag {
     /// The newest commit of a flavour.
     #[must_use]
@@ -288,11 +312,19 @@ mod tests {
     }
 
     #[test]
+    fn no_two_siblings_are_alike() {
+        let all: std::collections::HashSet<_> = (0..=u16::MAX).map(|number| Instance::new(7).sibling(number)).collect();
+        assert_eq!(all.len(), 1 << 16);
+        assert_eq!(Instance::new(7).sibling(0), Instance::new(7));
+    }
+
+    #[test]
     fn names_that_could_leave_a_directory_are_refused() {
         for bad in ["", ".", "..", "../x", "a/b", "-x", "A", "a b", "a\n", "ä", &"a".repeat(65)] {
             assert!(bad.parse::<FlavourName>().is_err(), "{bad:?}");
             assert!(bad.parse::<Tag>().is_err(), "{bad:?}");
             assert!(bad.parse::<UserName>().is_err(), "{bad:?}");
+            assert!(bad.parse::<TenantName>().is_err(), "{bad:?}");
         }
         assert_eq!("lxde-12.1".parse::<FlavourName>().unwrap().as_str(), "lxde-12.1");
     }

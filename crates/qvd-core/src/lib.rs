@@ -16,7 +16,7 @@ mod unit;
 
 pub use cause::causes;
 pub use error::ErrorKind;
-pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, UserName};
+pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, TenantName, UserName};
 pub use net::{
     Destination, ExtraAddresses, MulticastGroup, NameServers, Neighbours, NetPolicy, NetWordError, Service, Transport,
 };

@@ -4,7 +4,7 @@ use std::{fmt, net::Ipv4Addr, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize, de};
 
-use crate::{Bytes, DesktopId, Digest, MilliCpu, NetPolicy, UserName};
+use crate::{Bytes, DesktopId, Digest, MilliCpu, NetPolicy, TenantName, UserName};
 
 /// How a desktop runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
@@ -101,6 +101,9 @@ pub struct DesktopSpec {
     pub id: DesktopId,
     /// The user whose home and session it is.
     pub user: UserName,
+    /// Whose addresses it gets, and whose other desktops it may be let talk with.
+    #[serde(default)]
+    pub tenant: TenantName,
     /// Host name inside.
     pub hostname: String,
     /// Content of the image that its root starts from.

@@ -11,7 +11,7 @@ use qvd_sys::netns;
 use rustix::io::Errno;
 
 use crate::{
-    Backend, Error, Mac, NetConfig, Subnet6,
+    Error, Mac, NetConfig, Subnet6,
     links::{self, LinkFacts},
     netlink::Netlink,
     network::{Inner, find, gone, group, lock, no_ipv6_address},
@@ -86,18 +86,14 @@ impl Bridges {
 impl Inner {
     /// Room for a port: the index of a bridge.
     pub(crate) fn take_room(&self) -> Result<u32, Error> {
-        let (per_bridge, most) = match self.config.backend {
-            Backend::Nft => (self.config.ports_per_bridge.clamp(1, PORTS_MAX), BRIDGES_MAX),
-            // Its rules know one.
-            Backend::Iptables => (PORTS_MAX, 1),
-        };
+        let per_bridge = self.config.ports_per_bridge.clamp(1, PORTS_MAX);
         let mut bridges = lock(&self.bridges);
         if let Some(bridge) = bridges.0.iter_mut().find(|bridge| bridge.ports < per_bridge) {
             bridge.ports += 1;
             return Ok(bridge.index);
         }
         let place = bridges.0.len();
-        if place >= most {
+        if place >= BRIDGES_MAX {
             return Err(Error::NoRoom {
                 network: self.config.instance.bridge_name(),
                 bridges: place,

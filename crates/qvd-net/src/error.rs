@@ -47,7 +47,7 @@ pub enum Error {
         /// What there was to give.
         range: String,
         /// To how many.
-        tenants: u32,
+        tenants: u16,
     },
     /// Every bridge is full.
     #[error("no room is left on network {network}: {bridges} bridges have {ports} ports each")]

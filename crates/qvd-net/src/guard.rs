@@ -2,22 +2,21 @@
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     sync::Arc,
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use netlink_packet_core::NlasIterator;
 use netlink_sys::{Socket, SocketAddr, protocols};
 use qvd_sys::netns;
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    io::Errno,
-    net::RecvFlags,
-};
+use rustix::{io::Errno, net::RecvFlags};
 
-use crate::{Error, Mended, Network, network::Inner};
+use crate::{
+    Error, Mended, Network,
+    network::Inner,
+    waiter::{End, Waiter},
+};
 
 /// Group of what changes in `nf_tables`.
 ///
@@ -34,10 +33,7 @@ const GENERATION_PID: u16 = 2;
 /// Watches one network until it is closed. Dropping it ends it as well.
 #[derive(Debug)]
 #[must_use = "dropping it ends the watch"]
-pub struct Guard {
-    end: OwnedFd,
-    thread: Option<JoinHandle<()>>,
-}
+pub struct Guard(Waiter);
 
 /// What a watch has seen to.
 pub type Report = dyn Fn(&Result<Mended, Error>) + Send;
@@ -55,16 +51,13 @@ impl Network {
         let name = self.bridge_name();
         let changes = netns::in_netns(inner.netns(), listen).and_then(|opened| opened);
         let changes = changes.map_err(Error::io("listen to changes of the rules of", &*name))?;
-        let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from);
-        let end = end.map_err(Error::io("make an event for", &*name))?;
-        let told = end.try_clone().map_err(Error::io("keep an event for", &*name))?;
-        let thread = std::thread::Builder::new().name("qvd-net-guard".to_owned()).spawn(move || {
-            if let Err(error) = watch(&inner, &changes, &told, interval, &*report) {
-                tracing::error!(%error, network = name, "the rules are no longer watched");
+        let watched = name.clone();
+        Waiter::start("qvd-net-guard", "the watch over the rules", &name, move |end| {
+            if let Err(error) = watch(&inner, &changes, end, interval, &*report) {
+                tracing::error!(%error, network = watched, "the rules are no longer watched");
             }
-        });
-        let thread = thread.map_err(Error::io("start a thread for", self.bridge_name()))?;
-        Ok(Guard { end, thread: Some(thread) })
+        })
+        .map(Guard)
     }
 }
 
@@ -74,26 +67,7 @@ impl Guard {
     /// # Errors
     /// It could not be told; it still watches, and closing may be tried again.
     pub fn close(&mut self) -> Result<(), Error> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        match rustix::io::retry_on_intr(|| rustix::io::write(&self.end, &1_u64.to_ne_bytes())) {
-            Ok(_) | Err(Errno::AGAIN) => {}
-            Err(errno) => {
-                self.thread = Some(thread);
-                return Err(Error::io("end", "the watch over the rules")(errno.into()));
-            }
-        }
-        if thread.join().is_err() {
-            tracing::error!("the watch over the rules had panicked");
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if let Err(error) = self.close() {
-            tracing::warn!(%error, "watch over the rules left behind");
-        }
+        self.0.close()
     }
 }
 
@@ -105,18 +79,9 @@ fn listen() -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn watch(inner: &Inner, changes: &Socket, end: &OwnedFd, interval: Duration, report: &Report) -> io::Result<()> {
+fn watch(inner: &Inner, changes: &Socket, end: &End, interval: Duration, report: &Report) -> io::Result<()> {
     let mut check_at = Instant::now() + interval;
-    loop {
-        let left = Timespec::try_from(check_at.saturating_duration_since(Instant::now())).map_err(io::Error::other)?;
-        let mut watched = [PollFd::new(end, PollFlags::IN), PollFd::from_borrowed_fd(changes.as_fd(), PollFlags::IN)];
-        match poll(&mut watched, Some(&left)) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        if watched.first().is_some_and(|end| end.revents().contains(PollFlags::IN)) {
-            return Ok(());
-        }
+    while end.wait(&[changes.as_fd()], Some(check_at))? {
         let due = Instant::now() >= check_at;
         if changed_by_others(changes)? || due {
             let mended = inner.mend();
@@ -128,6 +93,7 @@ fn watch(inner: &Inner, changes: &Socket, end: &OwnedFd, interval: Duration, rep
             check_at = Instant::now() + interval;
         }
     }
+    Ok(())
 }
 
 /// Takes every message there is. What was lost may have been anybody's.

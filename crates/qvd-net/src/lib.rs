@@ -43,6 +43,8 @@ mod explain;
 mod filter;
 mod guard;
 mod identity;
+mod kept;
+mod leases;
 mod links;
 mod mac;
 mod mend;
@@ -59,6 +61,7 @@ mod subnet6;
 mod sysctl;
 mod tenants;
 mod view;
+mod waiter;
 
 #[cfg(test)]
 mod tests;
@@ -68,6 +71,7 @@ pub use error::{Error, TeardownErrors};
 pub use explain::Decision;
 pub use filter::Backend;
 pub use guard::{Guard, Report};
+pub use leases::forget_address;
 pub use mac::{Mac, MacError};
 pub use mend::Mended;
 pub use netlink::NetlinkError;

@@ -1,20 +1,32 @@
+mod config;
+mod forwarding;
+mod known;
+mod removal;
+
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::Ipv4Addr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use netlink_packet_route::link::InfoKind;
 use qvd_core::{DesktopId, Instance, NetPolicy};
 use qvd_sys::netns;
-use rustix::io::Errno;
 
+pub use self::config::NetConfig;
+pub(crate) use self::known::{find, forget_address, gone, no_ipv6_address, refuse_own};
+use self::{
+    forwarding::{FORWARDING6, forward_ipv6},
+    known::refuse_clash,
+    removal::{remove, sweep_links},
+};
 use crate::{
-    Error, Mac, Port, PortSpec, Subnet, Subnet6, TapSpec, TeardownErrors,
+    Error, Mac, Port, PortSpec, TapSpec, TeardownErrors,
     bridges::{self, Bridges},
-    filter::{self, Backend, Filter, Notes},
-    links::{self, LinkFacts},
+    filter::{self, Filter, Notes},
+    leases::Leases,
     mend::Record,
     netlink::Netlink,
     pool::Pool,
@@ -22,63 +34,6 @@ use crate::{
     rules::{Protection, Rules},
     sysctl,
 };
-
-/// Half of what makes adding a port take half as long again.
-const PORTS_PER_BRIDGE: u16 = 256;
-
-/// What a network is made of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NetConfig {
-    /// Stands in the names of bridge, links and rules.
-    pub instance: Instance,
-    /// Addresses of the desktops.
-    pub subnet: Subnet,
-    /// Addresses of IPv6 beside them; none, and the desktops have no IPv6.
-    pub subnet6: Option<Subnet6>,
-    /// Whether desktops may be let out to other networks. The host then
-    /// forwards packets.
-    pub internet: bool,
-    /// The site's name server, which the gateway stands for.
-    pub name_server: Option<Ipv4Addr>,
-    /// The same of IPv6.
-    pub name_server6: Option<Ipv6Addr>,
-    /// What filters.
-    pub backend: Backend,
-    /// How many ports are put on a bridge before there is a further one: adding a
-    /// port takes longer the more there are. At most 1023; with iptables there is
-    /// one bridge, and so many ports at most.
-    pub ports_per_bridge: u16,
-}
-
-impl NetConfig {
-    /// The installation's own subnets, and no way out.
-    #[must_use]
-    pub fn new(instance: Instance) -> Self {
-        let (subnet, subnet6) = (Subnet::default_for(instance), Some(Subnet6::default_for(instance)));
-        Self {
-            instance,
-            subnet,
-            subnet6,
-            internet: false,
-            name_server: None,
-            name_server6: None,
-            backend: Backend::default(),
-            ports_per_bridge: PORTS_PER_BRIDGE,
-        }
-    }
-
-    /// Whether an address is one of those that the network gives away.
-    pub(crate) fn contains(&self, address: IpAddr) -> bool {
-        match address {
-            IpAddr::V4(address) => self.subnet.contains(address),
-            IpAddr::V6(address) => self.subnet6.is_some_and(|subnet6| subnet6.contains(address)),
-        }
-    }
-
-    pub(crate) fn name_servers(&self) -> impl Iterator<Item = IpAddr> {
-        self.name_server.map(IpAddr::V4).into_iter().chain(self.name_server6.map(IpAddr::V6))
-    }
-}
 
 /// A bridge, its rule set, and the addresses given out.
 ///
@@ -139,10 +94,24 @@ impl Network {
     /// [`Error::SubnetClash`] when the host uses the addresses already;
     /// otherwise the host refused a step, and nothing new is left.
     pub fn open(config: NetConfig) -> Result<Self, Error> {
-        Self::open_without(config, &[])
+        Self::open_with(config, Leases::default(), &[])
     }
 
+    /// The same, and each desktop gets the address that it had last, which `file`
+    /// keeps for it and for nobody else until [`Network::forget`].
+    ///
+    /// # Errors
+    /// As [`Network::open`]; or the file cannot be read, or something else wrote it.
+    pub fn open_keeping(config: NetConfig, file: &Path) -> Result<Self, Error> {
+        Self::open_with(config, Leases::open(file, config.subnet)?, &[])
+    }
+
+    #[cfg(test)]
     pub(crate) fn open_without(config: NetConfig, without: &[Protection]) -> Result<Self, Error> {
+        Self::open_with(config, Leases::default(), without)
+    }
+
+    fn open_with(config: NetConfig, leases: Leases, without: &[Protection]) -> Result<Self, Error> {
         let name = config.instance.bridge_name();
         let io = |op| Error::io(op, name.clone());
         let mut route = Netlink::route().map_err(io("open routing netlink for"))?;
@@ -160,7 +129,7 @@ impl Network {
             config
         };
         let own: Vec<_> = bridges::all(config.instance, &mut route)?.iter().map(|link| link.index).collect();
-        refuse_clash(&mut route, config.subnet, &own)?;
+        refuse_clash(&mut route, &config, &own)?;
         let filter = filter::open(&config, netns.as_fd())?;
         let opened = Self::establish(config, without, &mut route, &*filter);
         let (bridges, notes) = opened.inspect_err(|_| {
@@ -171,7 +140,7 @@ impl Network {
                 }
             }
         })?;
-        let (pool, route) = (Mutex::new(Pool::new(config.subnet)), Mutex::new(route));
+        let (pool, route) = (Mutex::new(Pool::new(config.subnet, leases)), Mutex::new(route));
         let (open, cut, without) = (Mutex::default(), Mutex::default(), without.to_vec());
         let responders = Mutex::default();
         let (bridge, bridges) = (bridges.first(), Mutex::new(bridges));
@@ -258,6 +227,25 @@ impl Network {
     /// and the link is lowered: a port is not left open that is not confined.
     pub fn adopt(&self, desktop: DesktopId, address: Ipv4Addr, policy: &NetPolicy) -> Result<Port, Error> {
         Port::adopt(&self.inner, desktop, address, policy)
+    }
+
+    /// Keeps no address any more for a desktop that will not come again.
+    ///
+    /// # Errors
+    /// That could not be written; the next process keeps it.
+    pub fn forget(&self, desktop: DesktopId) -> Result<(), Error> {
+        lock(&self.inner.pool).forget(desktop)
+    }
+
+    /// Whether anything of the network of this number is left in the calling thread's
+    /// namespace.
+    ///
+    /// # Errors
+    /// The kernel did not say.
+    pub fn is_left(instance: Instance) -> Result<bool, Error> {
+        let name = instance.bridge_name();
+        let mut route = Netlink::route().map_err(Error::io("open routing netlink for", &*name))?;
+        Ok(find(&mut route, &name)?.is_some())
     }
 
     /// Removes the ports and elements of desktops that neither stand in `keep`
@@ -363,164 +351,4 @@ impl Inner {
     pub(crate) fn route(&self) -> MutexGuard<'_, Netlink> {
         lock(&self.route)
     }
-}
-
-pub(crate) fn gone(name: &str) -> Error {
-    Error::Io { op: "find", object: name.to_owned(), source: Errno::NODEV.into() }
-}
-
-pub(crate) fn find(route: &mut Netlink, name: &str) -> Result<Option<LinkFacts>, Error> {
-    match route.batch(vec![links::show_name(name)]) {
-        Ok(answers) => Ok(answers.iter().find_map(links::facts)),
-        Err(error) if error.is(Errno::NODEV) => Ok(None),
-        Err(source) => Err(Error::Netlink { op: "find", object: name.to_owned(), source }),
-    }
-}
-
-pub(crate) fn no_ipv6_address(route: &mut Netlink, index: u32) -> Result<(), crate::NetlinkError> {
-    match route.batch(vec![links::no_ipv6_address(index)]) {
-        // The kernel or this namespace has no IPv6.
-        Err(error) if error.is(Errno::AFNOSUPPORT) => Ok(()),
-        other => other.map(drop),
-    }
-}
-
-/// Takes away what was told of an address: whose it is, and where.
-pub(crate) fn forget_address(route: &mut Netlink, inner: &Inner, bridge: u32, address: IpAddr) -> Result<(), Error> {
-    forget_neighbour(route, bridge, address)?;
-    let local = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
-    if local || (bridge == inner.bridge && inner.config.contains(address)) {
-        return Ok(());
-    }
-    match route.batch(vec![links::forget_route(bridge, address)]) {
-        Err(error) if error.is(Errno::SRCH) || error.is(Errno::NODEV) => Ok(()),
-        other => other.map(drop).map_err(Error::netlink("forget the route to", address.to_string())),
-    }
-}
-
-/// Refuses what the host itself has.
-pub(crate) fn refuse_own(route: &mut Netlink, wanted: &[IpAddr]) -> Result<(), Error> {
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    let addresses = route.dump(links::every_address()).map_err(Error::netlink("list", "addresses"))?;
-    let own = addresses.iter().filter_map(links::address_facts).find(|(_, address, _)| wanted.contains(address));
-    own.map_or(Ok(()), |(_, address, _)| {
-        Err(Error::Invalid(format!("address {address} is the host's own, and so no desktop's")))
-    })
-}
-
-fn forget_neighbour(route: &mut Netlink, bridge: u32, address: IpAddr) -> Result<(), Error> {
-    match route.batch(vec![links::forget_neighbour(bridge, address)]) {
-        Err(error) if error.is(Errno::NOENT) || error.is(Errno::NODEV) => Ok(()),
-        other => other.map(drop).map_err(Error::netlink("forget the neighbour", address.to_string())),
-    }
-}
-
-/// Looks for an address or a route of the host that the subnet would hide.
-fn refuse_clash(route: &mut Netlink, subnet: Subnet, own: &[u32]) -> Result<(), Error> {
-    let listing = |what| Error::netlink("list", what);
-    let addresses = route.dump(links::every_address()).map_err(listing("addresses"))?;
-    let routes = route.dump(links::every_route()).map_err(listing("routes"))?;
-    let address = addresses
-        .iter()
-        .filter_map(links::address_facts)
-        .filter_map(|(index, address, prefix_len)| match address {
-            IpAddr::V4(address) => Some((index, address, prefix_len)),
-            IpAddr::V6(_) => None,
-        })
-        .find(|&(index, address, _)| !own.contains(&index) && subnet.contains(address))
-        .map(|(index, address, prefix_len)| (format!("address {address}/{prefix_len}"), Some(index)));
-    let clash = address.or_else(|| {
-        routes
-            .iter()
-            .filter_map(links::route_facts)
-            .find(|&(index, base, prefix_len)| {
-                index.is_none_or(|index| !own.contains(&index)) && subnet.overlaps(base, prefix_len)
-            })
-            .map(|(index, base, prefix_len)| (format!("route {base}/{prefix_len}"), index))
-    });
-    let Some((what, index)) = clash else { return Ok(()) };
-    let link = index
-        .and_then(|index| route.batch(vec![links::show(index)]).ok())
-        .and_then(|answers| answers.iter().find_map(links::facts));
-    let with = link.map_or_else(|| what.clone(), |link| format!("{what} on {}", link.name));
-    Err(Error::SubnetClash { subnet, with })
-}
-
-fn sweep_links(route: &mut Netlink, instance: Instance, kept: &BTreeSet<String>) -> Result<usize, Error> {
-    let prefix = format!("{}-", instance.bridge_name());
-    let refused = |op| Error::netlink(op, format!("{prefix}*"));
-    let all = route.dump(links::every_link()).map_err(refused("list the links"))?;
-    let stale: Vec<_> = all
-        .iter()
-        .filter_map(links::facts)
-        .filter(|link| link.name.starts_with(&prefix) && !kept.contains(&link.name))
-        .collect();
-    // One by one each would wait for a grace period of its own.
-    for some in stale.chunks(256) {
-        for link in some {
-            match route.batch(vec![links::set_group(link.index, trash(instance))]) {
-                Err(error) if !error.is(Errno::NODEV) => return Err(refused("collect the links")(error)),
-                _ => {}
-            }
-        }
-        match route.batch(vec![links::delete_group(trash(instance))]) {
-            Err(error) if !error.is(Errno::NODEV) => return Err(refused("delete the links")(error)),
-            _ => {}
-        }
-    }
-    Ok(stale.len())
-}
-
-/// Removes a whole network from the calling thread's namespace.
-fn remove(config: NetConfig, route: &mut Netlink, filter: &dyn Filter) -> Result<(), Error> {
-    let mut errors = Vec::new();
-    errors.extend(sweep_links(route, config.instance, &BTreeSet::new()).err());
-    errors.extend(bridges::remove(config.instance, route).err());
-    errors.extend(restore_forwarding(route, filter).err());
-    // Without its links the rules stop nobody; as long as one is left they stay.
-    if errors.is_empty() {
-        errors.extend(filter.close().err());
-    }
-    TeardownErrors::into_result(errors)
-}
-
-fn restore_forwarding(route: &mut Netlink, filter: &dyn Filter) -> Result<(), Error> {
-    let Notes { ipv4: of_4, ipv6: of_6 } = filter.notes()?;
-    if !of_4 && !of_6 {
-        return Ok(());
-    }
-    let links = route.dump(links::every_link()).map_err(Error::netlink("list", "links"))?;
-    let other = links
-        .iter()
-        .filter_map(links::facts)
-        .find(|link| group_is_ours(link.group) && link.kind == Some(InfoKind::Bridge));
-    if let Some(other) = other {
-        tracing::info!(network = other.name, "forwarding stays on for another network");
-        return Ok(());
-    }
-    if of_4 {
-        sysctl::write("ipv4/ip_forward", "0")?;
-    }
-    if of_6 { sysctl::write(FORWARDING6, "0") } else { Ok(()) }
-}
-
-/// Whether the host forwards packets of IPv6.
-const FORWARDING6: &str = "ipv6/conf/all/forwarding";
-
-/// Lets the host forward IPv6. A host that forwards no longer heeds router
-/// advertisements by default, so links that did are told to go on.
-fn forward_ipv6() -> Result<(), Error> {
-    for link in sysctl::list("ipv6/conf")? {
-        let setting = format!("ipv6/conf/{link}/accept_ra");
-        if link != "all" && sysctl::read(&setting).is_ok_and(|value| value == "1") {
-            sysctl::write_if_there(&setting, "2")?;
-        }
-    }
-    sysctl::write(FORWARDING6, "1")
-}
-
-const fn group_is_ours(group: u32) -> bool {
-    group & 0xffff_0000 == 0x5156_0000
 }

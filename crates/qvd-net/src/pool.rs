@@ -8,7 +8,7 @@ use std::{
 use qvd_core::{DesktopId, Instance};
 use serde::{Deserialize, Serialize, de};
 
-use crate::Error;
+use crate::{Error, leases::Leases};
 
 /// A range of IPv4 addresses, written `10.66.0.0/16`. The first address after
 /// the network's own is the gateway's.
@@ -171,15 +171,17 @@ pub(crate) struct Pool {
     taken: BTreeMap<Ipv4Addr, DesktopId>,
     /// Addresses beside those of the subnet.
     extra: BTreeMap<IpAddr, DesktopId>,
+    leases: Leases,
 }
 
 impl Pool {
-    pub(crate) const fn new(subnet: Subnet) -> Self {
-        Self { subnet, taken: BTreeMap::new(), extra: BTreeMap::new() }
+    pub(crate) const fn new(subnet: Subnet, leases: Leases) -> Self {
+        Self { subnet, taken: BTreeMap::new(), extra: BTreeMap::new(), leases }
     }
 
-    /// Takes `wanted`, or else the address that a desktop of this number gets
-    /// each time unless another has it.
+    /// Takes `wanted`, or else the address that the desktop had last, or else the
+    /// one of its number, unless that is another's. What is wanted by name is taken
+    /// also from who had it last and does not run.
     pub(crate) fn take(&mut self, desktop: DesktopId, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, Error> {
         if self.taken.values().any(|&by| by == desktop) {
             return Err(Error::Attached(desktop));
@@ -188,8 +190,14 @@ impl Pool {
             Some(address) => self.check(address)?,
             None => self.free_for(desktop)?,
         };
+        self.leases.keep(desktop, address)?;
         self.taken.insert(address, desktop);
         Ok(address)
+    }
+
+    /// Keeps no address for a desktop that will not come again.
+    pub(crate) fn forget(&mut self, desktop: DesktopId) -> Result<(), Error> {
+        self.leases.forget(desktop)
     }
 
     fn check(&self, address: Ipv4Addr) -> Result<Ipv4Addr, Error> {
@@ -203,10 +211,12 @@ impl Pool {
     fn free_for(&self, desktop: DesktopId) -> Result<Ipv4Addr, Error> {
         let capacity = self.subnet.capacity();
         let first = (desktop.number() - 1) % capacity;
-        (first..capacity)
-            .chain(0..first)
-            .map(|n| self.subnet.place(n))
-            .find(|address| !self.taken.contains_key(address))
+        let all = (first..capacity).chain(0..first).map(|n| self.subnet.place(n));
+        self.leases
+            .address_of(desktop)
+            .into_iter()
+            .chain(all)
+            .find(|address| !self.taken.contains_key(address) && !self.leases.is_anothers(*address, desktop))
             .ok_or(Error::Exhausted(self.subnet))
     }
 
@@ -245,6 +255,10 @@ mod tests {
         DesktopId::new(number).unwrap()
     }
 
+    fn pool(subnet: &str) -> Pool {
+        Pool::new(subnet.parse().unwrap(), Leases::default())
+    }
+
     #[test]
     fn a_subnet_is_what_it_prints() {
         let subnet: Subnet = "10.66.0.0/16".parse().unwrap();
@@ -268,7 +282,7 @@ mod tests {
 
     #[test]
     fn who_has_an_address_is_named() {
-        let mut pool = Pool::new("10.66.0.0/28".parse().unwrap());
+        let mut pool = pool("10.66.0.0/28");
         let address = pool.take(desktop(7), None).unwrap();
         let error = pool.take(desktop(8), Some(address)).unwrap_err();
         assert_eq!(error.to_string(), format!("address {address} is taken by desktop 7"));
@@ -279,19 +293,53 @@ mod tests {
         }
     }
 
+    /// Two numbers that would get the same address each keep their own, in
+    /// whichever order they come back, and after the process has ended.
+    #[test]
+    fn an_address_is_kept_for_its_desktop() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("addresses");
+        let subnet: Subnet = "10.66.0.0/28".parse().unwrap();
+        let open = |subnet| Pool::new(subnet, Leases::open(&file, subnet).unwrap());
+        let (first, second) = (desktop(1), desktop(14));
+        let mut pool = open(subnet);
+        let [one, two] = [first, second].map(|id| pool.take(id, None).unwrap());
+        assert_ne!(one, two);
+        let mut pool = open(subnet);
+        assert_eq!(pool.take(second, None).unwrap(), two);
+        assert_eq!(pool.take(first, None).unwrap(), one);
+        pool.give_back(first, one);
+        // All others are in use, and its own is kept all the same.
+        for number in 0..11 {
+            pool.take(desktop(100 + number), None).unwrap();
+        }
+        assert!(matches!(pool.take(desktop(200), None), Err(Error::Exhausted(_))));
+        assert_eq!(pool.take(desktop(201), Some(one)).unwrap(), one, "whoever names it has it");
+        pool.give_back(desktop(201), one);
+        pool.forget(desktop(201)).unwrap();
+        assert_eq!(pool.take(desktop(200), None).unwrap(), one);
+        // Of another subnet nothing is kept.
+        let other: Subnet = "10.67.0.0/28".parse().unwrap();
+        assert!(other.contains(open(other).take(first, None).unwrap()));
+        std::fs::write(&file, "no line").unwrap();
+        let error = Leases::open(&file, subnet).unwrap_err().to_string();
+        assert!(error.contains("`no line`") && !error.contains('\n'), "{error}");
+    }
+
     proptest! {
         /// Whatever is taken and given back: no address twice, none outside,
         /// and exhausted only when all are taken.
         #[test]
         fn no_address_is_given_twice(steps in vec((1_u32..60, any::<bool>(), proptest::option::of(0_u32..16)), 0..200)) {
             let subnet: Subnet = "10.66.0.0/28".parse().unwrap();
-            let mut pool = Pool::new(subnet);
+            let mut pool = Pool::new(subnet, Leases::default());
             let mut model = BTreeMap::<DesktopId, Ipv4Addr>::new();
             for (number, take, wanted) in steps {
                 let id = desktop(number);
                 if !take {
                     if let Some(address) = model.remove(&id) {
                         pool.give_back(id, address);
+                        pool.forget(id).unwrap();
                     }
                     continue;
                 }
@@ -315,7 +363,7 @@ mod tests {
         /// A desktop gets the same address each time, if it is free.
         #[test]
         fn an_address_stays(number in 1_u32..=DesktopId::MAX) {
-            let take = || Pool::new("10.66.0.0/16".parse().unwrap()).take(desktop(number), None).unwrap();
+            let take = || pool("10.66.0.0/16").take(desktop(number), None).unwrap();
             prop_assert_eq!(take(), take());
         }
     }

@@ -3,20 +3,15 @@
 use std::{
     collections::BTreeMap,
     fmt, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     sync::Arc,
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use netlink_sys::{Socket, SocketAddr, protocols};
 use qvd_core::{DesktopId, Instance};
 use qvd_sys::netns;
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    io::Errno,
-    net::RecvFlags,
-};
+use rustix::{io::Errno, net::RecvFlags};
 
 use super::{
     DropReason, Sample,
@@ -25,6 +20,7 @@ use super::{
 use crate::{
     Error, Network,
     network::{Inner, lock},
+    waiter::{End, Waiter},
 };
 
 /// What was dropped of a desktop in a span of time, for one reason.
@@ -60,10 +56,7 @@ pub type DropReport = dyn Fn(&Dropped) + Send;
 /// Tells of what is dropped until it is closed. Dropping it ends it as well.
 #[derive(Debug)]
 #[must_use = "dropping it ends the watch"]
-pub struct DropWatch {
-    end: OwnedFd,
-    thread: Option<JoinHandle<()>>,
-}
+pub struct DropWatch(Waiter);
 
 /// The group of the kernel's log that a network's samples go to.
 pub(crate) fn log_group(instance: Instance) -> u16 {
@@ -83,18 +76,15 @@ impl Network {
         let group = log_group(inner.config.instance);
         let log = netns::in_netns(inner.netns(), || listen(group)).and_then(|opened| opened);
         let log = log.map_err(Error::io("listen to what is dropped on", &*name))?;
-        let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from);
-        let end = end.map_err(Error::io("make an event for", &*name))?;
-        let told = end.try_clone().map_err(Error::io("keep an event for", &*name))?;
         let known = inner.filter.all_drops()?;
         let mut watch = Watch { inner, known, waiting: BTreeMap::new() };
-        let thread = std::thread::Builder::new().name("qvd-net-drops".to_owned()).spawn(move || {
-            if let Err(error) = watch.run(&log, &told, interval, &*report) {
-                tracing::error!(%error, network = name, "what is dropped is no longer told");
+        let watched = name.clone();
+        Waiter::start("qvd-net-drops", "the watch over what is dropped", &name, move |end| {
+            if let Err(error) = watch.run(&log, end, interval, &*report) {
+                tracing::error!(%error, network = watched, "what is dropped is no longer told");
             }
-        });
-        let thread = thread.map_err(Error::io("start a thread for", self.bridge_name()))?;
-        Ok(DropWatch { end, thread: Some(thread) })
+        })
+        .map(DropWatch)
     }
 }
 
@@ -104,26 +94,7 @@ impl DropWatch {
     /// # Errors
     /// It could not be told; it still watches, and closing may be tried again.
     pub fn close(&mut self) -> Result<(), Error> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        match rustix::io::retry_on_intr(|| rustix::io::write(&self.end, &1_u64.to_ne_bytes())) {
-            Ok(_) | Err(Errno::AGAIN) => {}
-            Err(errno) => {
-                self.thread = Some(thread);
-                return Err(Error::io("end", "the watch over what is dropped")(errno.into()));
-            }
-        }
-        if thread.join().is_err() {
-            tracing::error!("the watch over what is dropped had panicked");
-        }
-        Ok(())
-    }
-}
-
-impl Drop for DropWatch {
-    fn drop(&mut self) {
-        if let Err(error) = self.close() {
-            tracing::warn!(%error, "watch over what is dropped left behind");
-        }
+        self.0.close()
     }
 }
 
@@ -139,19 +110,9 @@ struct Watch {
 }
 
 impl Watch {
-    fn run(&mut self, log: &Socket, end: &OwnedFd, interval: Duration, report: &DropReport) -> io::Result<()> {
+    fn run(&mut self, log: &Socket, end: &End, interval: Duration, report: &DropReport) -> io::Result<()> {
         let (mut tell_at, mut buffer) = (None::<Instant>, vec![0; 64 * 1024]);
-        loop {
-            let left = tell_at.map(|at| at.saturating_duration_since(Instant::now()));
-            let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
-            let mut watched = [PollFd::new(end, PollFlags::IN), PollFd::from_borrowed_fd(log.as_fd(), PollFlags::IN)];
-            match poll(&mut watched, left.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            if watched.first().is_some_and(|end| end.revents().contains(PollFlags::IN)) {
-                return Ok(());
-            }
+        while end.wait(&[log.as_fd()], tell_at)? {
             self.hear(log, &mut buffer)?;
             if !self.waiting.is_empty() {
                 let at = *tell_at.get_or_insert_with(|| Instant::now() + interval);
@@ -161,6 +122,7 @@ impl Watch {
                 }
             }
         }
+        Ok(())
     }
 
     fn hear(&mut self, log: &Socket, buffer: &mut [u8]) -> io::Result<()> {

@@ -165,8 +165,17 @@ impl Filter for Nft {
         let group = drops::log_group(self.config.instance);
         let log_group = drops::has_log(group).then_some(group);
         let rules = Rules { log_group, ..*rules };
-        let text: String = std::iter::once(rules.render()).chain(classes).collect();
-        program::run(program::NFT, &["-f", "-"], &self.table, &text)?;
+        let classes: String = classes.collect();
+        let load = |text: String| program::run(program::NFT, &["-f", "-"], &self.table, &(text + &classes));
+        match load(rules.render()) {
+            // Sets of another version may be of other types. Ports are cut then until
+            // they are adopted.
+            Err(error @ Error::Rules { .. }) if !self.shown()?.is_empty() => {
+                tracing::warn!(%error, "rules of another version are replaced");
+                load(rules.render_anew())?;
+            }
+            loaded => drop(loaded?),
+        }
         loaded.without = rules.without.to_vec();
         *lock(&self.inherited) = self.every_element()?;
         loaded.shown = self.shown()?;

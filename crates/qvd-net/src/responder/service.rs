@@ -3,20 +3,19 @@
 use std::{
     io,
     net::Ipv4Addr,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use qvd_sys::packet::{Instruction, PacketSocket};
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    io::Errno,
-};
+use rustix::io::Errno;
 
 use super::{Guest, Site, answer, frame, guests::Guests, router};
-use crate::{Error, Mac};
+use crate::{
+    Error, Mac,
+    waiter::{End, Waiter},
+};
 
 /// Pause between two advertisements to a guest. Source: RFC 4861, 6.2.1,
 /// `MaxRtrAdvInterval`.
@@ -30,7 +29,7 @@ const IPV6: u16 = 0x86dd;
 pub(crate) const WORKER: &str = "qvd-answers";
 
 /// Pause before another takes its place.
-const RESTART_AFTER_NS: i64 = 200_000_000;
+const RESTART_AFTER: Duration = Duration::from_millis(200);
 
 /// Most frames that are taken from one socket before the other has its turn.
 const TURN: usize = 64;
@@ -42,15 +41,13 @@ const TURN: usize = 64;
 #[must_use = "dropping it leaves guests without answers"]
 pub struct Responder {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Waiter,
 }
 
 #[derive(Debug)]
 struct Shared {
     site: Site,
     guests: Mutex<Guests>,
-    /// Written to once: time to end.
-    end: OwnedFd,
     /// The next frame is the worker's death.
     #[cfg(test)]
     doomed: std::sync::atomic::AtomicBool,
@@ -69,21 +66,15 @@ impl Responder {
     /// There is no such bridge, or this process may not listen there.
     pub fn open(bridge: &str, site: Site) -> Result<Self, Error> {
         let sockets = listen(bridge, &site).map_err(Error::io("listen for questions on", bridge))?;
-        let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let end = end.map_err(io::Error::from).map_err(Error::io("make an event for", bridge))?;
         let shared = Arc::new(Shared {
             site,
             guests: Mutex::default(),
-            end,
             #[cfg(test)]
             doomed: std::sync::atomic::AtomicBool::default(),
         });
         let (of_thread, name) = (Arc::clone(&shared), bridge.to_owned());
-        let thread = std::thread::Builder::new().name("qvd-responder".to_owned()).spawn(move || {
-            supervise(&of_thread, &name, sockets);
-        });
-        let thread = thread.map_err(Error::io("start a thread for", bridge))?;
-        Ok(Self { shared, thread: Some(thread) })
+        let run = move |end: &End| supervise(&of_thread, end, &name, sockets);
+        Ok(Self { thread: Waiter::start("qvd-responder", "the responder", bridge, run)?, shared })
     }
 
     /// What guests are told alike.
@@ -113,27 +104,7 @@ impl Responder {
     /// # Errors
     /// It could not be told; it still runs, and closing may be tried again.
     pub fn close(&mut self) -> Result<(), Error> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        match rustix::io::retry_on_intr(|| rustix::io::write(&self.shared.end, &1_u64.to_ne_bytes())) {
-            // Full: told before.
-            Ok(_) | Err(Errno::AGAIN) => {}
-            Err(errno) => {
-                self.thread = Some(thread);
-                return Err(Error::io("end", "the responder")(errno.into()));
-            }
-        }
-        if thread.join().is_err() {
-            tracing::error!("the responder's thread had panicked");
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Responder {
-    fn drop(&mut self) {
-        if let Err(error) = self.close() {
-            tracing::warn!(%error, "responder left behind");
-        }
+        self.thread.close()
     }
 }
 
@@ -147,15 +118,15 @@ fn listen(bridge: &str, site: &Site) -> io::Result<Vec<PacketSocket>> {
 
 /// Has a thread answer that can do nothing else, and another when it dies: what
 /// it reads, hostile desktops wrote.
-fn supervise(shared: &Arc<Shared>, bridge: &str, sockets: Vec<PacketSocket>) {
+fn supervise(shared: &Arc<Shared>, end: &End, bridge: &str, sockets: Vec<PacketSocket>) {
     let mut sockets = Some(sockets);
     loop {
         let opened = sockets.take().map_or_else(|| listen(bridge, &shared.site), Ok);
         let answered = opened.and_then(|sockets| {
-            let shared = Arc::clone(shared);
+            let (shared, end) = (Arc::clone(shared), end.clone());
             let worker = std::thread::Builder::new().name(WORKER.to_owned()).spawn(move || {
                 qvd_sys::thread::confine_to_sockets()?;
-                serve(&shared, &sockets)
+                serve(&shared, &end, &sockets)
             })?;
             worker.join().unwrap_or_else(|_| Err(io::Error::other("it panicked")))
         });
@@ -164,28 +135,16 @@ fn supervise(shared: &Arc<Shared>, bridge: &str, sockets: Vec<PacketSocket>) {
             Err(error) => tracing::error!(%error, bridge, "guests are not answered for a moment"),
         }
         // Not at once: whatever it was may still be so.
-        let pause = Timespec { tv_sec: 0, tv_nsec: RESTART_AFTER_NS };
-        let ended = poll(&mut [PollFd::new(&shared.end, PollFlags::IN)], Some(&pause));
-        if matches!(ended, Ok(1..)) {
+        if !matches!(end.wait(&[], Some(Instant::now() + RESTART_AFTER)), Ok(true)) {
             return;
         }
     }
 }
 
-fn serve(shared: &Shared, sockets: &[PacketSocket]) -> io::Result<()> {
+fn serve(shared: &Shared, end: &End, sockets: &[PacketSocket]) -> io::Result<()> {
     let mut advertise_at = Instant::now() + ADVERTISE_EVERY;
-    loop {
-        let left = Timespec::try_from(advertise_at.saturating_duration_since(Instant::now()));
-        let left = left.map_err(io::Error::other)?;
-        let mut watched = vec![PollFd::from_borrowed_fd(shared.end.as_fd(), PollFlags::IN)];
-        watched.extend(sockets.iter().map(|socket| PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN)));
-        match poll(&mut watched, Some(&left)) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        if watched.first().is_some_and(|end| end.revents().contains(PollFlags::IN)) {
-            return Ok(());
-        }
+    let heard: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+    while end.wait(&heard, Some(advertise_at))? {
         for socket in sockets {
             turn(shared, socket)?;
         }
@@ -194,6 +153,7 @@ fn serve(shared: &Shared, sockets: &[PacketSocket]) -> io::Result<()> {
             advertise(shared, sockets);
         }
     }
+    Ok(())
 }
 
 fn turn(shared: &Shared, socket: &PacketSocket) -> io::Result<()> {

@@ -310,6 +310,14 @@ impl<'a> Rules<'a> {
         Mac::of(self.instance, self.subnet.gateway())
     }
 
+    /// Text that makes the tables instead of those of the same name, elements and
+    /// all, whatever those were like. One transaction as well.
+    pub(crate) fn render_anew(&self) -> String {
+        let table = table_name(self.instance);
+        let away = |family| format!("table {family} {table}\ndelete table {family} {table}\n");
+        FAMILIES.map(away).concat() + &self.render()
+    }
+
     /// Text that makes the tables, or replaces the rules of existing ones and
     /// keeps the elements: desktops that run stay connected. `nft` carries it
     /// out as one transaction.

@@ -16,7 +16,7 @@ use super::{
     NEEDS, vectors,
     world::{Desktop, Seen, World, config, desktop, on_a_host, subnet},
 };
-use crate::{DropReason, Error, NetConfig, Network, Subnet6, TapSpec, bridges, netlink::Netlink};
+use crate::{Backend, DropReason, Error, NetConfig, Network, Subnet6, TapSpec, bridges, netlink::Netlink};
 
 fn bridge_names() -> Vec<String> {
     let all = bridges::all(config().instance, &mut Netlink::route().unwrap()).unwrap();
@@ -26,24 +26,26 @@ fn bridge_names() -> Vec<String> {
 #[test]
 fn a_desktop_on_the_second_bridge_is_confined_alike() {
     privileged(NEEDS, || {
-        on_a_host(|| {
-            let mut world = World::on_second_bridge(true);
-            assert_eq!(world.a.port.bridge_name(), "qvd7e57.1");
-            let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
-            let vectors: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
-            let reached: Vec<_> = vectors
-                .into_iter()
-                .map(|(name, frame)| (name, world.send(&frame)))
-                .filter(|(_, seen)| *seen != Seen::default())
-                .collect();
-            assert!(reached.is_empty(), "{reached:#?}");
-            let stopped: Vec<_> = vectors::honest(&world.cast())
-                .into_iter()
-                .filter(|(_, frame)| !world.send(frame).host)
-                .map(|(name, _)| name)
-                .collect();
-            assert!(stopped.is_empty(), "{stopped:?}");
-        });
+        for backend in Backend::ALL {
+            on_a_host(|| {
+                let mut world = World::on_second_bridge(NetConfig { internet: true, backend, ..config() });
+                assert_eq!(world.a.port.bridge_name(), "qvd7e57.1");
+                let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
+                let vectors: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
+                let reached: Vec<_> = vectors
+                    .into_iter()
+                    .map(|(name, frame)| (name, world.send(&frame)))
+                    .filter(|(_, seen)| *seen != Seen::default())
+                    .collect();
+                assert!(reached.is_empty(), "{backend}: {reached:#?}");
+                let stopped: Vec<_> = vectors::honest(&world.cast())
+                    .into_iter()
+                    .filter(|(_, frame)| !world.send(frame).host)
+                    .map(|(name, _)| name)
+                    .collect();
+                assert!(stopped.is_empty(), "{backend}: {stopped:?}");
+            });
+        }
     });
 }
 
@@ -63,64 +65,74 @@ fn comes(from: &UdpSocket, to: &UdpSocket, address: IpAddr, tries: u32) -> bool 
 #[test]
 fn bridges_are_one_network() {
     privileged(NEEDS, || {
-        on_a_host(|| {
-            let config = NetConfig { internet: true, ports_per_bridge: 1, ..config() };
-            let policy = NetPolicy {
-                neighbours: Neighbours::Tenant,
-                services: vec!["udp 4000".parse().unwrap()],
-                ..NetPolicy::host_only()
-            };
-            let first = Network::open(config).unwrap();
-            let desktops = [7, 8].map(|number| Desktop::with(&first, number, policy.clone()));
-            let stranger = Desktop::new(&first, 9, true);
-            assert_eq!(bridge_names(), ["qvd7e57", "qvd7e57.1", "qvd7e57.2"]);
-            let [a, b] = desktops.map(|Desktop { netns, port }| {
-                let address = port.address();
-                port.leave();
-                (netns, address)
-            });
-            drop(first);
-            let mut network = Network::open(config).unwrap();
-            let [mut port_a, mut port_b] =
-                [(7, a.1), (8, b.1)].map(|(number, address)| network.adopt(desktop(number), address, &policy).unwrap());
-            assert_eq!((port_a.bridge_name(), port_b.bridge_name()), ("qvd7e57".to_owned(), "qvd7e57.1".to_owned()));
-            network.sweep(&BTreeSet::from([desktop(9)])).unwrap();
+        for backend in Backend::ALL {
+            on_a_host(|| {
+                let config = NetConfig { internet: true, backend, ports_per_bridge: 1, ..config() };
+                let policy = NetPolicy {
+                    neighbours: Neighbours::Tenant,
+                    services: vec!["udp 4000".parse().unwrap()],
+                    ..NetPolicy::host_only()
+                };
+                let first = Network::open(config).unwrap();
+                let desktops = [7, 8].map(|number| Desktop::with(&first, number, policy.clone()));
+                let stranger = Desktop::new(&first, 9, true);
+                assert_eq!(bridge_names(), ["qvd7e57", "qvd7e57.1", "qvd7e57.2"]);
+                let [a, b] = desktops.map(|Desktop { netns, port }| {
+                    let address = port.address();
+                    port.leave();
+                    (netns, address)
+                });
+                drop(first);
+                let mut network = Network::open(config).unwrap();
+                let [mut port_a, mut port_b] = [(7, a.1), (8, b.1)]
+                    .map(|(number, address)| network.adopt(desktop(number), address, &policy).unwrap());
+                assert_eq!(
+                    (port_a.bridge_name(), port_b.bridge_name()),
+                    ("qvd7e57".to_owned(), "qvd7e57.1".to_owned())
+                );
+                network.sweep(&BTreeSet::from([desktop(9)])).unwrap();
 
-            let host = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 4000)).unwrap();
-            for (netns, port) in [(&a.0, &port_a), (&b.0, &port_b)] {
-                port.verify().unwrap();
-                for (own, gateway) in [
-                    (IpAddr::V4(port.address()), IpAddr::V4(subnet().gateway())),
-                    (port.ipv6().unwrap().into(), Subnet6::default_for(config.instance).gateway(subnet()).into()),
-                ] {
-                    let inside = netns::in_netns(netns.as_fd(), || UdpSocket::bind((own, 4001))).unwrap().unwrap();
-                    assert!(comes(&inside, &host, gateway, 500), "{own} to the host");
-                    assert!(comes(&host, &inside, own, 500), "the host to {own}");
+                let host = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 4000)).unwrap();
+                for (netns, port) in [(&a.0, &port_a), (&b.0, &port_b)] {
+                    port.verify().unwrap();
+                    for (own, gateway) in [
+                        (IpAddr::V4(port.address()), IpAddr::V4(subnet().gateway())),
+                        (port.ipv6().unwrap().into(), Subnet6::default_for(config.instance).gateway(subnet()).into()),
+                    ] {
+                        let inside = netns::in_netns(netns.as_fd(), || UdpSocket::bind((own, 4001))).unwrap().unwrap();
+                        assert!(comes(&inside, &host, gateway, 500), "{backend}: {own} to the host");
+                        assert!(comes(&host, &inside, own, 500), "{backend}: the host to {own}");
+                    }
                 }
-            }
-            let bind = |netns: &std::os::fd::OwnedFd, address: IpAddr| {
-                netns::in_netns(netns.as_fd(), || UdpSocket::bind((address, 5000))).unwrap().unwrap()
-            };
-            for (of_a, of_b) in [
-                (IpAddr::V4(port_a.address()), IpAddr::V4(port_b.address())),
-                (port_a.ipv6().unwrap().into(), port_b.ipv6().unwrap().into()),
-            ] {
-                let (at_a, at_b) = (bind(&a.0, of_a), bind(&b.0, of_b));
-                assert!(comes(&at_a, &at_b, of_b, 500) && comes(&at_b, &at_a, of_a, 500), "{of_a} and {of_b}");
-            }
-            let at_b = bind(&b.0, port_b.address().into());
-            let of_stranger = bind(&stranger.netns, stranger.port.address().into());
-            assert!(!comes(&of_stranger, &at_b, port_b.address().into(), 5));
-            assert!(stranger.port.drops().unwrap().contains_key(&DropReason::Neighbour));
+                let bind = |netns: &std::os::fd::OwnedFd, address: IpAddr| {
+                    netns::in_netns(netns.as_fd(), || UdpSocket::bind((address, 5000))).unwrap().unwrap()
+                };
+                for (of_a, of_b) in [
+                    (IpAddr::V4(port_a.address()), IpAddr::V4(port_b.address())),
+                    (port_a.ipv6().unwrap().into(), port_b.ipv6().unwrap().into()),
+                ] {
+                    let (at_a, at_b) = (bind(&a.0, of_a), bind(&b.0, of_b));
+                    assert!(
+                        comes(&at_a, &at_b, of_b, 500) && comes(&at_b, &at_a, of_a, 500),
+                        "{backend}: {of_a} and {of_b}"
+                    );
+                }
+                let at_b = bind(&b.0, port_b.address().into());
+                let of_stranger = bind(&stranger.netns, stranger.port.address().into());
+                assert!(!comes(&of_stranger, &at_b, port_b.address().into(), 5));
+                // Only nftables counts.
+                let counted = stranger.port.drops().unwrap().contains_key(&DropReason::Neighbour);
+                assert_eq!(counted, backend == Backend::Nft);
 
-            // All are cut and come back together.
-            assert_eq!(network.mend().unwrap().differed, None);
-            port_b.close().unwrap();
-            port_a.close().unwrap();
-            stranger.port.leave();
-            network.close().unwrap();
-            assert!(bridge_names().is_empty());
-        });
+                // All are cut and come back together.
+                assert_eq!(network.mend().unwrap().differed, None);
+                port_b.close().unwrap();
+                port_a.close().unwrap();
+                stranger.port.leave();
+                network.close().unwrap();
+                assert!(bridge_names().is_empty());
+            });
+        }
     });
 }
 

@@ -151,16 +151,18 @@ pub(super) fn all_frames(cast: &Cast) -> Vec<(String, Vec<u8>, bool)> {
 #[test]
 fn groups_and_further_addresses_pass_and_no_others() {
     privileged(NEEDS, || {
-        for backend in Backend::ALL {
+        let rows = Backend::ALL.into_iter().flat_map(|backend| [(backend, false), (backend, true)]);
+        for (backend, by_tap) in rows {
             on_a_host(|| {
                 let config = NetConfig { internet: true, backend, ..config() };
-                let mut world = World::of(config, policy(true), &[]);
+                let mut world =
+                    if by_tap { World::of_tap(config, policy(true)) } else { World::of(config, policy(true), &[]) };
                 let mut wrong = Vec::new();
                 for (name, frame, passes) in all_frames(&world.cast()) {
                     let (sent, seen) = world.send_marked(&frame);
                     let decision = world.a.port.explain(&sent);
                     if seen.host != passes || seen.neighbour || decision.passes != passes {
-                        wrong.push(format!("{backend}: {name}: {seen:?}, {decision}"));
+                        wrong.push(format!("{backend}, tap {by_tap}: {name}: {seen:?}, {decision}"));
                     }
                 }
                 assert!(wrong.is_empty(), "{}", wrong.join("\n"));

@@ -1,6 +1,11 @@
 //! Somebody else changes the rules: they come back, and ports are cut meanwhile.
 
-use std::{process::Command, sync::mpsc, time::Duration};
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    process::{Command, Stdio},
+    sync::mpsc,
+    time::Duration,
+};
 
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
 use qvd_testkit::privileged;
@@ -95,14 +100,22 @@ fn a_port_whose_rules_cannot_be_put_back_stays_cut() {
                 let RouteNetlinkMessage::NewLink(link) = &answers[0] else { panic!("{answers:?}") };
                 link.header.flags.contains(LinkFlags::Up)
             };
-            // A set of another type under one of our names.
+            // Another process has a table of our name for itself.
             tool("nft", &["flush", "ruleset"]);
-            tool("nft", &["add", "table", "bridge", &table]);
-            tool("nft", &["add", "set", "bridge", &table, "identity", "{ type mark ; }"]);
+            let mut other = Command::new("nft").arg("-i").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            let owned = format!("add table bridge {table} {{ flags owner; }}\nlist tables\n");
+            other.stdin.as_mut().unwrap().write_all(owned.as_bytes()).unwrap();
+            let mut said = BufReader::new(other.stdout.take().unwrap());
+            let mut line = String::new();
+            while !line.starts_with("table") {
+                line.clear();
+                assert!(said.read_line(&mut line).unwrap() > 0, "nft has ended");
+            }
             let failed = network.mend();
             assert!(failed.is_err(), "{failed:?}");
             assert!(!up());
-            tool("nft", &["delete", "table", "bridge", &table]);
+            other.kill().unwrap();
+            other.wait().unwrap();
             network.mend().unwrap();
             assert!(up());
         });

@@ -292,6 +292,15 @@ fn a_subnet_that_the_host_uses_is_refused() {
             );
             assert_eq!((link_names(), element_counts()), (vec!["lo".to_owned()], None));
         });
+        on_a_host(|| {
+            let taken = "fd51:5644:7e57::77".parse::<std::net::Ipv6Addr>().unwrap();
+            Netlink::route().unwrap().batch(vec![links::add_address(links::LOOPBACK, taken, 128)]).unwrap();
+            let error = Network::open(config()).unwrap_err().to_string();
+            assert_eq!(
+                error,
+                "subnet fd51:5644:7e57::/64 clashes with address fd51:5644:7e57::77 of the host: choose another"
+            );
+        });
     });
 }
 
@@ -300,5 +309,51 @@ fn this_host_can() {
     privileged(NEEDS, || {
         let answers = crate::probe();
         assert!(answers.iter().all(|(_, support)| *support == Support::Yes), "{answers:?}");
+    });
+}
+
+/// Tables of a version whose sets were of other types give way at once, and what
+/// runs on them is confined and heard as soon as it is adopted.
+#[test]
+fn tables_of_another_version_are_replaced() {
+    const OLDER: &str = "table bridge qvd-7e57 {
+        set identity { type ipv4_addr; size 7; elements = { 10.66.0.8 }; }
+        map link { type ipv4_addr : verdict; }
+        chain from_port { type filter hook prerouting priority 0; policy drop;
+            ip saddr @identity accept
+        }
+        chain of_then {
+            accept
+        }
+    }
+    table inet qvd-7e57 { set forwarding_was_off { type mark; }
+        set internet { type ipv6_addr; flags interval; }
+    }";
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let network = Network::open(config()).unwrap();
+            let first = Desktop::new(&network, 7, false);
+            let (id, address) = (first.port.desktop(), first.port.address());
+            first.port.leave();
+            drop(network);
+            let table = rules::table_name(config().instance);
+            let mut netlink = Netlink::netfilter().unwrap();
+            for family in [Family::Bridge, Family::Inet, Family::Arp] {
+                elements::remove_table(&mut netlink, &table, family).unwrap();
+            }
+            crate::program::run(crate::program::NFT, &["-f", "-"], &table, OLDER).unwrap();
+            sysctl::write("ipv4/ip_forward", "1").unwrap();
+
+            let mut network = Network::open(config()).unwrap();
+            assert_eq!(element_counts(), Some([0, 0]), "something of the older version is let through");
+            let port = network.adopt(id, address, &POLICY).unwrap();
+            port.verify().unwrap();
+            let again = Desktop { port, netns: first.netns };
+            reaches_gateway(&network, &again);
+            network.close().unwrap();
+            assert_eq!(element_counts(), None);
+            // The note that forwarding had been off is the older version's too.
+            assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
+        });
     });
 }

@@ -17,6 +17,7 @@ mod policy;
 mod property;
 mod responder;
 mod tap;
+mod tenants;
 mod vectors;
 mod world;
 

@@ -120,12 +120,29 @@ impl Others {
 /// A frame: whether it passes, and how often it is counted for which reason.
 type Fate = (String, Vec<u8>, bool, BTreeMap<DropReason, u64>);
 
+/// How often a frame is tried until it fares twice alike: the desktop's own kernel
+/// says something now and then, which is counted as well.
+const TRIES: usize = 5;
+
+/// What becomes of a frame, and what is counted meanwhile.
+fn fate(world: &mut World, frame: &[u8]) -> (Seen, BTreeMap<DropReason, u64>) {
+    let before = world.a.port.drops().unwrap();
+    let seen = world.send(frame);
+    (seen, grown(&before, world.a.port.drops().unwrap()))
+}
+
 /// Every frame with the reason that it is dropped for, if it is.
 fn with_reasons(world: &mut World) -> Vec<Fate> {
     let all = every_frame(world).into_iter().map(|(name, frame, passes)| {
-        let before = world.a.port.drops().unwrap();
-        world.send(&frame);
-        (name, frame, passes, grown(&before, world.a.port.drops().unwrap()))
+        let mut reasons = fate(world, &frame).1;
+        for _ in 0..TRIES {
+            let again = fate(world, &frame).1;
+            if again == reasons {
+                break;
+            }
+            reasons = again;
+        }
+        (name, frame, passes, reasons)
     });
     all.collect()
 }
@@ -152,17 +169,13 @@ fn changes(world: &mut World, others: &Others, all: &[Fate]) -> Option<String> {
             return Some(name);
         }
     }
-    let mut before = world.a.port.drops().unwrap();
-    for (name, frame, passes, reasons) in all {
-        let seen = world.send(frame);
+    let fares = |world: &mut World, (_, frame, passes, reasons): &Fate| {
+        let (seen, counted) = fate(world, frame);
         let as_meant = if *passes { seen.host && !seen.neighbour } else { seen == Seen::default() };
-        let after = world.a.port.drops().unwrap();
-        if !as_meant || grown(&before, after.clone()) != *reasons {
-            return Some(name.clone());
-        }
-        before = after;
-    }
-    None
+        as_meant && counted == *reasons
+    };
+    let otherwise = all.iter().find(|one| !(0..TRIES).any(|_| fares(world, one)));
+    otherwise.map(|(name, ..)| name.clone())
 }
 
 /// Rules that nothing is changed by if they alone are missing.

@@ -158,24 +158,28 @@ impl World {
     }
 
     /// The same on the second bridge: the first is full.
-    pub(crate) fn on_second_bridge(internet: bool) -> Self {
+    pub(crate) fn on_second_bridge(config: NetConfig) -> Self {
         one_processor();
-        let network = Network::open(NetConfig { internet, ports_per_bridge: 2, ..config() }).unwrap();
+        let network = Network::open(NetConfig { ports_per_bridge: 2, ..config }).unwrap();
         for number in [1, 2] {
             let full = Desktop::new(&network, number, false);
             assert_eq!(full.port.bridge_name(), network.bridge_name());
             full.port.leave();
             std::mem::forget(full.netns);
         }
-        let a = Desktop::new(&network, 7, internet);
+        let a = Desktop::new(&network, 7, config.internet);
         let mouth = Mouth::Link(a.socket());
         Self::around(network, a, mouth)
     }
 
     /// The same, whose first desktop is a machine with a tap.
     pub(crate) fn with_tap(config: NetConfig) -> Self {
+        Self::of_tap(config, NetPolicy { internet: config.internet, ..NetPolicy::host_only() })
+    }
+
+    /// The same with this policy.
+    pub(crate) fn of_tap(config: NetConfig, policy: NetPolicy) -> Self {
         let network = Network::open(config).unwrap();
-        let policy = NetPolicy { internet: config.internet, ..NetPolicy::host_only() };
         let spec = TapSpec { desktop: desktop(7), address: None, policy, header: false };
         let (port, tap) = network.attach_tap(&spec).unwrap();
         Self::around(network, Desktop { netns: netns::create().unwrap(), port }, Mouth::Tap(tap))

@@ -8,6 +8,7 @@ use qvd_core::{Service, Transport};
 use super::{
     super::Confined,
     Kind,
+    fixed::BETWEEN,
     text::{Shared, Text},
 };
 use crate::{
@@ -57,7 +58,7 @@ impl Text {
     }
 
     fn outward(&self, kind: Kind, port: &Confined<'_>) -> Vec<String> {
-        let (policy, bridge, link) = (&port.access.policy, self.bridge(), &port.identity.link);
+        let (policy, link) = (&port.access.policy, &port.identity.link);
         let whole = if kind == Kind::Iptables { 32 } else { 128 };
         let mut rules = Vec::new();
         if let Some(rate) = policy.up_kbit_s {
@@ -83,9 +84,9 @@ impl Text {
             }
         }
         if let Some(group) = port.access.group() {
-            rules.push(format!("-o {bridge} -j {}", self.group(group)));
+            rules.extend(self.bridges().map(|bridge| format!("-o {bridge} -j {}", self.group(group))));
         }
-        rules.push(format!("-o {bridge} -j DROP"));
+        rules.push(BETWEEN.to_owned());
         rules.push("-p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu".to_owned());
         if policy.internet {
             rules.push("-j ACCEPT".to_owned());
@@ -104,7 +105,7 @@ impl Text {
     pub(super) fn policy_shared(&self, kind: Kind, port: &Confined<'_>) -> Vec<Shared> {
         let whole = if kind == Kind::Iptables { 32 } else { 128 };
         let shown = |address: IpAddr| format!("{address}/{whole}");
-        let (access, identity, bridge) = (port.access, port.identity, self.bridge());
+        let (access, identity) = (port.access, port.identity);
         let (link, mut rules) = (&identity.link, Vec::new());
         for routed in identity.routed().filter(|&address| is_of(kind, address)) {
             let address = shown(routed);
@@ -114,7 +115,7 @@ impl Text {
                 rules.push(("filter", self.name("in"), format!("-d {address} -j ACCEPT")));
             }
             if access.goes_out() && !access.policy.routed && !identity.extra.contains(&routed) {
-                rules.push(("nat", self.name("nat"), format!("-s {address} ! -o {bridge} -j MASQUERADE")));
+                rules.push(("nat", self.name("masq"), format!("-s {address} -j MASQUERADE")));
             }
             if let Some(group) = access.group() {
                 rules.push(("filter", self.name("near"), format!("-s {address} -j {link}")));
@@ -152,16 +153,13 @@ impl Text {
 
     /// The gateway stands for the site's name servers.
     pub(super) fn names(&self, kind: Kind) -> Vec<String> {
-        let bridge = self.bridge();
         let server = self.name_servers().find(|&server| is_of(kind, server));
         // Not the address of the link: nothing of that is routed.
-        let gateway = self.gateways(kind).next();
-        let rule = |(server, gateway): (IpAddr, IpAddr)| {
-            let to = if server.is_ipv4() { format!("{server}") } else { format!("[{server}]") };
-            ["tcp", "udp"].map(|transport| {
-                format!("-i {bridge} -d {gateway} -p {transport} --dport 53 -j DNAT --to-destination {to}")
-            })
+        let Some((server, gateway)) = server.zip(self.gateways(kind).next()) else { return Vec::new() };
+        let to = if server.is_ipv4() { format!("{server}") } else { format!("[{server}]") };
+        let rule = |bridge: &str, transport| {
+            format!("-i {bridge} -d {gateway} -p {transport} --dport 53 -j DNAT --to-destination {to}")
         };
-        server.zip(gateway).into_iter().flat_map(rule).collect()
+        self.bridges().iter().flat_map(|bridge| ["tcp", "udp"].map(|transport| rule(bridge, transport))).collect()
     }
 }

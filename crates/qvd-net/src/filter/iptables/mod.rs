@@ -7,7 +7,10 @@
 //! port, because the bridge is told to show it what it bridges. Each port has a
 //! chain of its own in either; each step is one transaction per program.
 
+mod chains;
 mod class;
+mod fixed;
+mod ports;
 mod state;
 mod text;
 
@@ -23,10 +26,7 @@ use std::{
 
 use qvd_sys::netns;
 
-use self::{
-    state::State,
-    text::{Chains, Text},
-};
+use self::{chains::Chains, state::State, text::Text};
 use super::{Confined, Filter, Notes};
 use crate::{DropReason, Error, NetConfig, drops::Counted, identity::Identity, program::Program, rules::Rules};
 
@@ -37,7 +37,6 @@ pub(super) const GAPS: &[&str] = &[
     "each frame costs more with each desktop, and so does adding one",
     "a limit of what is sent counts each family of addresses apart",
     "what is dropped is neither counted by reason nor told",
-    "all desktops are on one bridge, which has room for 1,023",
     "one desktop's rules are three transactions, one per program, and not one",
 ];
 

@@ -1,0 +1,61 @@
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use qvd_core::Instance;
+
+use crate::{Backend, Subnet, Subnet6};
+
+/// Half of what makes adding a port take half as long again.
+const PORTS_PER_BRIDGE: u16 = 256;
+
+/// What a network is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Stands in the names of bridge, links and rules.
+    pub instance: Instance,
+    /// Addresses of the desktops.
+    pub subnet: Subnet,
+    /// Addresses of IPv6 beside them; none, and the desktops have no IPv6.
+    pub subnet6: Option<Subnet6>,
+    /// Whether desktops may be let out to other networks. The host then
+    /// forwards packets.
+    pub internet: bool,
+    /// The site's name server, which the gateway stands for.
+    pub name_server: Option<Ipv4Addr>,
+    /// The same of IPv6.
+    pub name_server6: Option<Ipv6Addr>,
+    /// What filters.
+    pub backend: Backend,
+    /// How many ports are put on a bridge before there is a further one: adding a
+    /// port takes longer the more there are. At most 1023.
+    pub ports_per_bridge: u16,
+}
+
+impl NetConfig {
+    /// The installation's own subnets, and no way out.
+    #[must_use]
+    pub fn new(instance: Instance) -> Self {
+        let (subnet, subnet6) = (Subnet::default_for(instance), Some(Subnet6::default_for(instance)));
+        Self {
+            instance,
+            subnet,
+            subnet6,
+            internet: false,
+            name_server: None,
+            name_server6: None,
+            backend: Backend::default(),
+            ports_per_bridge: PORTS_PER_BRIDGE,
+        }
+    }
+
+    /// Whether an address is one of those that the network gives away.
+    pub(crate) fn contains(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.subnet.contains(address),
+            IpAddr::V6(address) => self.subnet6.is_some_and(|subnet6| subnet6.contains(address)),
+        }
+    }
+
+    pub(crate) fn name_servers(&self) -> impl Iterator<Item = IpAddr> {
+        self.name_server.map(IpAddr::V4).into_iter().chain(self.name_server6.map(IpAddr::V6))
+    }
+}

@@ -1,0 +1,72 @@
+//! Networks of two tenants on one host.
+
+use std::net::IpAddr;
+
+use qvd_core::{Neighbours, NetPolicy};
+use qvd_sys::packet::{ETHERTYPE_ALL, PacketSocket};
+use qvd_testkit::privileged;
+
+use super::{
+    NEEDS, frames,
+    internet::wait_for_bridge,
+    vectors,
+    world::{Desktop, INSTANCE, config, heard_before, on_a_host, one_processor},
+};
+use crate::{Backend, Mac, NetConfig, Network, Subnet6, rules::Protection};
+
+/// What a desktop sends to an address, with a mark.
+fn packet(from: &Desktop, network: &NetConfig, to: IpAddr, mark: &[u8]) -> Vec<u8> {
+    let (own, gateway) = (from.port.mac().octets(), Mac::of(network.instance, network.subnet.gateway()).octets());
+    match to {
+        IpAddr::V4(to) => {
+            let packet = frames::udp(from.port.address(), to, (5000, 6000));
+            frames::ethernet(gateway, own, frames::IPV4, &[&packet[..], mark].concat())
+        }
+        IpAddr::V6(to) => {
+            let payload = [&vectors::udp6((5000, 6000))[..], mark].concat();
+            let packet = vectors::summed(from.port.ipv6().unwrap(), to, 17, 64, &payload, 6);
+            frames::ethernet(gateway, own, frames::IPV6, &packet)
+        }
+    }
+}
+
+/// Whoever may go anywhere, and talk with all desktops of its tenant, reaches none of
+/// another tenant's, whichever network was there first.
+#[test]
+fn no_desktop_reaches_another_tenants() {
+    privileged(NEEDS, || {
+        let rows = [(Backend::Nft, &[][..]), (Backend::Nft, &[Protection::Inward][..]), (Backend::Iptables, &[])];
+        for (backend, without) in rows {
+            on_a_host(|| {
+                one_processor();
+                let lab = NetConfig { internet: true, backend, ..config() };
+                let subnet = "10.67.0.0/16".parse().unwrap();
+                let (instance, first6) = (INSTANCE.sibling(1), lab.subnet6);
+                let law = NetConfig { instance, subnet, subnet6: Some(Subnet6::default_for(instance)), ..lab };
+                assert_ne!(law.subnet6, first6);
+                let networks = [lab, law].map(|config| Network::open_without(config, without).unwrap());
+                let policy = NetPolicy { neighbours: Neighbours::Tenant, ..NetPolicy::internet() };
+                let [a, b] = [0, 1].map(|at| {
+                    let desktop = Desktop::with(&networks[at], 7, policy.clone());
+                    wait_for_bridge(&networks[at], &desktop);
+                    desktop
+                });
+                for (from, of, to, there) in [(&a, &lab, &b, &networks[1]), (&b, &law, &a, &networks[0])] {
+                    let (from_socket, at_other) = (from.socket(), to.socket());
+                    let bridge = PacketSocket::open(&there.bridge_name(), ETHERTYPE_ALL).unwrap();
+                    let addresses = [IpAddr::V4(to.port.address()), IpAddr::V6(to.port.ipv6().unwrap())];
+                    for (number, address) in (0_u8..).zip(addresses) {
+                        let mark = [&b"qvd-mark-of"[..], &[number]].concat();
+                        from_socket.send(&packet(from, of, address, &mark)).unwrap();
+                        let control = [&b"qvd-control"[..], &[number]].concat();
+                        let frame =
+                            frames::ethernet(to.port.mac().octets(), [2, 0, 0, 0, 0, 1], frames::IPV4, &control);
+                        bridge.send(&frame).unwrap();
+                        let heard = heard_before(&at_other, &mark, &control);
+                        assert_eq!(heard, !without.is_empty(), "{backend}, without {without:?}: {address}");
+                    }
+                }
+            });
+        }
+    });
+}
