@@ -7,7 +7,9 @@
 
 use std::{collections::BTreeMap, env, error::Error, io::Read as _, path::Path, time::Duration};
 
-use qvd::core::{DesktopId, DesktopSpec, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy, Virtualizer};
+use qvd::core::{
+    DesktopId, DesktopSpec, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy, TenantName, Virtualizer,
+};
 use qvd::node::{ExecRequest, ExecStdio, Host as _, Node, NodeConfig};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -23,6 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let desktop = DesktopSpec {
         id: DesktopId::new(1)?,
         user: "alice".parse()?,
+        tenant: TenantName::default(),
         hostname: "alice".to_owned(),
         image: image.digest,
         virtualizer: Virtualizer::Container,

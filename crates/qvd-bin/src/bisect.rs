@@ -5,7 +5,7 @@ use std::{fs::File, process::ExitCode};
 
 use anyhow::Context;
 use clap::Args;
-use qvd_core::{FlavourName, RootPolicy, Tag, UserName};
+use qvd_core::{FlavourName, RootPolicy, Tag, TenantName, UserName};
 use qvd_farm::OwnedDesktops;
 use qvd_gateway::api::{
     Client, ExecOutput,
@@ -141,7 +141,9 @@ impl Bench<'_> {
 
     async fn find(&self, mut bisect: Bisect<CommitId>, output: &Output) -> anyhow::Result<Found> {
         let password = password::generate();
-        self.client.add_user(&AddUser { name: self.user.clone(), password, admin: false }).await?;
+        self.client
+            .add_user(&AddUser { name: self.user.clone(), password, admin: false, tenant: TenantName::default() })
+            .await?;
         let mut tried = Vec::new();
         let progress = output.progress();
         while let Some(commit) = bisect.next() {

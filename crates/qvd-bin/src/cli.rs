@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use qvd_core::{Bytes, DesktopId, FlavourName, Tag, UserName};
+use qvd_core::{Bytes, DesktopId, FlavourName, Tag, TenantName, UserName};
 use qvd_storage::repository::{Reference, Rollout};
 
 use crate::{
@@ -102,6 +102,9 @@ pub(crate) struct Up {
     /// File with the most that any desktop may reach, in TOML
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) tenant_policy: Option<PathBuf>,
+    /// File with the addresses that tenants get and the most that the desktops of each may reach, in TOML
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) tenants: Option<PathBuf>,
     /// The static qvd-init to run desktops with, unless the one beside this program
     #[arg(long, value_name = "FILE", env = "QVD_INIT", value_hint = ValueHint::FilePath)]
     pub(crate) init: Option<PathBuf>,
@@ -504,6 +507,9 @@ pub(crate) enum User {
         /// Let the user administer the farm
         #[arg(long)]
         admin: bool,
+        /// Tenant whose user it is
+        #[arg(long, value_name = "NAME", default_value_t)]
+        tenant: TenantName,
         #[command(flatten)]
         password: PasswordSource,
     },

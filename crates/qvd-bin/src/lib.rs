@@ -20,6 +20,7 @@ mod paths;
 mod remote;
 mod s3;
 mod signing;
+mod tenants;
 mod terminal;
 mod transfer;
 mod up;

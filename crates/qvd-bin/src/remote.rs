@@ -219,16 +219,17 @@ fn details(info: &DesktopInfo) -> String {
 /// Carries out a command about users.
 pub(crate) async fn user(client: &Client, command: User, output: &Output) -> anyhow::Result<()> {
     match command {
-        User::Add { name, admin, password } => {
+        User::Add { name, admin, tenant, password } => {
             let password = password::obtain(&password)?;
-            let user = client.add_user(&AddUser { name, password: password.secret.clone(), admin }).await?;
+            let add = AddUser { name, password: password.secret.clone(), admin, tenant };
+            let user = client.add_user(&add).await?;
             let mut json = serde_json::to_value(&user).context("cannot write JSON")?;
             with_password(&mut json, &password);
             output.result(&json, |_| shown(&password, format!("user {} added", user.name)))
         }
-        User::Ls => output.table(&client.users().await?, ["NAME", "ROLE", "AGE"], |user| {
+        User::Ls => output.table(&client.users().await?, ["NAME", "ROLE", "TENANT", "AGE"], |user| {
             let role = if user.admin { "administrator" } else { "user" };
-            [user.name.to_string(), role.to_owned(), age(user.created_unix_s)]
+            [user.name.to_string(), role.to_owned(), user.tenant.to_string(), age(user.created_unix_s)]
         }),
         User::Rm { name, with_desktops } => {
             let desktops = if with_desktops { OwnedDesktops::Remove } else { OwnedDesktops::Refuse };

@@ -29,6 +29,7 @@ use crate::{
     failure::{Exit, Refusal},
     output::Output,
     paths::Paths,
+    tenants,
 };
 
 /// How long the programs of a desktop have to end by themselves when the
@@ -56,7 +57,10 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
         }
     }
     if let Some(file) = &args.tenant_policy {
-        config.tenant = read_policy(file)?;
+        config.tenants.all = read_policy(file)?;
+    }
+    if let Some(file) = &args.tenants {
+        tenants::read(file, &mut config)?;
     }
     let swap = args.zram.map(|most| Swap::open(&paths.run, most)).transpose()?.flatten();
     let node = Node::open(config)?;

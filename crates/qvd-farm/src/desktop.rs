@@ -331,8 +331,10 @@ impl Farm {
             return Err(FarmError::with_code(ErrorKind::Forbidden, "desktop_blocked", what));
         }
         let image = self.resolve(&desktop.flavour, &desktop.tag, Some(id)).await?;
+        let tenant = self.user(&desktop.user).await?.tenant;
         let spec = DesktopSpec {
             id,
+            tenant,
             user: desktop.user,
             hostname: desktop.name,
             image,

@@ -60,6 +60,7 @@ pub(crate) fn user(row: &SqliteRow) -> Result<User> {
     Ok(User {
         name: parsed(row, "name")?,
         admin: row.try_get("admin")?,
+        tenant: parsed(row, "tenant")?,
         created_unix_s: unsigned(row, "created_unix_s")?,
     })
 }

@@ -1,6 +1,8 @@
 use std::net::Ipv4Addr;
 
-use qvd_core::{DesktopId, Digest, FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, UserName, Virtualizer};
+use qvd_core::{
+    DesktopId, Digest, FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, TenantName, UserName, Virtualizer,
+};
 use qvd_node::DesktopStatus;
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +13,9 @@ pub struct User {
     pub name: UserName,
     /// Whether this user administers the farm.
     pub admin: bool,
+    /// Whose user it is: desktops get this tenant's addresses.
+    #[serde(default)]
+    pub tenant: TenantName,
     /// When the user was added, in seconds since 1970.
     pub created_unix_s: u64,
 }

@@ -1,6 +1,6 @@
 use std::net::IpAddr;
 
-use qvd_core::UserName;
+use qvd_core::{TenantName, UserName};
 use sqlx::Row;
 
 use crate::{ErrorKind, Farm, FarmError, OwnedDesktops, Secret, User, row};
@@ -10,22 +10,37 @@ fn unknown(name: &UserName) -> FarmError {
 }
 
 impl Farm {
-    /// Adds a user.
+    /// Adds a user of the tenant that everything belongs to unless somebody else is named.
     ///
     /// # Errors
-    /// The name is taken, or the password is too short or too long.
+    /// As [`Farm::add_user_of`].
     pub async fn add_user(&self, name: &UserName, password: &Secret, admin: bool) -> Result<User, FarmError> {
+        self.add_user_of(&TenantName::default(), name, password, admin).await
+    }
+
+    /// Adds a user of a tenant.
+    ///
+    /// # Errors
+    /// The name is taken, by whichever tenant's user, or the password is too short or too long.
+    pub async fn add_user_of(
+        &self,
+        tenant: &TenantName,
+        name: &UserName,
+        password: &Secret,
+        admin: bool,
+    ) -> Result<User, FarmError> {
         let hash = self.passwords().hash(password).await?;
         let created = self.now_unix_s();
         let mut write = self.write().await?;
         let added = sqlx::query(
-            "INSERT INTO users (name, password_hash, admin, created_unix_s) VALUES ($1, $2, $3, $4)
-             ON CONFLICT (name) DO NOTHING RETURNING name, admin, created_unix_s",
+            "INSERT INTO users (name, password_hash, admin, created_unix_s, tenant) VALUES ($1, $2, $3, $4, $5)
+             ON CONFLICT (name) DO NOTHING RETURNING name, admin, tenant, created_unix_s",
         )
         .bind(name.as_str())
         .bind(hash)
         .bind(admin)
         .bind(created)
+        .bind(tenant.as_str())
         .fetch_optional(&mut *write.tx)
         .await
         .and_then(|found| found.as_ref().map(row::user).transpose())
@@ -34,7 +49,7 @@ impl Farm {
         let user = added.ok_or_else(|| {
             FarmError::with_code(ErrorKind::Conflict, "user_exists", format!("there is a user `{name}` already"))
         })?;
-        tracing::info!(user = %name, admin, "user added");
+        tracing::info!(user = %name, %tenant, admin, "user added");
         Ok(user)
     }
 
@@ -43,7 +58,7 @@ impl Farm {
     /// # Errors
     /// The database cannot be read.
     pub async fn users(&self) -> Result<Vec<User>, FarmError> {
-        sqlx::query("SELECT name, admin, created_unix_s FROM users ORDER BY name")
+        sqlx::query("SELECT name, admin, tenant, created_unix_s FROM users ORDER BY name")
             .fetch_all(self.pool())
             .await
             .and_then(|rows| rows.iter().map(row::user).collect())
@@ -55,7 +70,7 @@ impl Farm {
     /// # Errors
     /// There is no such user.
     pub async fn user(&self, name: &UserName) -> Result<User, FarmError> {
-        sqlx::query("SELECT name, admin, created_unix_s FROM users WHERE name = $1")
+        sqlx::query("SELECT name, admin, tenant, created_unix_s FROM users WHERE name = $1")
             .bind(name.as_str())
             .fetch_optional(self.pool())
             .await
@@ -148,7 +163,7 @@ impl Farm {
                 format!("too many failed sign-ins; try again in {} s", retry_after.as_secs() + 1),
             ));
         }
-        let found = sqlx::query("SELECT name, admin, created_unix_s, password_hash FROM users WHERE name = $1")
+        let found = sqlx::query("SELECT name, admin, tenant, created_unix_s, password_hash FROM users WHERE name = $1")
             .bind(name)
             .fetch_optional(self.pool())
             .await

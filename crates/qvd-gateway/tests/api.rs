@@ -13,7 +13,7 @@ use axum::{
     body::Body,
     http::{Method, Request, StatusCode, header},
 };
-use qvd_core::{Bytes, DesktopId, DesktopState, FlavourName, StartStep, UserName};
+use qvd_core::{Bytes, DesktopId, DesktopState, FlavourName, StartStep, TenantName, UserName};
 use qvd_farm::{Farm, FlavourDefaults, OwnedDesktops, Secret, SessionKind};
 use qvd_gateway::api::{
     ApiState, Caller, Client, ClientError, ExecOutput, ExecReader, UnixDoor, UnixServeError,
@@ -103,7 +103,7 @@ fn icewm() -> FlavourName {
 }
 
 fn add(name: &str) -> AddUser {
-    AddUser { name: user(name), password: Secret::from(PASSWORD), admin: false }
+    AddUser { name: user(name), password: Secret::from(PASSWORD), admin: false, tenant: TenantName::default() }
 }
 
 fn program(tty: Option<(u16, u16)>) -> ExecRequest {

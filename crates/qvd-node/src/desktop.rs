@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{DesktopId, DesktopSpec, Digest, ErrorKind, FlavourName, NetPolicy, RestPolicy, Tag, UidRange};
+use qvd_core::{DesktopId, DesktopSpec, Digest, ErrorKind, FlavourName, RestPolicy, Tag, UidRange};
 use qvd_net::{Network, Port, PortView};
 use qvd_storage::{
     BuildOptions, HomeId, Image, Recipe, Repository, RootId, Store,
@@ -23,7 +23,7 @@ use crate::{
     HostError, HostErrorKind, ImageSummary, NodeConfig,
     guest::Guest,
     machine::{Failure, InContainer, InVm, Machine, MachineRecord, Machines},
-    net_watch::NetWatch,
+    network::Networks,
     record::{Record, Records},
     rest::Rest,
 };
@@ -137,12 +137,7 @@ pub(crate) struct Parts {
     pub(crate) runtime: Arc<Runtime>,
     /// Virtual ones.
     pub(crate) machines: Machines,
-    /// `None` once it was closed.
-    network: Mutex<Option<Network>>,
-    /// Most that any of them may reach.
-    tenant: NetPolicy,
-    /// Watches over the network.
-    guard: Mutex<NetWatch>,
+    pub(crate) networks: Networks,
     pub(crate) records: Records,
     /// The init program, sealed: one copy in memory for all desktops.
     pub(crate) init: OwnedFd,
@@ -174,15 +169,12 @@ impl Parts {
         let runtime = Runtime::new(config.instance).map_err(virt("cannot make the container runtime"))?;
         let runtime = Arc::new(runtime);
         let machines = Machines::new(Arc::clone(&runtime), config);
-        let network = Network::open(config.network).map_err(net("cannot make the network"))?;
+        let networks = Networks::open(config)?;
         let records = Records::open(&config.run).map_err(failed(
             HostErrorKind::Failed,
             format!("cannot open the records below `{}`", config.run.display()),
         ))?;
-        let guard = NetWatch::open(&network).map_err(net("cannot watch the rules"))?;
-        let (network, guard, slots) = (Mutex::new(Some(network)), Mutex::new(guard), Mutex::default());
-        let tenant = config.tenant.clone();
-        let parts = Self { store, runtime, machines, network, tenant, guard, records, init, slots };
+        let parts = Self { store, runtime, machines, networks, records, init, slots: Mutex::default() };
         let adopted = parts.adopt_all()?;
         Ok((parts, adopted))
     }
@@ -208,7 +200,8 @@ impl Parts {
         let keep: Vec<_> = adopted.iter().map(Desktop::id).collect();
         self.runtime.sweep(&keep).map_err(virt("cannot end what earlier desktops left running"))?;
         let ports = keep.iter().copied().collect();
-        self.with_network(|network| network.sweep(&ports).map_err(net("cannot remove ports that nobody owns")))?;
+        let swept = self.networks.each(|network| network.sweep(&ports).map(drop));
+        swept.map_err(net("cannot remove ports that nobody owns"))?;
         // Persistent ones go when their desktops are removed, and not before.
         // A root that something else has mounted is no reason not to run others.
         if let Err(error) = self.store.sweep_volatile(&keep) {
@@ -226,9 +219,11 @@ impl Parts {
         guest.check()?;
         let port = match address {
             None => None,
-            Some(address) => Some(
-                self.with_network(|n| n.adopt(id, address, &self.allowed(&spec.net, n)).map_err(net("cannot adopt")))?,
-            ),
+            Some(address) => {
+                let policy = self.networks.allowed(&spec.tenant, &spec.net);
+                let adopt = |network: &Network| network.adopt(id, address, &policy).map_err(net("cannot adopt"));
+                Some(self.networks.with(&spec.tenant, adopt)?)
+            }
         };
         if !lock(&self.slots).insert(uid_slot) {
             return Err("its range of ids is another's".into());
@@ -301,7 +296,8 @@ impl Parts {
         self.store.remove_guest_root(id).map_err(storage(&what))?;
         self.store.remove_root(&RootId::from(id)).map_err(storage(&what))?;
         self.store.remove_guest_home(id).map_err(storage(&what))?;
-        self.store.remove_home(&HomeId::from(id)).map_err(storage(&what))
+        self.store.remove_home(&HomeId::from(id)).map_err(storage(&what))?;
+        self.networks.forget(id)
     }
 
     /// Makes a version of what a desktop's root holds; it stands still meanwhile.
@@ -316,16 +312,6 @@ impl Parts {
     pub(crate) fn port_view(desktop: &Desktop, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
         let view = desktop.port.as_ref().map(|port| port.view(frames)).transpose();
         view.map_err(net(format!("cannot look at the port of desktop {}", desktop.id())))
-    }
-
-    pub(crate) fn close_network(&self) -> Result<(), HostError> {
-        lock(&self.guard).close().map_err(net("cannot end the watch over the rules"))?;
-        let mut network = lock(&self.network);
-        if let Some(open) = network.as_mut() {
-            open.close().map_err(net("cannot remove the network"))?;
-            *network = None;
-        }
-        Ok(())
     }
 
     pub(crate) fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {
@@ -357,22 +343,6 @@ impl Parts {
         let who = desktop.map_or_else(String::new, |id| id.to_string());
         let commit = self.store.repository().follow(flavour, tag, &who);
         Ok(commit.map_err(storage(format!("cannot find what follows `{tag}` of {flavour}")))?.digest())
-    }
-
-    /// What a desktop reaches needs the tenant's permission, and whatever is
-    /// routed the host's.
-    pub(crate) fn allowed(&self, policy: &NetPolicy, network: &Network) -> NetPolicy {
-        let allowed = policy.within(&self.tenant);
-        if network.config().internet {
-            return allowed;
-        }
-        let NetPolicy { services, down_kbit_s, multicast, addresses, .. } = allowed;
-        NetPolicy { services, down_kbit_s, multicast, addresses, ..NetPolicy::host_only() }
-    }
-
-    pub(crate) fn with_network<T>(&self, f: impl FnOnce(&Network) -> Result<T, HostError>) -> Result<T, HostError> {
-        let network = lock(&self.network);
-        f(network.as_ref().ok_or_else(|| HostError::new(HostErrorKind::Busy, "this host is shutting down"))?)
     }
 
     pub(crate) fn take_slot(&self) -> Result<u32, HostError> {

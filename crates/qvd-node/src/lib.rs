@@ -11,6 +11,7 @@ mod host;
 mod limits;
 mod machine;
 mod net_watch;
+mod network;
 mod node;
 mod probe;
 mod record;
@@ -25,6 +26,7 @@ pub use host::{
     HostErrorKind, ImageSummary, Timings,
 };
 pub use limits::raise_limits;
+pub use network::Tenants;
 pub use node::{Node, NodeConfig, VmConfig};
 pub use probe::{Probe, probe, probe_vms, survey};
 pub use qvd_guest::{ExecRequest, Exit, Stats};

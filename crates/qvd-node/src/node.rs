@@ -10,7 +10,7 @@ use std::{
 };
 
 use qvd_core::{
-    Bytes, DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, NetPolicy, StartStep, Tag,
+    Bytes, DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, StartStep, Tag,
 };
 use qvd_guest::{ExecRequest, Stats};
 use qvd_net::PortView;
@@ -27,6 +27,7 @@ use crate::{
     gate::Gate,
     governor::{Desktops, Governor, Reached},
     guest::Guest,
+    network::Tenants,
     rest::{Awake, Due, Rest},
     supervisor::{Supervisor, Watcher},
 };
@@ -49,8 +50,8 @@ pub struct NodeConfig {
     pub instance: Instance,
     /// The bridge and its addresses.
     pub network: qvd_net::NetConfig,
-    /// Most that the tenant's desktops may reach, whatever their own policies say.
-    pub tenant: NetPolicy,
+    /// Tenants, and what each of them gets and may reach.
+    pub tenants: Tenants,
     /// How desktops run that are virtual machines.
     pub vm: VmConfig,
     /// How the host's memory is shared out.
@@ -74,7 +75,7 @@ impl NodeConfig {
             init,
             instance,
             network: qvd_net::NetConfig::new(instance),
-            tenant: NetPolicy::unlimited(),
+            tenants: Tenants::default(),
             vm: VmConfig::default(),
             memory: MemoryConfig::default(),
             session_limit: Duration::from_secs(60),
@@ -220,7 +221,7 @@ impl Node {
             let stops: Vec<_> = ids.iter().map(|&id| scope.spawn(move || self.stop(id, grace))).collect();
             stops.into_iter().map(|stop| stop.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
         });
-        let network = self.inner.parts.close_network();
+        let network = self.inner.parts.networks.close();
         self.inner.governor.stop();
         let memory = self.inner.governor.close();
         let memory = memory.map_err(virt("cannot leave the merging of equal pages as it was found"));

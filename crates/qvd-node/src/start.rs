@@ -135,9 +135,9 @@ impl Parts {
         step(StartStep::Port);
         let port_began = Instant::now();
         let netns = prepared.netns().map_err(virt(what))?;
-        let port = if spec.net.port {
-            Some(self.with_network(|network| {
-                let policy = self.allowed(&spec.net, network);
+        let policy = self.networks.allowed(&spec.tenant, &spec.net);
+        let port = if policy.port {
+            Some(self.networks.with(&spec.tenant, |network| {
                 let port = PortSpec { desktop: id, netns: netns.as_fd(), address: spec.address, policy };
                 network.attach(&port).map_err(net(what))
             })?)
@@ -187,9 +187,9 @@ impl Parts {
 
         step(StartStep::Port);
         let port_began = Instant::now();
-        let (port, network) = if spec.net.port {
-            let (port, tap, network) = self.with_network(|network| {
-                let policy = self.allowed(&spec.net, network);
+        let policy = self.networks.allowed(&spec.tenant, &spec.net);
+        let (port, network) = if policy.port {
+            let (port, tap, network) = self.networks.with(&spec.tenant, |network| {
                 let tap = TapSpec { desktop: id, address: spec.address, policy, header: true };
                 let (port, tap) = network.attach_tap(&tap).map_err(net(what))?;
                 let place = port.place();

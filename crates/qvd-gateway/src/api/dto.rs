@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use qvd_core::{FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, UserName, Virtualizer};
+use qvd_core::{FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, TenantName, UserName, Virtualizer};
 use qvd_farm::{NewDesktop, Secret};
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -85,6 +85,9 @@ pub struct AddUser {
     /// Whether this user administers the farm.
     #[serde(default)]
     pub admin: bool,
+    /// Whose user it is.
+    #[serde(default)]
+    pub tenant: TenantName,
 }
 
 /// Body of `PUT /api/v1/users/{name}/password`.

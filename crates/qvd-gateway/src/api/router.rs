@@ -158,7 +158,8 @@ async fn add_user(
     Admin(caller): Admin,
     Body(add): Body<AddUser>,
 ) -> Answer<(StatusCode, Json<User>)> {
-    let user = farm.add_user(&add.name, &add.password, add.admin).await.map_err(|e| ApiError::new(&caller, &e))?;
+    let user = farm.add_user_of(&add.tenant, &add.name, &add.password, add.admin).await;
+    let user = user.map_err(|e| ApiError::new(&caller, &e))?;
     Ok((StatusCode::CREATED, Json(user)))
 }
 

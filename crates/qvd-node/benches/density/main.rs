@@ -23,7 +23,7 @@ use std::{
 
 use qvd_core::{
     DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy,
-    Virtualizer,
+    TenantName, Virtualizer,
 };
 use qvd_node::{DesktopStatus, Host as _, Node, NodeConfig};
 use qvd_sys::zram::ZramSwap;
@@ -250,6 +250,7 @@ fn spec(image: Digest, number: u32) -> Outcome<DesktopSpec> {
     Ok(DesktopSpec {
         id: DesktopId::new(number)?,
         user: format!("user{number}").parse()?,
+        tenant: TenantName::default(),
         hostname: format!("desk-{number}"),
         image,
         virtualizer: Virtualizer::Container,

@@ -3,6 +3,7 @@
 
 mod commit;
 mod machine;
+mod tenants;
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +19,7 @@ use std::{
 
 use qvd_core::{
     DesktopId, DesktopSpec, DesktopState, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy, StartStep,
-    Virtualizer,
+    TenantName, Virtualizer,
 };
 use qvd_node::{
     EndReason, ExecRequest, ExecStdio, Exit, Host as _, HostErrorKind, ImageSummary, Node, NodeConfig, Swap,
@@ -45,6 +46,7 @@ impl Host {
         DesktopSpec {
             id: DesktopId::new(number).unwrap(),
             user: "alice".parse().unwrap(),
+            tenant: TenantName::default(),
             hostname: format!("desk-{number}"),
             image: self.image.digest,
             virtualizer: Virtualizer::Container,
