@@ -55,3 +55,44 @@ fn prefix<A: std::str::FromStr>(text: &str) -> Option<(A, u8)> {
     let (base, length) = text.split_once('/')?;
     Some((base.parse().ok()?, length.parse().ok()?))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use qvd_core::Instance;
+
+    use super::*;
+
+    fn config() -> NodeConfig {
+        NodeConfig::new(Path::new("/none"), Path::new("/none"), "/none".into(), Instance::new(0x1a2b))
+    }
+
+    #[test]
+    fn a_file_says_what_tenants_get() {
+        let text = "range = \"10.192.0.0/12\"\n[policy.lab]\nport = true\nup_kbit_s = 100\n";
+        let (range, policies) = parse(text, &config()).unwrap();
+        assert_eq!((range.prefix_len, range.tenant_prefix_len, range.tenants().unwrap()), (12, 20, 256));
+        assert_eq!(range.ipv6.to_string(), "fd51:5644:1a2b::");
+        assert!(policies[&"lab".parse().unwrap()].port);
+        let text = "range = \"10.192.0.0/16\"\neach = 24\nrange6 = \"fd00:1:2::/48\"\n";
+        let (range, policies) = parse(text, &config()).unwrap();
+        assert_eq!((range.tenant_prefix_len, range.ipv6.to_string()), (24, "fd00:1:2::".to_owned()));
+        assert!(policies.is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, named) in [
+            ("", "range"),
+            ("range = \"10.192.0.0\"", "10.192.0.0"),
+            ("range = \"10.192.0.0/12\"\neach = 8", "larger"),
+            ("range = \"10.192.0.0/12\"\neach = 30", "8 to 28"),
+            ("range = \"10.192.0.0/12\"\nrange6 = \"fd00::/64\"", "fd00::/64"),
+            ("range = \"10.192.0.0/12\"\n[policy.Lab]", "Lab"),
+            ("range = \"10.192.0.0/12\"\n[policy.lab]\ninternets = true", "internets"),
+        ] {
+            let error = format!("{:#}", parse(text, &config()).unwrap_err());
+            assert!(error.contains(named), "{text}: {error}");
+        }
+    }
+}

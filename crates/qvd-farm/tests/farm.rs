@@ -9,7 +9,9 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use qvd_core::{Bytes, DesktopId, DesktopState, DisplayKind, FlavourName, Geometry, NetPolicy, StartStep, UserName};
+use qvd_core::{
+    Bytes, DesktopId, DesktopState, DisplayKind, FlavourName, Geometry, NetPolicy, StartStep, TenantName, UserName,
+};
 use qvd_farm::{
     Clock, Desktop, ErrorKind, Farm, FlavourDefaults, NewDesktop, OwnedDesktops, Progress, Secret, SessionKind,
 };
@@ -141,6 +143,22 @@ async fn users_come_and_go() {
     world.farm.remove_user(&user("bob"), OwnedDesktops::Refuse).await.unwrap();
     let gone = world.farm.remove_user(&user("bob"), OwnedDesktops::Refuse).await.unwrap_err();
     assert_eq!((gone.kind(), gone.code()), (ErrorKind::NotFound, "unknown_user"));
+}
+
+/// Whose user somebody is goes with each start to the host, also after a restart.
+#[tokio::test]
+async fn a_desktop_is_of_its_users_tenant() {
+    let world = World::with_user().await;
+    let lab: TenantName = "lab".parse().unwrap();
+    let eve = world.farm.add_user_of(&lab, &user("eve"), &Secret::from(PASSWORD), false).await.unwrap();
+    assert_eq!(eve.tenant, lab);
+    let world = world.reopen().await;
+    assert_eq!(world.farm.user(&user("eve")).await.unwrap().tenant, lab);
+    for (name, tenant) in [("eve", lab), ("ada", TenantName::default())] {
+        let desktop = world.farm.create_desktop(NewDesktop::new(user(name), icewm())).await.unwrap();
+        world.farm.start(desktop.id, unheard()).await.unwrap();
+        assert_eq!(world.host.spec(desktop.id).unwrap().tenant, tenant);
+    }
 }
 
 #[tokio::test]

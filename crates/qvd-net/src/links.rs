@@ -1,7 +1,7 @@
 //! Requests to routing netlink, and what is read from its answers.
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
@@ -337,7 +337,7 @@ pub(crate) fn address_facts(answer: &RouteNetlinkMessage) -> Option<(u32, IpAddr
 
 /// Link, destination and prefix of a route to other hosts, if an answer
 /// describes one. The default route is none: it gives way to any other.
-pub(crate) fn route_facts(answer: &RouteNetlinkMessage) -> Option<(Option<u32>, Ipv4Addr, u8)> {
+pub(crate) fn route_facts(answer: &RouteNetlinkMessage) -> Option<(Option<u32>, IpAddr, u8)> {
     let RouteNetlinkMessage::NewRoute(message) = answer else { return None };
     let header = &message.header;
     if header.destination_prefix_length == 0 || !matches!(header.kind, RouteType::Unicast) {
@@ -347,7 +347,8 @@ pub(crate) fn route_facts(answer: &RouteNetlinkMessage) -> Option<(Option<u32>, 
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => link = Some(*index),
-            RouteAttribute::Destination(RouteAddress::Inet(to)) => destination = Some(*to),
+            RouteAttribute::Destination(RouteAddress::Inet(to)) => destination = Some(IpAddr::V4(*to)),
+            RouteAttribute::Destination(RouteAddress::Inet6(to)) => destination = Some(IpAddr::V6(*to)),
             _ => {}
         }
     }
@@ -363,8 +364,9 @@ pub(crate) fn every_address() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetAddress(AddressMessage::default())
 }
 
-pub(crate) fn every_route() -> RouteNetlinkMessage {
+/// Every route of IPv4 or, if `six`, of IPv6.
+pub(crate) fn every_route(six: bool) -> RouteNetlinkMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
+    message.header.address_family = if six { AddressFamily::Inet6 } else { AddressFamily::Inet };
     RouteNetlinkMessage::GetRoute(message)
 }

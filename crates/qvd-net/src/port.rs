@@ -155,7 +155,8 @@ impl Port {
         let access = Access::of(&network.config, desktop, policy)?;
         let of = |address| Identity::new(&network.config, desktop, address, policy);
         // Those beside it do not depend on it.
-        refuse_own(&mut network.route(), &of(network.config.subnet.gateway()).extra)?;
+        let bridges = lock(&network.bridges).indices();
+        refuse_own(&mut network.route(), &of(network.config.subnet.gateway()).extra, &bridges)?;
         let mut pool = lock(&network.pool);
         let address = pool.take(desktop, address)?;
         let identity = of(address);

@@ -44,16 +44,28 @@ pub(crate) fn forget_address(route: &mut Netlink, inner: &Inner, bridge: u32, ad
     }
 }
 
-/// Refuses what the host itself has.
-pub(crate) fn refuse_own(route: &mut Netlink, wanted: &[IpAddr]) -> Result<(), Error> {
+/// Refuses what the host itself has, or has a route to behind another link than
+/// `bridges`: another network's desktop, for instance.
+pub(crate) fn refuse_own(route: &mut Netlink, wanted: &[IpAddr], bridges: &[u32]) -> Result<(), Error> {
     if wanted.is_empty() {
         return Ok(());
     }
     let addresses = route.dump(links::every_address()).map_err(Error::netlink("list", "addresses"))?;
     let own = addresses.iter().filter_map(links::address_facts).find(|(_, address, _)| wanted.contains(address));
-    own.map_or(Ok(()), |(_, address, _)| {
-        Err(Error::Invalid(format!("address {address} is the host's own, and so no desktop's")))
-    })
+    if let Some((_, address, _)) = own {
+        return Err(Error::Invalid(format!("address {address} is the host's own, and so no desktop's")));
+    }
+    for six in [false, true].into_iter().filter(|six| wanted.iter().any(|address| address.is_ipv6() == *six)) {
+        let routes = route.dump(links::every_route(six)).map_err(Error::netlink("list", "routes"))?;
+        let whole = if six { 128 } else { 32 };
+        let elsewhere = routes.iter().filter_map(links::route_facts).find(|(link, to, prefix_len)| {
+            *prefix_len == whole && wanted.contains(to) && link.is_none_or(|link| !bridges.contains(&link))
+        });
+        if let Some((_, address, _)) = elsewhere {
+            return Err(Error::Invalid(format!("address {address} is somebody else's: the host has a route to it")));
+        }
+    }
+    Ok(())
 }
 
 fn forget_neighbour(route: &mut Netlink, bridge: u32, address: IpAddr) -> Result<(), Error> {
@@ -79,7 +91,7 @@ pub(super) fn refuse_clash(route: &mut Netlink, config: &NetConfig, own: &[u32])
             "subnet {subnet6} clashes with address {address} of the host: choose another"
         )));
     }
-    let routes = route.dump(links::every_route()).map_err(listing("routes"))?;
+    let routes = route.dump(links::every_route(false)).map_err(listing("routes"))?;
     let address = others()
         .filter_map(|(index, address, prefix_len)| match address {
             IpAddr::V4(address) => Some((index, address, prefix_len)),
@@ -92,6 +104,7 @@ pub(super) fn refuse_clash(route: &mut Netlink, config: &NetConfig, own: &[u32])
             .iter()
             .filter_map(links::route_facts)
             .find(|&(index, base, prefix_len)| {
+                let IpAddr::V4(base) = base else { return false };
                 index.is_none_or(|index| !own.contains(&index)) && subnet.overlaps(base, prefix_len)
             })
             .map(|(index, base, prefix_len)| (format!("route {base}/{prefix_len}"), index))

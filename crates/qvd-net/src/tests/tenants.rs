@@ -1,6 +1,6 @@
 //! Networks of two tenants on one host.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, os::fd::AsFd as _};
 
 use qvd_core::{Neighbours, NetPolicy};
 use qvd_sys::packet::{ETHERTYPE_ALL, PacketSocket};
@@ -10,9 +10,9 @@ use super::{
     NEEDS, frames,
     internet::wait_for_bridge,
     vectors,
-    world::{Desktop, INSTANCE, config, heard_before, on_a_host, one_processor},
+    world::{Desktop, INSTANCE, config, desktop, heard_before, on_a_host, one_processor},
 };
-use crate::{Backend, Mac, NetConfig, Network, Subnet6, rules::Protection};
+use crate::{Backend, Mac, NetConfig, Network, PortSpec, Subnet6, rules::Protection};
 
 /// What a desktop sends to an address, with a mark.
 fn packet(from: &Desktop, network: &NetConfig, to: IpAddr, mark: &[u8]) -> Vec<u8> {
@@ -68,5 +68,28 @@ fn no_desktop_reaches_another_tenants() {
                 }
             });
         }
+    });
+}
+
+/// An address beside its own is one desktop's, whichever tenant's.
+#[test]
+fn no_two_tenants_have_the_same_further_address() {
+    privileged(NEEDS, || {
+        on_a_host(|| {
+            let first = config();
+            let instance = INSTANCE.sibling(1);
+            let (subnet, subnet6) = ("10.67.0.0/16".parse().unwrap(), Some(Subnet6::default_for(instance)));
+            let networks = [first, NetConfig { instance, subnet, subnet6, ..first }].map(|c| Network::open(c).unwrap());
+            for word in ["192.0.2.8", "2001:db8:7::9"] {
+                let policy = NetPolicy { addresses: vec![word.parse().unwrap()], ..NetPolicy::host_only() };
+                let mut has = Desktop::with(&networks[0], 7, policy.clone());
+                let netns = qvd_sys::netns::create().unwrap();
+                let spec = PortSpec { desktop: desktop(7), netns: netns.as_fd(), address: None, policy };
+                let error = networks[1].attach(&spec).unwrap_err().to_string();
+                assert_eq!(error, format!("address {word} is somebody else's: the host has a route to it"));
+                has.port.close().unwrap();
+                networks[1].attach(&spec).unwrap().close().unwrap();
+            }
+        });
     });
 }

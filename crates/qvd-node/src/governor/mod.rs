@@ -31,8 +31,13 @@ const LONGEST: Duration = Duration::from_secs(60);
 /// Pressure at which nobody waits longer than they have to.
 const PRESSED_PERCENT: u8 = 10;
 
-/// A node serves one tenant: its desktops may share pages with one another.
+/// Whose desktops may share pages with one another: those of the tenant `default`.
+/// What is shared can be told by its timing, and who was let share stays so, so
+/// that no other tenant's ever are.
 const TENANT: Tenant = Tenant(0);
+
+/// Whose desktops share pages with nobody.
+const OTHERS: Tenant = Tenant(1);
 
 /// What the memory of a machine is a multiple of.
 pub(crate) const MACHINE_STEP: u64 = 2 << 20;

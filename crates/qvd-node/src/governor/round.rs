@@ -6,10 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{Bytes, DesktopId};
+use qvd_core::{Bytes, DesktopId, DesktopSpec, TenantName};
 use qvd_virt::memory::{Activity, Decision, Guest, HostState, Ksm, MergeCost, Request, Share, decide};
 
-use super::{DesktopMemory, Governor, MemoryReport, TENANT, activity, lock};
+use super::{DesktopMemory, Governor, MemoryReport, OTHERS, TENANT, activity, lock};
 use crate::desktop::Desktop;
 
 /// Least that is worth asking back.
@@ -198,9 +198,10 @@ impl Governor {
         (seen.left, seen.resting) = (usage.left, resting);
         let request = self.config.request(&desktop.spec);
         let (minimum, maximum) = (request.minimum, request.maximum);
+        let shares = shares(&desktop.spec);
         let guest = Guest {
             id,
-            tenant: TENANT,
+            tenant: if shares { TENANT } else { OTHERS },
             // One at rest is owed what it has: the rest is in swap, or will be read.
             minimum: if resting { minimum.min(usage.resident) } else { minimum },
             maximum,
@@ -208,7 +209,7 @@ impl Governor {
             used: usage.used.min(usage.left.unwrap_or(maximum)),
             activity: activity(attached, resting, seen.busy),
             balloon: usage.left.is_some(),
-            mergeable: desktop.machine.balloon().is_some(),
+            mergeable: shares && desktop.machine.balloon().is_some(),
         };
         seen.profit = desktop.machine.balloon().filter(|_| seen.merges).and_then(|balloon| balloon.merge_profit());
         self.note(Measured { guest, resident: usage.resident });
@@ -243,7 +244,7 @@ impl Round {
         let failed = |what: &str, error: crate::machine::Failure| tracing::info!(desktop = %id, error, "{what}");
         // One that stands still would not answer.
         if let Some(balloon) = desktop.machine.balloon().filter(|_| !resting) {
-            if merge && self.ksm.is_ok() && !seen.merges {
+            if merge && shares(&desktop.spec) && self.ksm.is_ok() && !seen.merges {
                 match balloon.merge() {
                     Ok(()) => seen.merges = true,
                     Err(error) => failed("its pages are not merged", error),
@@ -264,6 +265,11 @@ impl Round {
             }
         }
     }
+}
+
+/// Whether a desktop may share pages with others of its tenant.
+fn shares(spec: &DesktopSpec) -> bool {
+    spec.tenant == TenantName::default()
 }
 
 fn report(host: &HostState, all: &[Measured], round: &Round) -> MemoryReport {
