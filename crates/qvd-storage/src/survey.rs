@@ -27,6 +27,8 @@ pub struct Surveyed {
     pub name: &'static str,
     /// What it can do here, and why not.
     pub capabilities: Capabilities,
+    /// With which options it mounts here, where it has a choice.
+    pub options: Option<String>,
     /// In what its roots differ from a plain directory.
     pub deviations: &'static [Deviation],
 }
@@ -90,8 +92,12 @@ impl Backends {
             let back_end = self.make(name, Place::open(&scratch.path().join(name))?)?;
             let capabilities = back_end.capabilities()?;
             // Those of one that does not work are nobody's concern.
-            let deviations = if capabilities.works() { back_end.deviations() } else { &[] };
-            back_ends.push(Surveyed { name, capabilities, deviations });
+            let (deviations, options) = if capabilities.works() {
+                (back_end.deviations(), back_end.chosen_options()?)
+            } else {
+                (&[][..], None)
+            };
+            back_ends.push(Surveyed { name, capabilities, options, deviations });
         }
         let reflink = probe::reflink(dir).map_err(Error::io("probe reflink below", dir))?;
         let recommended = recommend(&back_ends, &reflink);
@@ -160,7 +166,7 @@ mod tests {
         for capability in can {
             capabilities.set(*capability, Support::Yes);
         }
-        Surveyed { name, capabilities, deviations: &[] }
+        Surveyed { name, capabilities, options: None, deviations: &[] }
     }
 
     const OVERLAY: &[Capability] =

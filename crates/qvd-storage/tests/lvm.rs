@@ -244,7 +244,7 @@ fn suite(limit: Duration, only: &[&str]) {
     in_bed(&Bed::new().memory_mib(1536).disk_mib(1200).disk_mib(256).limit(limit), || {
         set_up(1024);
         give_pool();
-        let suite = Suite::new("lvm", |place| Ok(Box::new(Lvm::new(place))));
+        let suite = Suite::new("lvm", |place| Ok(Box::new(Lvm::new(place)))).patience(Duration::from_secs(300));
         let report = only.iter().fold(suite, |suite, only| suite.only(*only)).run(Path::new("/run/at")).unwrap();
         fs::write("/dev/console", format!("{report}\n")).unwrap();
         assert!(report.passed(), "{report}");
@@ -258,7 +258,7 @@ fn suite(limit: Duration, only: &[&str]) {
 #[test]
 fn the_suite_in_part() {
     let only = ["use-is-noticed", "snapshots", "limit-in-bytes", "kept-roots-survive", "bases-are-forgotten"];
-    suite(LIMIT, &[&only[..], &["base-unchanged"]].concat());
+    suite(Duration::from_secs(300), &[&only[..], &["base-unchanged"]].concat());
 }
 
 /// Each of its some five hundred commands takes a second or more in the bed: for

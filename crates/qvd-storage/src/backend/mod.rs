@@ -61,6 +61,15 @@ pub trait RootBackend: fmt::Debug + Send + Sync {
     /// It could not be found out: a full disk says nothing about the host.
     fn capabilities(&self) -> Result<Capabilities, Error>;
 
+    /// With which options it mounts here, of those that it chose by trying; for a
+    /// person. Most have nothing to choose.
+    ///
+    /// # Errors
+    /// It could not be found out.
+    fn chosen_options(&self) -> Result<Option<String>, Error> {
+        Ok(None)
+    }
+
     /// In what its roots differ from a plain directory, by their nature. The
     /// conformance suite checks that it is in exactly this.
     fn deviations(&self) -> &'static [Deviation];

@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use qvd_core::RootPolicy;
@@ -32,12 +33,27 @@ pub(super) struct Site {
     dir: PathBuf,
     pub(super) base: Base,
     pub(super) small: Base,
+    /// How long the background may take for its work.
+    patience: Duration,
 }
 
 impl Site {
     /// A directory that is there for one case alone.
     pub(super) fn dir(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// Waits until the kernel, or a thread that works in the background, has come
+    /// to what `look` wants to see: there is no event for all that this asks. Says
+    /// what was seen last otherwise.
+    pub(super) fn settle<T>(&self, mut look: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
+        let start = Instant::now();
+        loop {
+            match look() {
+                Err(_) if start.elapsed() < self.patience => std::thread::park_timeout(Duration::from_millis(10)),
+                done => return done,
+            }
+        }
     }
 
     /// The back end in a place of its own, as a process opens it at its start.
@@ -66,7 +82,8 @@ impl Bench {
         let Opened { backend, .. } =
             Opened::new(&*suite.factory, &dir.join("store")).step("the back end can be opened")?;
         let capabilities = backend.capabilities().step("the back end says what it can do")?;
-        let site = Site { factory: Arc::clone(&suite.factory), dir: dir.to_path_buf(), base, small };
+        let site =
+            Site { factory: Arc::clone(&suite.factory), dir: dir.to_path_buf(), base, small, patience: suite.patience };
         Ok(Self { site: Arc::new(site), effort: suite.effort, backend, capabilities })
     }
 
@@ -134,18 +151,4 @@ pub(super) fn mount(root: &dyn Root) -> Result<Tree, Failure> {
 /// Options with a limit.
 pub(super) fn limited(policy: RootPolicy, quota: Quota) -> RootOptions {
     RootOptions { policy, quota }
-}
-
-/// Waits until the kernel, or a thread that works in the background, has come
-/// to what `look` wants to see: there is no event for all that this asks. Says
-/// what was seen last otherwise.
-pub(super) fn settle<T>(mut look: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
-    const DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
-    let start = std::time::Instant::now();
-    loop {
-        match look() {
-            Err(_) if start.elapsed() < DEADLINE => std::thread::park_timeout(std::time::Duration::from_millis(10)),
-            done => return done,
-        }
-    }
 }

@@ -9,7 +9,7 @@ use qvd_sys::process::traced::{self, Counted, End, Traced};
 use super::{
     Effort,
     base::TEXT,
-    bench::{Bench, Opened, Site, create, id, mount, settle},
+    bench::{Bench, Opened, Site, create, id, mount},
     cases::Listed,
     manifest::{Detail, Manifest},
     report::{Checked, Failure, Seen, Step, equal, hold},
@@ -23,8 +23,8 @@ pub(super) const CASES: &[Listed] = &[
 
 /// How many points of a piece of work are tried without more effort.
 const SAMPLED: u32 = 20;
-/// How long a child may take for its piece of work.
-const LIMIT: Duration = Duration::from_secs(60);
+/// How long a child may take for its piece of work: it ends one that hangs.
+const LIMIT: Duration = Duration::from_secs(600);
 /// What roots in this module are called.
 const NAME: &str = "crashed";
 /// A file of the root's own, and what it holds.
@@ -157,7 +157,7 @@ fn after(bench: &Bench, work: Work, expected: Option<&BTreeSet<String>>) -> Resu
     opened.backend.remove(&name).step("it can be removed")?;
     equal("removed, it is", find()?, None)?;
     let dir = bench.site.dir(DIR);
-    let left = settle(|| {
+    let left = bench.site.settle(|| {
         opened.place.trash().empty().step("the trash can be emptied")?;
         let left = names(&dir)?;
         if let Some(expected) = expected {

@@ -30,7 +30,7 @@ mod model;
 mod report;
 mod tree;
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{fmt, path::Path, sync::Arc, time::Duration};
 
 use rustix::fs::Mode;
 
@@ -56,6 +56,9 @@ pub enum Effort {
     Thorough,
 }
 
+/// How long the background may take for its work unless somebody says more.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// The cases, and the back end that they are for.
 pub struct Suite {
     name: String,
@@ -63,6 +66,7 @@ pub struct Suite {
     form: BaseForm,
     effort: Effort,
     only: Vec<String>,
+    patience: Duration,
 }
 
 impl Suite {
@@ -73,7 +77,7 @@ impl Suite {
         factory: impl Fn(Place) -> Result<Box<dyn RootBackend>, Error> + Send + Sync + 'static,
     ) -> Self {
         let (form, effort) = (BaseForm::default(), Effort::default());
-        Self { name: name.into(), factory: Arc::new(factory), form, effort, only: Vec::new() }
+        Self { name: name.into(), factory: Arc::new(factory), form, effort, only: Vec::new(), patience: PATIENCE }
     }
 
     /// All cases, for one of the back ends of a list.
@@ -101,6 +105,14 @@ impl Suite {
     #[must_use]
     pub fn only(mut self, prefix: impl Into<String>) -> Self {
         self.only.push(prefix.into());
+        self
+    }
+
+    /// Lets what a back end does in the background take so long, instead of ten
+    /// seconds: for one that goes by commands of the host, or a host that is slow.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
         self
     }
 

@@ -108,6 +108,10 @@ impl RootBackend for Overlayfs {
         Ok(found)
     }
 
+    fn chosen_options(&self) -> Result<Option<String>, Error> {
+        self.options().map(|options| Some(options.to_string()))
+    }
+
     fn deviations(&self) -> &'static [Deviation] {
         use Deviation as D;
         match self.options() {

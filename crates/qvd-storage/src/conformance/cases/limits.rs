@@ -9,7 +9,7 @@ use rustix::{fs::OFlags, io::Errno};
 use super::{
     super::{
         base::TEXT,
-        bench::{Bench, id, limited, mount, settle},
+        bench::{Bench, id, limited, mount},
         report::{Checked, Failure, Seen, Step, equal, hold, said},
         tree::Tree,
     },
@@ -82,7 +82,7 @@ fn bytes(bench: &Bench) -> Checked {
     others.write("var/file", vec![1; 1 << 20])?;
     tree.remove("var/big")?;
     // Space comes back when the file system has committed the removal.
-    settle(|| {
+    bench.site.settle(|| {
         rustix::fs::syncfs(tree.open("var", OFlags::RDONLY)?).step("it can be synced")?;
         let mut again = tree.open("var/again", OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)?;
         let content = vec![2; 2 << 20];
@@ -123,7 +123,7 @@ fn inodes(bench: &Bench) -> Checked {
     for number in 0..10 {
         tree.remove(&format!("var/new/{number}"))?;
     }
-    settle(|| {
+    bench.site.settle(|| {
         rustix::fs::syncfs(tree.open("var", OFlags::RDONLY)?).step("it can be synced")?;
         (0..8).try_for_each(|number| make(number).map(drop).step("after removing, files can be made again"))
     })?;

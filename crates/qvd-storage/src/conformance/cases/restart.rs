@@ -157,7 +157,7 @@ fn removed(bench: &Bench) -> Checked {
     opened.backend.remove(&name).step("it can be removed")?;
     drop(opened);
     // What is of no use to anybody is deleted, in the end.
-    super::super::bench::settle(|| {
+    bench.site.settle(|| {
         let trash = bench.site.dir("restart-removed").join("trash");
         let left = fs::read_dir(&trash).step("the trash can be listed")?.count();
         let emptied = bench.site.open("restart-removed")?.place.trash().empty().step("the trash can be emptied");
