@@ -112,7 +112,9 @@ impl Guests<'_> {
             link.boot(&config, SOON)?;
             Ok(link)
         });
-        let link = booted.unwrap_or_else(|error| panic!("{error:?}: {}", guest.vm.console().unwrap()));
+        let link = booted.unwrap_or_else(|error| {
+            panic!("{error:?}: {:?} {} {}", guest.vm.state(), guest.vm.words(), guest.vm.console().unwrap_or_default())
+        });
         guest.carry(link);
         guest
     }
