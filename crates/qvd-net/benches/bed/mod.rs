@@ -3,8 +3,8 @@
 use std::{
     error::Error,
     io::{self, Write as _},
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
-    os::fd::{AsFd as _, OwnedFd},
+    net::{Ipv4Addr, UdpSocket},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -38,16 +38,35 @@ impl Outside {
         netns::in_netns(netns.as_fd(), || shell(&setup))??;
         Ok(Self { netns })
     }
+
+    pub(crate) fn end(&self) -> End<'_> {
+        End { netns: self.netns.as_fd(), address: OUTSIDE }
+    }
 }
 
-/// Mean time of a datagram to the outside and back, in millionths of a second.
-pub(crate) fn round_trip_us(inside: &OwnedFd, outside: &Outside, trips: u32) -> Outcome<f64> {
-    let there = netns::in_netns(outside.netns.as_fd(), || UdpSocket::bind((OUTSIDE, 0)))??;
-    let to: SocketAddr = there.local_addr()?;
-    there.set_read_timeout(Some(Duration::from_secs(2)))?;
-    let here = netns::in_netns(inside.as_fd(), || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))??;
-    here.connect(to)?;
-    here.set_read_timeout(Some(Duration::from_secs(2)))?;
+/// Who is sent to: an address, and the namespace that has it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct End<'a> {
+    pub(crate) netns: BorrowedFd<'a>,
+    pub(crate) address: Ipv4Addr,
+}
+
+impl End<'_> {
+    /// A socket there, and one of `from` that sends to it.
+    pub(crate) fn sockets(&self, from: BorrowedFd<'_>) -> Outcome<(UdpSocket, UdpSocket)> {
+        let there = netns::in_netns(self.netns, || UdpSocket::bind((self.address, 0)))??;
+        let here = netns::in_netns(from, || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))??;
+        here.connect(there.local_addr()?)?;
+        for socket in [&here, &there] {
+            socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        }
+        Ok((here, there))
+    }
+}
+
+/// Mean time of a datagram there and back, in millionths of a second.
+pub(crate) fn round_trip_us(from: BorrowedFd<'_>, to: End<'_>, trips: u32) -> Outcome<f64> {
+    let (here, there) = to.sockets(from)?;
     let answering = thread::spawn(move || -> io::Result<()> {
         let mut buffer = [0; 64];
         for _ in 0..trips {
