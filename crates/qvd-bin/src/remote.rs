@@ -137,6 +137,7 @@ async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDe
             memory: create.memory.unwrap_or(defaults.memory),
             cpu: create.cpu.map_or(defaults.cpu, MilliCpu),
             pids: create.pids.unwrap_or(defaults.pids),
+            ..defaults
         });
     }
     new.name = create.name;

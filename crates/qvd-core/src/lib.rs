@@ -22,8 +22,8 @@ pub use net::{
 };
 pub use rest::{RestMode, RestPolicy};
 pub use spec::{
-    DesktopSpec, DesktopState, Device, DisplayKind, Geometry, GeometryError, Limits, LinkSpeed, RootPolicy, StartStep,
-    Virtualizer,
+    Calls, CallsError, DesktopSpec, DesktopState, Device, DeviceError, DisplayKind, Geometry, GeometryError, Limits,
+    LinkSpeed, RootPolicy, StartStep, Virtualizer,
 };
 pub use support::{Missing, Support};
 pub use unit::{Bytes, MilliCpu, UidRange, UnitError};

@@ -63,7 +63,79 @@ impl Device {
     }
 }
 
+/// Why a text names no kind of devices.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a device is one of fuse, dri, sound, camera")]
+#[non_exhaustive]
+pub struct DeviceError;
+
+impl FromStr for Device {
+    type Err = DeviceError;
+    fn from_str(text: &str) -> Result<Self, DeviceError> {
+        Self::ALL.into_iter().find(|device| device.as_str() == text).ok_or(DeviceError)
+    }
+}
+
+/// Why a text names no set of system calls.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("system calls are those of desktop, application or system")]
+#[non_exhaustive]
+pub struct CallsError;
+
+impl FromStr for Calls {
+    type Err = CallsError;
+    fn from_str(text: &str) -> Result<Self, CallsError> {
+        Self::ALL.into_iter().find(|calls| calls.as_str() == text).ok_or(CallsError)
+    }
+}
+
 impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Which system calls programs may make: the less the kernel does for them, the
+/// fewer of its mistakes they reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Calls {
+    /// What whole desktops need, browsers' own sandboxes included.
+    #[default]
+    Desktop,
+    /// What most applications need: no namespaces, no looking into others, no old or
+    /// rare ways to talk with one another. A browser would not start in this, or
+    /// without its sandbox.
+    Application,
+    /// What an image's own init and its services need: mounts and namespaces, too.
+    System,
+}
+
+impl Calls {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Desktop, Self::Application, Self::System];
+
+    /// The name in recipes.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Desktop => "desktop",
+            Self::Application => "application",
+            Self::System => "system",
+        }
+    }
+}
+
+impl Calls {
+    /// Whether they are those of desktops, as usual.
+    #[must_use]
+    pub fn is_usual(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Display for Calls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -79,18 +151,22 @@ pub struct Limits {
     pub cpu: MilliCpu,
     /// Processes and threads at once.
     pub pids: u32,
+    /// Most that it may read, and most that it may write, in a second and on each
+    /// of the host's disks; `None` is as fast as they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io: Option<Bytes>,
 }
 
 impl Limits {
     /// The least that an init, an X server and a window manager come up with.
     /// Less would only be found out by a start that does not end.
-    pub const LEAST: Self = Self { memory: Bytes::mib(64), cpu: MilliCpu(50), pids: 32 };
+    pub const LEAST: Self = Self { memory: Bytes::mib(64), cpu: MilliCpu(50), pids: 32, io: None };
 }
 
 impl Default for Limits {
     /// 1 GiB, two cores, 1024 processes: a browser with a few pages fits.
     fn default() -> Self {
-        Self { memory: Bytes::gib(1), cpu: MilliCpu(2000), pids: 1024 }
+        Self { memory: Bytes::gib(1), cpu: MilliCpu(2000), pids: 1024, io: None }
     }
 }
 

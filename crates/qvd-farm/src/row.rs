@@ -70,6 +70,7 @@ pub(crate) fn limits(row: &SqliteRow) -> Result<Limits> {
         memory: Bytes::new(unsigned(row, "memory_bytes")?),
         cpu: MilliCpu(unsigned(row, "cpu_milli")?),
         pids: unsigned(row, "pids")?,
+        ..Limits::default()
     })
 }
 

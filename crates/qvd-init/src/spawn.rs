@@ -120,14 +120,16 @@ pub(crate) fn enter(args: impl Iterator<Item = OsString>) -> ExitCode {
 fn become_program(args: &[OsString]) -> io::Result<std::convert::Infallible> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
     let [uid, gid, groups, home, terminal, name, rest @ ..] = args else { return Err(invalid()) };
-    let number = |text: &OsString| text.to_str().and_then(|text| text.parse::<u32>().ok()).ok_or_else(invalid);
+    // The largest is no id: to the kernel it means "as it is", which is root.
+    let id = |text: &str| text.parse::<u32>().ok().filter(|id| *id != u32::MAX);
+    let number = |text: &OsString| text.to_str().and_then(id).ok_or_else(invalid);
     let (uid, gid) = (Uid::from_raw(number(uid)?), Gid::from_raw(number(gid)?));
     let groups: Vec<_> = groups
         .to_str()
         .ok_or_else(invalid)?
         .split(',')
         .filter(|group| !group.is_empty())
-        .map(|group| group.parse().map(Gid::from_raw).map_err(|_| invalid()))
+        .map(|group| id(group).map(Gid::from_raw).ok_or_else(invalid))
         .collect::<Result<_, _>>()?;
 
     SigSet::all().thread_unblock()?;

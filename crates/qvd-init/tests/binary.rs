@@ -59,3 +59,23 @@ fn a_program_that_does_not_exist_ends_as_a_shell_says_it() {
         assert!(error.starts_with("cannot run `no-such-program`: "), "{error}");
     });
 }
+
+#[test]
+fn a_user_that_is_none_never_becomes_root() {
+    privileged(&[Need::Root], || {
+        let refused = |args: &[&str]| {
+            let output = init(&[&["enter"][..], args, &["/", "", "sh", "-c", "id -u"]].concat()).output().unwrap();
+            let (code, out, error) = text(&output);
+            assert_eq!((code, out.as_str()), (Some(127), ""), "{args:?}: {error}");
+            assert!(error.starts_with("cannot run"), "{args:?}: {error}");
+        };
+        for none in ["", "-1", "4294967295", "4294967296", "0x0", "root", "1000:0", " 1", "1 "] {
+            refused(&[none, "65534", ""]);
+            refused(&["65534", none, ""]);
+        }
+        for none in ["4294967295", "-1", "tty"] {
+            refused(&["65534", "65534", none]);
+        }
+        refused(&[]);
+    });
+}

@@ -14,6 +14,7 @@
 //! whoever starts containers should be a small process.
 
 mod child;
+mod landlock;
 mod memfd;
 mod memory;
 mod pidfd;
@@ -23,6 +24,7 @@ mod spawn;
 mod tests;
 pub mod traced;
 
+pub use landlock::LandlockRules;
 pub use memfd::{memory_file, seal};
 pub use memory::page_out;
 pub use pidfd::{Exit, Process, boot_id, cpu_time, start_time};

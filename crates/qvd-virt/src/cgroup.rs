@@ -4,9 +4,13 @@
 //! Two levels, `qvd-<instance>/<desktop>`, at the top of the tree: whatever
 //! manages services on this host may end the node's own group, and desktops
 //! outlive the node. Limits are on files that no process inside can reach, as
-//! no cgroup file system is mounted there.
+//! no cgroup file system is mounted there. A container that is to have one, such as
+//! one with systemd, lives a level deeper: it sees, and may divide, its own group
+//! below the one that its limits are on.
 
 mod freezer;
+mod io_limit;
+mod pressure;
 mod tree;
 
 #[cfg(test)]
@@ -23,17 +27,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{DesktopId, Instance, Limits, Missing};
+use qvd_core::{DesktopId, Instance, Limits, Missing, UidRange};
 use qvd_sys::process::Process;
 use rustix::process::Signal;
 
 pub use freezer::Freezer;
+pub use pressure::{Pressure, Waiting};
 pub(crate) use tree::{Kernel, Tree};
 
 use crate::{Error, error::io_error};
 
 /// How long the kernel may take to empty a group whose processes were killed.
 const EMPTY_WITHIN: Duration = Duration::from_secs(5);
+
+/// The part of its group that a container may divide.
+const INSIDE: &str = "desktop";
+
+/// Most groups that a container may make, and how deep: each takes memory of the
+/// kernel. systemd makes some tens, four deep.
+const DESCENDANTS_MAX: u32 = 512;
+const DEPTH_MAX: u32 = 16;
 
 /// Period of the processor limit. Source: Linux
 /// `Documentation/admin-guide/cgroup-v2.rst`, the default of `cpu.max`.
@@ -48,21 +61,31 @@ pub(crate) enum Controller {
     Memory,
     Cpu,
     Pids,
+    Io,
     /// Only v1 has it as a controller: in v2 every group can be frozen.
     Freezer,
 }
 
 impl Controller {
-    pub(crate) const ALL: [Self; 4] = [Self::Memory, Self::Cpu, Self::Pids, Self::Freezer];
+    pub(crate) const ALL: [Self; 5] = [Self::Memory, Self::Cpu, Self::Pids, Self::Io, Self::Freezer];
     /// Without these no desktop is started.
     const REQUIRED: [Self; 3] = [Self::Memory, Self::Cpu, Self::Pids];
 
+    /// Its name in version 2, and in version 1 unless that has another.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
             Self::Cpu => "cpu",
             Self::Pids => "pids",
+            Self::Io => "io",
             Self::Freezer => "freezer",
+        }
+    }
+
+    const fn name_in(self, unified: bool) -> &'static str {
+        match (self, unified) {
+            (Self::Io, false) => "blkio",
+            _ => self.name(),
         }
     }
 }
@@ -73,6 +96,19 @@ pub(crate) struct Hierarchy {
     pub(crate) root: PathBuf,
     pub(crate) unified: bool,
     pub(crate) controllers: Vec<Controller>,
+}
+
+impl Hierarchy {
+    /// What lets the groups below one be limited.
+    fn enable(&self) -> String {
+        self.controllers.iter().map(|c| format!("+{}", c.name())).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Whether it is only there for limits that most containers do without: each
+    /// hierarchy of version 1 costs a start some calls.
+    fn is_for_io_alone(&self) -> bool {
+        !self.unified && self.controllers == [Controller::Io]
+    }
 }
 
 /// Finds where the controllers live: a hybrid host has an empty v2 tree beside
@@ -97,7 +133,7 @@ pub(crate) fn find(tree: &dyn Tree, mountinfo: &str) -> Vec<Hierarchy> {
             _ => continue,
         };
         let names: Vec<_> = listed.trim().split(',').collect();
-        let ours = Controller::ALL.into_iter().filter(|c| names.contains(&c.name()));
+        let ours = Controller::ALL.into_iter().filter(|c| names.contains(&c.name_in(unified)));
         let controllers: Vec<_> = ours.filter(|&controller| taken.insert(controller)).collect();
         if !controllers.is_empty() {
             found.push(Hierarchy { root, unified, controllers });
@@ -158,9 +194,8 @@ impl Cgroups {
             _ => {}
         }
         if hierarchy.unified {
-            let enable: Vec<_> = hierarchy.controllers.iter().map(|c| format!("+{}", c.name())).collect();
             for above in [&hierarchy.root, &parent] {
-                self.tree.write(&above.join("cgroup.subtree_control"), &enable.join(" "))?;
+                self.tree.write(&above.join("cgroup.subtree_control"), &hierarchy.enable())?;
             }
         }
         Ok(())
@@ -168,9 +203,31 @@ impl Cgroups {
 
     /// Makes a fresh group with `limits`. Never one that was there before: a
     /// v2 group whose processes were once killed kills what is born in it.
-    pub(crate) fn create(self: &Arc<Self>, id: DesktopId, limits: Limits) -> Result<Cgroup, Error> {
-        let mut cgroup = Cgroup { all: Arc::clone(self), name: id.to_string(), closed: false };
-        for hierarchy in &self.hierarchies {
+    ///
+    /// With `inside`, there is a group below it that belongs to root of this range.
+    pub(crate) fn create(
+        self: &Arc<Self>,
+        id: DesktopId,
+        limits: Limits,
+        inside: Option<UidRange>,
+    ) -> Result<Cgroup, Error> {
+        if inside.is_some() && self.birthplace().is_none() {
+            let missing = Missing::Kernel("cgroups of version 2 alone".to_owned());
+            return Err(Error::Unsupported { op: "give a container cgroups of its own", missing });
+        }
+        let disks = match limits.io {
+            Some(_) => self.disks()?,
+            None => Vec::new(),
+        };
+        let mut cgroup = Cgroup {
+            all: Arc::clone(self),
+            name: id.to_string(),
+            divided: inside.is_some(),
+            limits_io: limits.io.is_some(),
+            closed: false,
+        };
+        let needed = |h: &&Hierarchy| limits.io.is_some() || !h.is_for_io_alone();
+        for hierarchy in self.hierarchies.iter().filter(needed) {
             let path = cgroup.path(hierarchy);
             let op = || format!("make cgroup `{}`", path.display());
             let made = match self.tree.make(&path) {
@@ -178,29 +235,58 @@ impl Cgroups {
                     self.make_parent(hierarchy).and_then(|()| self.tree.make(&path))
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    if !self.tree.processes(&path).map_err(io_error(op()))?.is_empty() {
+                    if !members(self.tree.as_ref(), hierarchy, &path).map_err(io_error(op()))?.is_empty() {
                         // It is another's: leave it alone.
                         cgroup.closed = true;
                         return Err(Error::Busy(id));
                     }
-                    self.tree.remove(&path).and_then(|()| self.tree.make(&path))
+                    remove_all(self.tree.as_ref(), hierarchy, &path).and_then(|()| self.tree.make(&path))
                 }
                 made => made,
             };
             made.map_err(io_error(op()))?;
-            for (file, value, optional) in files(hierarchy, limits) {
+            for (file, value, optional) in files(hierarchy, limits, &disks) {
                 match self.tree.write(&path.join(file), &value) {
                     Err(error) if optional && error.kind() == io::ErrorKind::NotFound => {}
                     result => result.map_err(io_error(format!("write {value} to `{}`", path.join(file).display())))?,
                 }
             }
         }
+        if let (Some(ids), Some(hierarchy)) = (inside, self.birthplace()) {
+            let path = cgroup.path(hierarchy);
+            let divide = || {
+                self.tree.write(&path.join("cgroup.max.descendants"), &DESCENDANTS_MAX.to_string())?;
+                self.tree.write(&path.join("cgroup.max.depth"), &DEPTH_MAX.to_string())?;
+                self.tree.write(&path.join("cgroup.subtree_control"), &hierarchy.enable())?;
+                let inside = path.join(INSIDE);
+                self.tree.make(&inside)?;
+                // Source: Linux `kernel/cgroup/cgroup.c`, files with CFTYPE_NS_DELEGATABLE,
+                // as far as every kernel has them.
+                let given = ["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"];
+                given.iter().try_for_each(|file| self.tree.give(&inside.join(file), ids.base()))
+            };
+            divide().map_err(io_error(format!("divide cgroup `{}`", path.display())))?;
+        }
         Ok(cgroup)
+    }
+
+    /// The disks whose use is limited.
+    fn disks(&self) -> Result<Vec<String>, Error> {
+        let op = "limit what a desktop reads and writes";
+        if !self.hierarchies.iter().any(|h| h.controllers.contains(&Controller::Io)) {
+            let missing = "the cgroup controller `io` (`blkio` in version 1), or it is not mounted";
+            return Err(Error::Unsupported { op, missing: Missing::Kernel(missing.to_owned()) });
+        }
+        let disks = io_limit::disks(Path::new("/sys/block")).map_err(io_error("list the disks"))?;
+        if disks.is_empty() {
+            return Err(Error::Unsupported { op, missing: Missing::Device("any disk".to_owned()) });
+        }
+        Ok(disks)
     }
 
     /// The group of a container that runs already.
     pub(crate) fn adopt(self: &Arc<Self>, id: DesktopId) -> Cgroup {
-        Cgroup { all: Arc::clone(self), name: id.to_string(), closed: false }
+        Cgroup { all: Arc::clone(self), name: id.to_string(), divided: false, limits_io: false, closed: false }
     }
 
     /// The names of all groups there are.
@@ -216,14 +302,17 @@ impl Cgroups {
 
     /// A group by name, to remove it.
     pub(crate) fn stray(self: &Arc<Self>, name: String) -> Cgroup {
-        Cgroup { all: Arc::clone(self), name, closed: false }
+        Cgroup { all: Arc::clone(self), name, divided: false, limits_io: false, closed: false }
     }
 
     /// Whether `pid` is in the group of `id`, in every hierarchy.
     pub(crate) fn holds(&self, id: DesktopId, pid: u32) -> io::Result<bool> {
         for hierarchy in &self.hierarchies {
             let path = self.parent(hierarchy).join(id.to_string());
-            if !self.tree.processes(&path)?.contains(&pid) {
+            if hierarchy.is_for_io_alone() && !self.tree.exists(&path)? {
+                continue;
+            }
+            if !members(self.tree.as_ref(), hierarchy, &path)?.contains(&pid) {
                 return Ok(false);
             }
         }
@@ -243,7 +332,7 @@ impl Drop for Cgroups {
 }
 
 /// Which files get which value, and whether the kernel may lack the file.
-fn files(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String, bool)> {
+fn files(hierarchy: &Hierarchy, limits: Limits, disks: &[String]) -> Vec<(&'static str, String, bool)> {
     let memory = limits.memory.get();
     let quota = (u64::from(limits.cpu.0) * CPU_PERIOD_US / 1000).max(CPU_QUOTA_MIN_US);
     let mut files = Vec::new();
@@ -265,6 +354,7 @@ fn files(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String, bo
                 files.push(("cpu.cfs_quota_us", quota.to_string(), false));
             }
             (Controller::Pids, _) => files.push(("pids.max", limits.pids.to_string(), false)),
+            (Controller::Io, unified) => files.extend(io_limit::files(unified, limits.io, disks)),
             (Controller::Freezer, _) => {}
         }
     }
@@ -277,6 +367,10 @@ fn files(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String, bo
 pub(crate) struct Cgroup {
     all: Arc<Cgroups>,
     name: String,
+    /// Whether its processes are born a level deeper; and whether it was made with
+    /// limits of reading and writing. What is adopted or swept needs to know neither.
+    divided: bool,
+    limits_io: bool,
     closed: bool,
 }
 
@@ -285,10 +379,16 @@ impl Cgroup {
         self.all.parent(hierarchy).join(&self.name)
     }
 
+    /// The group that its processes are in.
+    fn home(&self, hierarchy: &Hierarchy) -> PathBuf {
+        let path = self.path(hierarchy);
+        if self.divided { path.join(INSIDE) } else { path }
+    }
+
     /// The directory that a child can be born in, if there is one.
     pub(crate) fn birthplace(&self) -> Result<Option<OwnedFd>, Error> {
         let Some(hierarchy) = self.all.birthplace() else { return Ok(None) };
-        let path = self.path(hierarchy);
+        let path = self.home(hierarchy);
         let dir = File::open(&path).map_err(io_error(format!("open `{}`", path.display())))?;
         Ok(Some(dir.into()))
     }
@@ -299,7 +399,8 @@ impl Cgroup {
     /// `kernel/cgroup/cgroup.c`, `cgroup_procs_write_start`).
     pub(crate) fn entrances(&self) -> Result<Vec<OwnedFd>, Error> {
         let v1 = self.all.hierarchies.iter().filter(|hierarchy| !hierarchy.unified);
-        v1.map(|hierarchy| {
+        let used = v1.filter(|h| self.limits_io || !h.is_for_io_alone());
+        used.map(|hierarchy| {
             let path = self.path(hierarchy).join("tasks");
             let tasks = File::options().write(true).open(&path);
             Ok(tasks.map_err(io_error(format!("open `{}`", path.display())))?.into())
@@ -310,7 +411,7 @@ impl Cgroup {
     /// Moves a process in, in the v2 hierarchy if it is used.
     pub(crate) fn attach(&self, pid: u32) -> Result<(), Error> {
         for hierarchy in self.all.hierarchies.iter().filter(|hierarchy| hierarchy.unified) {
-            let path = self.path(hierarchy).join("cgroup.procs");
+            let path = self.home(hierarchy).join("cgroup.procs");
             let op = || format!("move process {pid} to `{}`", path.display());
             self.all.tree.write(&path, &pid.to_string()).map_err(io_error(op()))?;
         }
@@ -326,7 +427,14 @@ impl Cgroup {
 
     /// Numbers of the processes in it.
     pub(crate) fn processes(&self) -> io::Result<Vec<u32>> {
-        self.all.hierarchies.first().map_or(Ok(Vec::new()), |first| self.all.tree.processes(&self.path(first)))
+        let Some(first) = self.all.hierarchies.iter().find(|h| !h.is_for_io_alone()) else { return Ok(Vec::new()) };
+        members(self.all.tree.as_ref(), first, &self.path(first))
+    }
+
+    /// How long they waited, where the kernel counts it.
+    pub(crate) fn pressure(&self) -> io::Result<Option<Pressure>> {
+        let Some(hierarchy) = self.all.hierarchies.iter().find(|h| h.unified) else { return Ok(None) };
+        Pressure::read(self.all.tree.as_ref(), &self.path(hierarchy))
     }
 
     /// Processor time that its processes have used. On v1, where time is kept by
@@ -377,7 +485,8 @@ impl Cgroup {
     pub(crate) fn limits(&self) -> Result<Vec<(String, String)>, Error> {
         let mut values = Vec::new();
         for hierarchy in &self.all.hierarchies {
-            for (file, _, optional) in files(hierarchy, Limits::default()) {
+            let io = io_limit::FILES.map(|file| (file, String::new(), true));
+            for (file, _, optional) in files(hierarchy, Limits::default(), &[]).into_iter().chain(io) {
                 let path = self.path(hierarchy).join(file);
                 match self.all.tree.read(&path) {
                     Err(error) if optional && error.kind() == io::ErrorKind::NotFound => {}
@@ -435,6 +544,44 @@ impl Drop for Cgroup {
     }
 }
 
+/// Numbers of the processes in a group and, in version 2, in those below it.
+fn members(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path) -> io::Result<Vec<u32>> {
+    if !hierarchy.unified {
+        return tree.processes(path);
+    }
+    let mut all = Vec::new();
+    for group in below(tree, path)? {
+        all.extend(tree.processes(&group)?);
+    }
+    Ok(all)
+}
+
+/// A group and those below it, each after the one that it is in. There are no more
+/// than [`DESCENDANTS_MAX`].
+fn below(tree: &dyn Tree, path: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut groups = vec![path.to_owned()];
+    let mut next = 0;
+    while let Some(group) = groups.get(next) {
+        let names = tree.list(group)?;
+        let inner: Vec<_> = names.iter().map(|name| group.join(name)).collect();
+        groups.extend(inner);
+        next += 1;
+    }
+    Ok(groups)
+}
+
+/// Removes a group without processes, and those below it.
+fn remove_all(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path) -> io::Result<()> {
+    let groups = if hierarchy.unified { below(tree, path)? } else { vec![path.to_owned()] };
+    for group in groups.iter().rev() {
+        match tree.remove(group) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 fn empty(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path) -> Result<(), Error> {
     let op = || format!("remove cgroup `{}`", path.display());
     let deadline = Instant::now() + EMPTY_WITHIN;
@@ -449,7 +596,14 @@ fn empty(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path) -> Result<(), Erro
         if Instant::now() >= deadline {
             return Err(Error::Timeout { op: op(), limit: EMPTY_WITHIN });
         }
-        let processes = tree.processes(path).map_err(io_error(op()))?;
+        let processes = members(tree, hierarchy, path).map_err(io_error(op()))?;
+        if processes.is_empty() && hierarchy.unified {
+            // What a container made of its own group.
+            match remove_all(tree, hierarchy, path) {
+                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => return Err(io_error(op())(error)),
+                _ => {}
+            }
+        }
         if processes.is_empty() {
             // What has ended leaves its group a moment later, without an event
             // that v1 would tell.
@@ -474,7 +628,7 @@ fn kill(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path, found: &[u32], dead
     for &pid in found {
         let Ok(mut process) = Process::open(pid) else { continue };
         // The number may have come to mean another process since it was read.
-        if tree.processes(path)?.contains(&pid) {
+        if members(tree, hierarchy, path)?.contains(&pid) {
             process.signal(Signal::KILL)?;
             process.wait(deadline.saturating_duration_since(Instant::now()))?;
         }

@@ -16,7 +16,8 @@ use tracing::info_span;
 
 use crate::{
     Enforced, Error, Freezer,
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Pressure},
+    enforced::Demand,
     error::io_error,
     fuse,
     runtime::{PLAN_WITHIN, Shared},
@@ -84,11 +85,13 @@ pub struct Prepared {
     // Before `place`: the process has to be gone before its cgroup can go.
     spawned: Spawned,
     place: Place,
+    landlock: bool,
+    demand: Demand,
 }
 
 impl Prepared {
-    pub(crate) const fn new(place: Place, spawned: Spawned) -> Self {
-        Self { spawned, place }
+    pub(crate) const fn new(place: Place, spawned: Spawned, landlock: bool, demand: Demand) -> Self {
+        Self { spawned, place, landlock, demand }
     }
 
     pub(crate) fn release(&self) -> Result<(), Error> {
@@ -137,15 +140,27 @@ impl Prepared {
         let _span = info_span!("start", desktop = %self.place.id).entered();
         // A child that has failed cannot be released; why it failed is what
         // its report says.
-        let released = self.spawned.release();
         let event = || self.spawned.event(PLAN_WITHIN).map_err(|source| self.failed(source));
-        let Event::Ready { calls } = event()? else { return Err(self.failed(SpawnError::Died)) };
+        let ready = |event| match event {
+            Event::Ready { calls } => Ok(calls),
+            Event::Closed => Err(self.failed(SpawnError::Died)),
+        };
+        // Whoever demands something looks while nothing of the image runs yet.
+        let (released, calls) = if self.demand.require.is_empty() {
+            let released = self.spawned.release();
+            (released, ready(event()?)?)
+        } else {
+            let calls = ready(event()?)?;
+            let enforced = Enforced::read(self.pid(), &self.place.cgroup, self.landlock);
+            self.demand.check(self.place.id, &enforced.map_err(|error| self.reason().unwrap_or(error))?)?;
+            (self.spawned.release(), calls)
+        };
         // One that was not released would not execute, however long one waits.
         released.map_err(|source| self.failed(source))?;
         let Event::Closed = event()? else { return Err(self.failed(SpawnError::Died)) };
         let calls = calls.saturating_add(CALLS_AFTER_READY);
         tracing::debug!(calls, "program runs");
-        let mut container = Container::new(self.place, self.spawned.into_process());
+        let mut container = Container::new(self.place, self.spawned.into_process(), self.landlock);
         container.start_calls = Some(calls);
         Ok(container)
     }
@@ -161,11 +176,13 @@ pub struct Container {
     process: Process,
     place: Place,
     start_calls: Option<u32>,
+    /// Whether it keeps to rules of Landlock.
+    landlock: bool,
 }
 
 impl Container {
-    pub(crate) const fn new(place: Place, process: Process) -> Self {
-        Self { process, place, start_calls: None }
+    pub(crate) const fn new(place: Place, process: Process, landlock: bool) -> Self {
+        Self { process, place, start_calls: None, landlock }
     }
 
     /// How many system calls its process made from its birth until its program
@@ -236,6 +253,23 @@ impl Container {
         self.process.signal(signal).map_err(io_error(format!("signal desktop {}", self.place.id)))
     }
 
+    /// Asks an image's own init to end everything in its own time.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn ask_to_halt(&self) -> Result<(), Error> {
+        self.process.halt().map_err(io_error(format!("ask desktop {} to halt", self.place.id)))
+    }
+
+    /// How long its processes waited for processor, memory and disks; `None` where the
+    /// kernel does not keep count of that, as with cgroups of version 1.
+    ///
+    /// # Errors
+    /// It has been removed, or the kernel does not say.
+    pub fn pressure(&self) -> Result<Option<Pressure>, Error> {
+        self.place.cgroup.pressure().map_err(io_error(format!("read the pressure on desktop {}", self.place.id)))
+    }
+
     /// Kills process 1 and, with it, everything in the container.
     ///
     /// # Errors
@@ -256,6 +290,7 @@ impl Container {
             start_time_ticks: start_time(self.pid()).map_err(io_error(op()))?,
             boot_id: boot_id().map_err(io_error(op()))?,
             ids: self.place.ids,
+            landlock: self.landlock,
         })
     }
 
@@ -274,7 +309,7 @@ impl Container {
     /// # Errors
     /// It has ended.
     pub fn enforced(&self) -> Result<Enforced, Error> {
-        Enforced::read(self.pid(), &self.place.cgroup)
+        Enforced::read(self.pid(), &self.place.cgroup, self.landlock)
     }
 
     /// Asks the kernel for the memory that nothing but this container uses:
@@ -395,6 +430,9 @@ pub struct ContainerRecord {
     pub(crate) start_time_ticks: u64,
     pub(crate) boot_id: String,
     pub(crate) ids: UidRange,
+    /// Absent in records of versions that did not use it.
+    #[serde(default)]
+    pub(crate) landlock: bool,
 }
 
 impl ContainerRecord {

@@ -1,8 +1,12 @@
 //! What is enforced on a container, as the kernel tells it.
 
-use std::{collections::BTreeMap, fs, io};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs, io,
+};
 
 use caps::{CapSet, Capability, CapsHashSet};
+use qvd_core::{DesktopId, Limits, UidRange};
 
 use crate::{Error, cgroup::Cgroup, error::io_error};
 
@@ -17,6 +21,10 @@ pub struct Enforced {
     pub no_new_privileges: bool,
     /// A system call filter is loaded.
     pub seccomp_filter: bool,
+    /// It keeps to rules of Landlock. The kernel tells that to nobody: it said so to
+    /// the container while that set itself up, and that they hold here was tried when
+    /// the runtime was made.
+    pub landlock: bool,
     /// Capabilities that can ever be had.
     pub bounding: CapsHashSet,
     /// Capabilities that it has now.
@@ -34,7 +42,7 @@ pub struct Enforced {
 }
 
 impl Enforced {
-    pub(crate) fn read(pid: u32, cgroup: &Cgroup) -> Result<Self, Error> {
+    pub(crate) fn read(pid: u32, cgroup: &Cgroup, landlock: bool) -> Result<Self, Error> {
         let op = || format!("read the confinement of process {pid}");
         let status = fs::read_to_string(format!("/proc/{pid}/status")).map_err(io_error(op()))?;
         let field = |name: &str| {
@@ -67,6 +75,7 @@ impl Enforced {
             no_new_privileges: field("NoNewPrivs")? == "1",
             // Source: proc(5): 2 is SECCOMP_MODE_FILTER.
             seccomp_filter: field("Seccomp")? == "2",
+            landlock,
             bounding: caps::all().into_iter().filter(|c: &Capability| bounding & c.bitmask() != 0).collect(),
             effective,
             ambient,
@@ -75,6 +84,114 @@ impl Enforced {
             own_namespaces,
             limits: cgroup.limits()?.into_iter().collect(),
         })
+    }
+}
+
+/// Something that keeps a container in, for a policy to require.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Protection {
+    /// Each namespace is its own, and users inside are those of its range alone.
+    Namespaces,
+    /// No program gains privileges.
+    NoNewPrivileges,
+    /// There is a system call filter.
+    SystemCallFilter,
+    /// Nobody can ever have a capability that the profile does not name.
+    Capabilities,
+    /// Landlock forbids devices and mounts once more.
+    Landlock,
+    /// Memory is limited.
+    MemoryLimit,
+    /// Processor time is limited.
+    CpuLimit,
+    /// The number of processes is limited.
+    PidsLimit,
+    /// Reading from and writing to disks is limited.
+    IoLimit,
+}
+
+impl Protection {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Namespaces,
+        Self::NoNewPrivileges,
+        Self::SystemCallFilter,
+        Self::Capabilities,
+        Self::Landlock,
+        Self::MemoryLimit,
+        Self::CpuLimit,
+        Self::PidsLimit,
+        Self::IoLimit,
+    ];
+
+    /// What it is called.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Namespaces => "namespaces of its own",
+            Self::NoNewPrivileges => "no new privileges",
+            Self::SystemCallFilter => "a system call filter",
+            Self::Capabilities => "few capabilities",
+            Self::Landlock => "Landlock",
+            Self::MemoryLimit => "a limit of memory",
+            Self::CpuLimit => "a limit of processor time",
+            Self::PidsLimit => "a limit of processes",
+            Self::IoLimit => "a limit of reading and writing",
+        }
+    }
+}
+
+impl fmt::Display for Protection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What has to be enforced before a program may run.
+#[derive(Debug)]
+pub(crate) struct Demand {
+    pub(crate) require: BTreeSet<Protection>,
+    /// Capabilities that may be had.
+    pub(crate) kept: Vec<Capability>,
+    pub(crate) limits: Limits,
+}
+
+impl Demand {
+    /// Compares it with what the kernel says.
+    pub(crate) fn check(&self, id: DesktopId, enforced: &Enforced) -> Result<(), Error> {
+        let missing: Vec<_> = self.require.iter().filter(|one| !self.holds(**one, enforced)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let missing = missing.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        Err(Error::Weaker { id, missing })
+    }
+
+    fn holds(&self, protection: Protection, enforced: &Enforced) -> bool {
+        let number = |files: &[&str]| {
+            files.iter().find_map(|file| enforced.limits.get(*file)?.split(' ').next()?.parse::<u64>().ok())
+        };
+        let map = |map: &[[u32; 3]]| matches!(map, [[0, base, UidRange::LEN]] if *base >= UidRange::LEN);
+        match protection {
+            Protection::Namespaces => {
+                enforced.own_namespaces == NAMESPACES && map(&enforced.uid_map) && map(&enforced.gid_map)
+            }
+            Protection::NoNewPrivileges => enforced.no_new_privileges,
+            Protection::SystemCallFilter => enforced.seccomp_filter,
+            Protection::Capabilities => {
+                enforced.ambient == 0 && enforced.bounding.iter().all(|capability| self.kept.contains(capability))
+            }
+            Protection::Landlock => enforced.landlock,
+            Protection::MemoryLimit => {
+                number(&["memory.max", "memory.limit_in_bytes"]).is_some_and(|bytes| bytes <= self.limits.memory.get())
+            }
+            Protection::CpuLimit => number(&["cpu.max", "cpu.cfs_quota_us"]).is_some(),
+            Protection::PidsLimit => number(&["pids.max"]).is_some_and(|most| most <= u64::from(self.limits.pids)),
+            Protection::IoLimit => ["io.max", "blkio.throttle.write_bps_device"]
+                .iter()
+                .any(|file| enforced.limits.get(*file).is_some_and(|limits| !limits.is_empty())),
+        }
     }
 }
 

@@ -46,6 +46,14 @@ pub enum Error {
         /// The step that failed.
         source: SpawnError,
     },
+    /// This host, or what was asked for, confines less than the policy requires.
+    #[error("desktop {id} would run without {missing}, which its policy requires")]
+    Weaker {
+        /// Which one.
+        id: DesktopId,
+        /// What is not enforced.
+        missing: String,
+    },
     /// QEMU ended before the machine was there, or would not have it.
     #[error("QEMU cannot run desktop {id}: {said}")]
     Hypervisor {

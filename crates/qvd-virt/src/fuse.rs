@@ -10,13 +10,16 @@ use std::{fs, io, os::fd::OwnedFd};
 use qvd_sys::mount::{FsContext, Restrictions};
 use rustix::fs::{Mode, OFlags, openat};
 
-/// Ends every file system that one of `processes` sees and that a program
-/// serves. Returns how many there were.
+/// Ends every file system that one of `processes` sees, that a program serves and
+/// that the host itself has not mounted: such a one, as of homes, may be others' too,
+/// and its server is nobody's inside. Returns how many there were.
 ///
 /// Nothing is opened below any of them: numbers are read from mount tables, and
 /// the file to write to is in a file system of the kernel's.
 pub(crate) fn abort(processes: &[u32]) -> io::Result<usize> {
-    let mut connections: Vec<u32> = processes.iter().flat_map(|pid| served(*pid)).collect();
+    let ours = served("thread-self");
+    let mut connections: Vec<u32> = processes.iter().flat_map(|pid| served(&pid.to_string())).collect();
+    connections.retain(|connection| !ours.contains(connection));
     connections.sort_unstable();
     connections.dedup();
     if connections.is_empty() {
@@ -42,7 +45,7 @@ fn control() -> io::Result<OwnedFd> {
 
 /// Numbers of the conversations behind the mounts that a process sees; none if
 /// it has ended.
-fn served(pid: u32) -> Vec<u32> {
+fn served(pid: &str) -> Vec<u32> {
     let table = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
     table.lines().filter_map(connection).collect()
 }

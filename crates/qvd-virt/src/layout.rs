@@ -9,7 +9,7 @@
 
 use std::{
     collections::BTreeSet,
-    ffi::{CString, OsStr},
+    ffi::{CStr, CString, OsStr},
     io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -93,8 +93,9 @@ pub(crate) struct Layout {
 
 impl Layout {
     pub(crate) fn new() -> Result<Self, Error> {
-        let dev = make_dev(&[]).map_err(io_error("make the device file system"))?;
-        let dev_kvm = make_dev(&[Node::new(KVM.0, KVM.1, KVM.2)]).map_err(io_error("make the device file system"))?;
+        let dev = make_dev(&[], false).map_err(io_error("make the device file system"))?;
+        let kvm = [Node::new(KVM.0, KVM.1, KVM.2)];
+        let dev_kvm = make_dev(&kvm, false).map_err(io_error("make the device file system"))?;
         let null = openat(&dev, "null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(io_error("open the null device"))?;
         let below = |top: &'static str, names: &[&'static str]| {
@@ -120,7 +121,14 @@ impl Layout {
     pub(crate) fn compile(&self, plan: &mut Plan, spec: &mut Parts<'_>) -> Result<(), Error> {
         let own = io_error("keep a descriptor for the container");
         let root = spec.root.try_clone_to_owned().and_then(|fd| plan.own(fd)).map_err(own)?;
-        let mut tree = Tree { root_fd: spec.root, root, work: slot(plan)?, mounted: Vec::new(), how: spec.resolve };
+        let mut tree = Tree {
+            root_fd: spec.root,
+            root,
+            work: slot(plan)?,
+            mounted: Vec::new(),
+            how: spec.resolve,
+            cgroups: spec.cgroups,
+        };
 
         plan.step("attach the root", Op::Attach { mount: root, dir: PlanFd::CWD, path: c"/".to_owned() });
         let dev = self.dev(spec)?;
@@ -133,6 +141,10 @@ impl Layout {
         let shm = keep(plan, shm)?;
         plan.step("mount /dev/shm", Op::Attach { mount: shm, dir: dev, path: c"shm".to_owned() });
         self.devpts(plan, dev)?;
+        if let Some(console) = spec.console.take() {
+            let console = keep(plan, console)?;
+            plan.step("attach /dev/console", Op::Attach { mount: console, dir: dev, path: CONSOLE.to_owned() });
+        }
         for (target, size, mode) in [("/tmp", spec.tmp, 0o1777), ("/run", spec.run, 0o755)] {
             let mount = tmpfs(size, spec.inodes, mode, base)?;
             let mount = keep(plan, mount)?;
@@ -155,7 +167,7 @@ impl Layout {
     /// all that is asked for and the kernel clones what is mounted nowhere (since
     /// Linux 6.15; it was `EINVAL` before).
     fn dev(&self, spec: &Parts<'_>) -> Result<OwnedFd, Error> {
-        if spec.devices.is_empty() {
+        if spec.devices.is_empty() && spec.console.is_none() {
             match clone_dir(if spec.kvm { &self.dev_kvm } else { &self.dev }.as_fd()) {
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 clone => return clone.map_err(io_error("clone the device file system")),
@@ -163,7 +175,7 @@ impl Layout {
         }
         let kvm = spec.kvm.then(|| Node::new(KVM.0, KVM.1, KVM.2));
         let nodes = find(Path::new(HOST_DEV), &spec.devices)?.into_iter().chain(kvm).collect::<Vec<_>>();
-        make_dev(&nodes).map_err(io_error("make the device file system"))
+        make_dev(&nodes, spec.console.is_some()).map_err(io_error("make the device file system"))
     }
 
     /// All processes of the container see each other: `hidepid` would save
@@ -193,6 +205,15 @@ impl Layout {
         tree.attach(plan, "/sys", sys)?;
         for name in &self.sys_dirs {
             cover(plan, "mask", "/sys", sys, name, Cover { from: dev, path: EMPTY_DIR, read_only: false })?;
+        }
+        if tree.cgroups {
+            // By a process whose view begins at its own group, it shows nothing above.
+            let into = slot(plan)?;
+            let attributes = NOSUID | NODEV | NOEXEC;
+            let fs = Op::MakeFs { kind: c"cgroup2".to_owned(), options: Vec::new(), attributes, into };
+            plan.step("mount /sys/fs/cgroup", fs);
+            let path = c"fs/cgroup".to_owned();
+            plan.step("attach /sys/fs/cgroup", Op::Attach { mount: into, dir: sys, path });
         }
         Ok(())
     }
@@ -228,6 +249,8 @@ pub(crate) struct Parts<'a> {
     kvm: bool,
     devices: BTreeSet<Device>,
     fuse: Vec<FuseMount>,
+    console: Option<OwnedFd>,
+    cgroups: bool,
     resolve: ResolveFlags,
 }
 
@@ -242,6 +265,7 @@ impl<'a> Parts<'a> {
                 .map_err(io_error(format!("restrict the mount for `{target}`")))?;
             mounts.push((target, mount));
         }
+        let console = spec.console.take().map(|terminal| console(&terminal, spec.ids.base())).transpose()?;
         let profile = &spec.profile;
         Ok(Self {
             root,
@@ -254,9 +278,25 @@ impl<'a> Parts<'a> {
             kvm: profile.kvm,
             devices: profile.devices.clone(),
             fuse: spec.fuse.clone(),
+            console,
+            cgroups: profile.cgroups,
             resolve: measures.resolve,
         })
     }
+}
+
+/// Where a container's own terminal is attached, if it has one.
+const CONSOLE: &CStr = c"console";
+
+/// A mount of the terminal alone, whose owner is then `owner`.
+fn console(terminal: &OwnedFd, owner: u32) -> Result<OwnedFd, Error> {
+    if rustix::termios::tcgetwinsize(terminal).is_err() {
+        return Err(Error::Invalid { what: "the console".to_owned(), reason: "give it a terminal" });
+    }
+    let owner = (rustix::fs::Uid::from_raw(owner), rustix::fs::Gid::from_raw(owner));
+    rustix::fs::fchown(terminal, Some(owner.0), Some(owner.1))
+        .map_err(io_error("give the console to the container"))?;
+    clone_dir(terminal.as_fd()).map_err(io_error("mount the console"))
 }
 
 /// Adds the steps that make a file system whose requests come to a descriptor.
@@ -324,6 +364,7 @@ struct Tree<'a> {
     work: PlanFd,
     mounted: Vec<(PathBuf, PlanFd)>,
     how: ResolveFlags,
+    cgroups: bool,
 }
 
 impl Tree<'_> {
@@ -419,7 +460,8 @@ fn tmpfs(size: Bytes, inodes: u32, mode: u32, owner: u32) -> Result<OwnedFd, Err
 /// Devices without a host behind them. Nodes work because the file system
 /// belongs to the host's user namespace; nobody inside may change it, as it is
 /// read-only and its owner has no id there.
-fn make_dev(more: &[Node]) -> io::Result<OwnedFd> {
+/// `console` makes a place for one.
+fn make_dev(more: &[Node], console: bool) -> io::Result<OwnedFd> {
     let fs = FsContext::open("tmpfs").map_err(io::Error::other)?;
     // Those below, with room for directories and devices.
     let inodes = (32 + 2 * more.len()).to_string();
@@ -456,6 +498,9 @@ fn make_dev(more: &[Node]) -> io::Result<OwnedFd> {
     }
     for name in ["pts", "shm", "mqueue"] {
         mkdirat(&dev, name, Mode::from_raw_mode(0o755))?;
+    }
+    if console {
+        mknodat(&dev, CONSOLE, FileType::RegularFile, Mode::from_raw_mode(0o600), 0)?;
     }
     restrict(dev.as_fd(), Restrictions { read_only: true, ..limited }, None)?;
     Ok(dev)

@@ -37,9 +37,9 @@ mod sound;
 mod spec;
 pub mod vm;
 
-pub use cgroup::Freezer;
+pub use cgroup::{Freezer, Pressure, Waiting};
 pub use container::{Container, ContainerRecord, Prepared};
-pub use enforced::Enforced;
+pub use enforced::{Enforced, Protection};
 pub use error::Error;
 pub use machine::{Failure, Machine};
 pub use probe::probe;

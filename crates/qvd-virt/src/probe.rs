@@ -2,11 +2,13 @@
 
 use std::{io, os::fd::AsFd, time::Duration};
 
-use qvd_core::{Missing, Support};
+use qvd_core::{Calls, Missing, Support};
 use qvd_sys::{
     mount::{FsContext, Restrictions, restrict},
-    process::{Event, Namespaces, Op, Plan, SpawnError, spawn},
+    process::{Event, LandlockRules, Namespaces, Op, Plan, SpawnError, spawn},
 };
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::{
     cgroup::{Controller, Hierarchy, Kernel, find},
@@ -33,10 +35,18 @@ pub fn probe() -> io::Result<Vec<(&'static str, Support)>> {
         ("ipc namespaces", Namespaces::IPC),
     ];
     for (name, namespace) in namespaces {
-        answers.push((name, child(namespace, None, name)?));
+        answers.push((name, child(namespace, Plan::new(), name)?));
     }
-    let filter = Op::Seccomp(seccomp::desktop_filter());
-    answers.push(("system call filters", child(Namespaces::USER, Some(filter), "seccomp filters")?));
+    let mut filtered = Plan::new();
+    filtered.step("load a filter", Op::Seccomp(seccomp::filter(Calls::Desktop, false)));
+    answers.push(("system call filters", child(Namespaces::USER, filtered, "seccomp filters")?));
+    answers.push((
+        "Landlock",
+        match self::landlock()? {
+            Some(_) => Support::Yes,
+            None => Support::No(Missing::Kernel("Landlock of Linux 5.19, or it is switched off".to_owned())),
+        },
+    ));
     let hierarchies = find(&Kernel, &std::fs::read_to_string("/proc/thread-self/mountinfo")?);
     for controller in Controller::ALL {
         answers.push((controller.limit(), limited(&hierarchies, controller)));
@@ -50,9 +60,23 @@ impl Controller {
             Self::Memory => "memory limits",
             Self::Cpu => "processor limits",
             Self::Pids => "process limits",
+            Self::Io => "limits of reading and writing",
             Self::Freezer => "freezing of idle desktops",
         }
     }
+}
+
+/// The version of Landlock that holds here: a child keeps to its rules and tries to
+/// break them.
+pub(crate) fn landlock() -> io::Result<Option<u32>> {
+    let Some(version) = LandlockRules::version()? else { return Ok(None) };
+    let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut plan = Plan::new();
+    let rules = plan.own(LandlockRules::new(version, root.as_fd())?.into())?;
+    plan.step("keep to rules of Landlock", Op::Landlock(rules));
+    plan.step("try to break them", Op::TryLandlock);
+    let held = child(Namespaces::USER, plan, "Landlock")?;
+    Ok(held.is_yes().then_some(version))
 }
 
 fn limited(hierarchies: &[Hierarchy], controller: Controller) -> Support {
@@ -74,12 +98,8 @@ fn copy(error: &io::Error) -> io::Error {
     error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
-/// Makes a child in a namespace, lets it do `op`, and hears whether it got on.
-fn child(namespace: Namespaces, op: Option<Op>, what: &str) -> io::Result<Support> {
-    let mut plan = Plan::new();
-    if let Some(op) = op {
-        plan.step(what, op);
-    }
+/// Makes a child in a namespace, lets it do what is planned, and hears whether it got on.
+fn child(namespace: Namespaces, mut plan: Plan, what: &str) -> io::Result<Support> {
     plan.step("report", Op::Ready);
     let tried = spawn(plan, namespace, None).and_then(|mut child| {
         let event = child.event(ANSWER_WITHIN);
@@ -100,7 +120,9 @@ fn child(namespace: Namespaces, op: Option<Op>, what: &str) -> io::Result<Suppor
 fn answer(result: io::Result<()>, what: &str) -> io::Result<Support> {
     let Err(error) = result else { return Ok(Support::Yes) };
     match error.raw_os_error() {
-        Some(libc::ENOSYS | libc::EINVAL | libc::ENODEV) => Ok(Support::No(Missing::Kernel(what.to_owned()))),
+        Some(libc::ENOSYS | libc::EINVAL | libc::ENODEV | libc::EOPNOTSUPP) => {
+            Ok(Support::No(Missing::Kernel(what.to_owned())))
+        }
         // User namespaces switched off by user.max_user_namespaces.
         Some(libc::ENOSPC) => Ok(Support::No(Missing::Kernel(format!("{what}: their sysctl allows none")))),
         Some(libc::EPERM | libc::EACCES) => Ok(Support::No(Missing::Privilege(format!("use {what}; run as root")))),

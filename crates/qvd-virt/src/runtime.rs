@@ -4,7 +4,7 @@
 mod tests;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     ffi::CString,
     fs,
     io::{self, Write},
@@ -14,19 +14,22 @@ use std::{
 };
 
 use caps::Capability;
-use qvd_core::{DesktopId, Instance, Limits};
-use qvd_sys::process::{BpfInstruction, Event, ExecArgs, Namespaces, Op, Plan, Process, boot_id, spawn, start_time};
+use qvd_core::{Calls, DesktopId, Instance, Limits};
+use qvd_sys::process::{
+    BpfInstruction, Event, ExecArgs, LandlockRules, Namespaces, Op, Plan, Process, boot_id, spawn, start_time,
+};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tracing::{debug, info_span, warn};
 
 use crate::{
-    Container, ContainerRecord, ContainerSpec, Error, Prepared,
+    Container, ContainerRecord, ContainerSpec, Error, Prepared, Profile,
     cgroup::{Cgroup, Cgroups},
     container::Place,
+    enforced::Demand,
     error::io_error,
     layout::{Layout, Parts},
     measures::Measures,
-    seccomp,
+    probe, seccomp,
     spec::c_string,
 };
 
@@ -42,6 +45,9 @@ const OPEN_FILES: (u64, u64) = (1024, 524_288);
 /// Source: proc(5), `oom_score_adj`, from -1000 to 1000.
 const OOM_SCORE_ADJ: &str = "300";
 
+/// A system call filter, as the kernel takes it.
+type Filter = Arc<[BpfInstruction]>;
+
 /// Makes, adopts and sweeps the containers of one installation.
 ///
 /// Dropping it leaves its containers alone; each is an owner of its own.
@@ -49,7 +55,10 @@ const OOM_SCORE_ADJ: &str = "300";
 pub struct Runtime {
     shared: Arc<Shared>,
     layout: Layout,
-    filter: Arc<[BpfInstruction]>,
+    /// What desktops may call; others are compiled when they are first asked for.
+    filters: Mutex<BTreeMap<(Calls, bool), Filter>>,
+    /// The version of Landlock that there is.
+    landlock: Option<u32>,
     /// Whether a child can be born in its cgroup.
     born_in_place: bool,
 }
@@ -108,7 +117,8 @@ impl Runtime {
         let cgroups = Arc::new(Cgroups::open(instance)?);
         let born_in_place = cgroups.can_be_born_in()?;
         let shared = Arc::new(Shared { cgroups, held: Mutex::default() });
-        Ok(Self { shared, layout: Layout::new()?, filter: seccomp::desktop_filter(), born_in_place })
+        let landlock = probe::landlock().map_err(io_error("try Landlock"))?;
+        Ok(Self { shared, layout: Layout::new()?, filters: Mutex::default(), landlock, born_in_place })
     }
 
     /// Makes the process of a container and lets it set up its file system and
@@ -136,14 +146,14 @@ impl Runtime {
         let claim = Claim::new(&self.shared, id)?;
         let cgroup = {
             let _span = info_span!("cgroup").entered();
-            self.shared.cgroups.create(id, spec.limits)?
+            self.shared.cgroups.create(id, spec.limits, spec.profile.cgroups.then_some(spec.ids))?
         };
         let mut plan = {
             let _span = info_span!("compile").entered();
             self.compile(&mut spec, cgroup.entrances()?, measures)?
         };
         change(&mut plan);
-        let steps = plan.len();
+        let (steps, landlocked) = (plan.len(), plan.has(|op| matches!(op, Op::Landlock(_))));
         let birthplace = if self.born_in_place { cgroup.birthplace()? } else { None };
         let spawned = {
             let _span = info_span!("clone").entered();
@@ -153,7 +163,13 @@ impl Runtime {
         debug!(pid = spawned.process().pid(), steps, "process made");
         claim.hand_on();
         // From here on the owner undoes everything.
-        let prepared = Prepared::new(Place::new(Arc::clone(&self.shared), cgroup, id, spec.ids), spawned);
+        let place = Place::new(Arc::clone(&self.shared), cgroup, id, spec.ids);
+        let demand = Demand {
+            require: spec.profile.require.clone(),
+            kept: spec.profile.capabilities.clone(),
+            limits: spec.limits,
+        };
+        let prepared = Prepared::new(place, spawned, landlocked, demand);
         {
             let _span = info_span!("maps").entered();
             let placed = self.place(&prepared, birthplace.is_some(), &spec);
@@ -235,19 +251,31 @@ impl Runtime {
         }
         let inherited = given.last().map_or(3, |last| u32::from(*last).saturating_add(1).max(3));
         plan.step("close other descriptors", Op::CloseOnExecFrom(inherited));
+        // Whoever may mount cannot be restricted by it: it takes that away.
+        if let Some(version) = self.landlock.filter(|_| spec.profile.calls != Calls::System) {
+            let rules = LandlockRules::new(version, root.as_fd()).map_err(io_error("make rules of Landlock"))?;
+            let rules = own(rules.into())(&mut plan)?;
+            plan.step("restrict itself by Landlock", Op::Landlock(rules));
+        }
         plan.step("drop capabilities", Op::DropBounding(dropped(&spec.profile.capabilities)?));
         if spec.profile.no_new_privileges {
             plan.step("forbid new privileges", Op::NoNewPrivileges);
         }
         // A new user namespace gives a process all capabilities, so the filter
         // may be loaded without `no_new_privs` too.
-        plan.step("load the system call filter", Op::Seccomp(Arc::clone(&self.filter)));
+        plan.step("load the system call filter", Op::Seccomp(self.filter(&spec.profile)));
         plan.step("report", Op::Ready);
         plan.step("wait for the start", Op::Wait);
         let strings = |texts: &[String]| texts.iter().map(|text| c_string(text)).collect::<Result<Vec<CString>, _>>();
         let args = ExecArgs::new(strings(&spec.program.argv)?, strings(&spec.program.env)?);
         plan.step("execute the program", Op::Exec { program, args });
         Ok(plan)
+    }
+
+    fn filter(&self, profile: &Profile) -> Filter {
+        let mut filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
+        let (calls, merging) = (profile.calls, profile.merging);
+        Arc::clone(filters.entry((calls, merging)).or_insert_with(|| seccomp::filter(calls, merging)))
     }
 
     /// Takes over a container that another process, or an earlier life of this
@@ -282,7 +310,7 @@ impl Runtime {
         }
         claim.hand_on();
         let place = Place::new(Arc::clone(&self.shared), self.shared.cgroups.adopt(id), id, record.ids);
-        Ok(Some(Container::new(place, process)))
+        Ok(Some(Container::new(place, process, record.landlock)))
     }
 
     /// Kills and removes every container of this installation that is neither
@@ -332,7 +360,7 @@ impl Cgroups {
         if !self.is_birthplace() {
             return Ok(false);
         }
-        let mut cgroup = self.create(id, Limits::default())?;
+        let mut cgroup = self.create(id, Limits::default(), None)?;
         let Some(dir) = cgroup.birthplace()? else { return Ok(false) };
         let mut plan = Plan::new();
         plan.step("report", Op::Ready);

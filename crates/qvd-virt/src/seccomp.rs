@@ -4,7 +4,8 @@
 //! so that programs fall back to what does), and what is known and refused
 //! gives the error that a program without the privilege would see.
 //!
-//! Two decisions need their reason:
+//! There is one list for desktops, a shorter one for applications, and a longer one
+//! for images that bring their own init ([`Calls`]). Three decisions need their reason:
 //!
 //! * User, process, network and IPC namespaces may be made inside, because the
 //!   sandboxes of browsers are built from them and a browser without its
@@ -12,7 +13,11 @@
 //!   root in one can then reach: mounts, packet filters, exotic sockets. So
 //!   those are refused here, where the namespaces cannot bring them back.
 //! * `clone3` does not exist. A filter cannot see the flags it takes through a
-//!   pointer; the C libraries fall back to `clone`, whose flags it can.
+//!   pointer; the C libraries fall back to `clone`, whose flags it can. For the same
+//!   reason nobody gets the newer mount calls, not even an image's own init: of
+//!   `mount`, a filter sees whether it would allow devices where they are forbidden.
+//! * Nobody offers pages for merging: who measures how long a write takes learns
+//!   whether others have the same page.
 //!
 //! The program is a binary search over ranges of numbers with one instruction
 //! per decision. The filter crates compare one number after another instead,
@@ -24,6 +29,7 @@ mod table;
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use qvd_core::Calls;
 use qvd_sys::process::BpfInstruction;
 
 /// What becomes of a system call.
@@ -77,9 +83,10 @@ const fn instruction(code: u16, jt: u8, jf: u8, k: u32) -> BpfInstruction {
     BpfInstruction { code, jt, jf, k }
 }
 
-/// The filter of a desktop.
-pub(crate) fn desktop_filter() -> Arc<[BpfInstruction]> {
-    compile(&table::desktop()).into()
+/// The filter of programs that may make `calls`; `merging` lets them offer pages
+/// to be merged with equal ones of others.
+pub(crate) fn filter(calls: Calls, merging: bool) -> Arc<[BpfInstruction]> {
+    compile(&table::of(calls, merging)).into()
 }
 
 fn compile(rules: &BTreeMap<u32, Rule>) -> Vec<BpfInstruction> {
@@ -207,8 +214,13 @@ mod tests {
 
     #[test]
     fn every_number_gets_the_rule_of_the_table() {
-        let rules = table::desktop();
-        let program = compile(&rules);
+        for calls in Calls::ALL {
+            each_number_of(&table::of(calls, false));
+        }
+    }
+
+    fn each_number_of(rules: &BTreeMap<u32, Rule>) {
+        let program = compile(rules);
         // Source: Linux `include/uapi/linux/bpf_common.h`, BPF_MAXINSNS.
         assert!(program.len() < 4096, "{}", program.len());
         for nr in (0..1024).chain([0x4000_0000, 0x4000_0000 + 1, u32::MAX]) {
@@ -225,7 +237,7 @@ mod tests {
 
     #[test]
     fn arguments_decide_where_they_must() {
-        let program = desktop_filter();
+        let program = filter(Calls::Desktop, false);
         let call = |nr, args| run(&program, ARCH, number(nr), args);
         let flags = |flags: i32| [flags.cast_unsigned(), 0, 0, 0, 0, 0];
         let sandbox = libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWNET;
@@ -251,5 +263,31 @@ mod tests {
         assert_eq!(call(libc::SYS_setsockopt, [3, 1, 64, 0, 0, 0]), RET_ALLOW);
         assert_eq!(call(libc::SYS_clone3, [0; 6]), refuse(libc::ENOSYS));
         assert_eq!(call(libc::SYS_bpf, [0; 6]), refuse(libc::EPERM));
+        let merge = |program: &[BpfInstruction]| run(program, ARCH, number(libc::SYS_madvise), [0, 0, 12, 0, 0, 0]);
+        assert_eq!(merge(&program), refuse(libc::EINVAL));
+        assert_eq!(merge(&filter(Calls::Desktop, true)), RET_ALLOW);
+        assert_eq!(call(libc::SYS_madvise, [0, 0, 4, 0, 0, 0]), RET_ALLOW, "MADV_DONTNEED");
+    }
+
+    #[test]
+    fn applications_may_less_than_desktops_and_systems_more() {
+        let may = |calls, nr, args| run(&filter(calls, false), ARCH, number(nr), args) == RET_ALLOW;
+        for nr in 0..512 {
+            let [application, desktop, system] = [Calls::Application, Calls::Desktop, Calls::System]
+                .map(|calls| run(&filter(calls, false), ARCH, nr, [0; 6]) == RET_ALLOW);
+            assert!(desktop || !application, "{nr}");
+            assert!(system || !desktop, "{nr}");
+        }
+        let new = [libc::CLONE_NEWUSER.cast_unsigned(), 0, 0, 0, 0, 0];
+        assert!(may(Calls::Desktop, libc::SYS_unshare, new) && !may(Calls::Application, libc::SYS_unshare, new));
+        // What takes "no devices" away from a mount is refused to all.
+        let (bind, remount, nodev) = (4096, 32, 4);
+        let mount = |flags| may(Calls::System, libc::SYS_mount, [0, 0, 0, flags, 0, 0]);
+        assert!(mount(bind) && mount(0) && mount(bind | remount | nodev));
+        assert!(!mount(bind | remount) && !mount(remount));
+        assert!(!may(Calls::Desktop, libc::SYS_mount, [0; 6]));
+        for nr in [libc::SYS_mount_setattr, libc::SYS_fsopen, libc::SYS_bpf, libc::SYS_keyctl, libc::SYS_reboot] {
+            assert!(!may(Calls::System, nr, [0; 6]), "{nr}");
+        }
     }
 }

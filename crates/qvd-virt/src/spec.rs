@@ -8,9 +8,9 @@ use std::{
 };
 
 use caps::Capability;
-use qvd_core::{Bytes, DesktopId, Device, Limits, UidRange};
+use qvd_core::{Bytes, Calls, DesktopId, Device, Limits, UidRange};
 
-use crate::Error;
+use crate::{Error, Protection};
 
 /// A program in a descriptor, with its arguments and environment.
 #[derive(Debug)]
@@ -81,6 +81,44 @@ pub struct Profile {
     pub kvm: bool,
     /// Which of the host's devices everybody inside can open.
     pub devices: BTreeSet<Device>,
+    /// Which system calls programs may make. With [`Calls::System`], root inside may
+    /// change what is mounted, masks of `/proc` included.
+    pub calls: Calls,
+    /// Whether programs may offer pages to be merged with equal ones of others.
+    pub merging: bool,
+    /// Whether it has a part of the cgroup tree of its own at `/sys/fs/cgroup`, below
+    /// the group that its limits are on. Needs cgroups of version 2 alone.
+    pub cgroups: bool,
+    /// What has to be enforced; a host that cannot is refused.
+    pub require: BTreeSet<Protection>,
+}
+
+impl Profile {
+    /// For an image whose own init runs, such as systemd: root inside may mount, may
+    /// divide its cgroup among services and is root over all users inside; programs
+    /// can gain privileges over the container. What keeps it in are its namespaces,
+    /// its range of ids and its limits: those are the same.
+    ///
+    /// Beyond the default it has, over its own namespaces, what such an init uses:
+    /// `SYS_ADMIN` (mounts, namespaces), `SYS_RESOURCE` (limits of services),
+    /// `SYS_NICE`, `DAC_READ_SEARCH`, `IPC_OWNER`, `LEASE`, `SETFCAP`,
+    /// `SYS_TTY_CONFIG`, `AUDIT_WRITE`.
+    #[must_use]
+    pub fn system() -> Self {
+        let mut profile = Self { no_new_privileges: false, calls: Calls::System, cgroups: true, ..Self::default() };
+        profile.capabilities.extend([
+            Capability::CAP_SYS_ADMIN,
+            Capability::CAP_SYS_RESOURCE,
+            Capability::CAP_SYS_NICE,
+            Capability::CAP_DAC_READ_SEARCH,
+            Capability::CAP_IPC_OWNER,
+            Capability::CAP_LEASE,
+            Capability::CAP_SETFCAP,
+            Capability::CAP_SYS_TTY_CONFIG,
+            Capability::CAP_AUDIT_WRITE,
+        ]);
+        profile
+    }
 }
 
 impl Default for Profile {
@@ -112,6 +150,10 @@ impl Default for Profile {
             inodes: 1 << 16,
             kvm: false,
             devices: BTreeSet::new(),
+            calls: Calls::Desktop,
+            merging: false,
+            cgroups: false,
+            require: BTreeSet::new(),
         }
     }
 }
@@ -139,6 +181,10 @@ pub struct ContainerSpec {
     pub program: Program,
     /// What process 1 inherits.
     pub fds: Vec<InheritedFd>,
+    /// The terminal that it has as `/dev/console`: the end of a pseudo-terminal that
+    /// programs have. It will belong to root inside. Keep another descriptor of it
+    /// open: while nobody has one, whoever reads its other end gets an error.
+    pub console: Option<OwnedFd>,
     /// How it is confined.
     pub profile: Profile,
 }
@@ -158,6 +204,7 @@ impl ContainerSpec {
             limits: Limits::default(),
             program,
             fds: Vec::new(),
+            console: None,
             profile: Profile::default(),
         }
     }
@@ -174,6 +221,9 @@ impl ContainerSpec {
         }
         if self.limits.memory.get() == 0 || self.limits.cpu.0 == 0 || self.limits.pids == 0 {
             return refuse("a limit of zero".to_owned(), "a desktop needs memory, processor time and processes");
+        }
+        if self.limits.io.is_some_and(|io| io.get() == 0) {
+            return refuse("a limit of zero".to_owned(), "a desktop has to read and write");
         }
         if !self.fuse.is_empty() && !self.profile.devices.contains(&Device::Fuse) {
             return refuse("a file system of a program".to_owned(), "the profile has to allow the device `fuse`");

@@ -169,6 +169,8 @@ impl<'a> Child<'a> {
             }
             Op::NoNewPrivileges => call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?,
             Op::Seccomp(filter) => load(filter)?,
+            Op::Landlock(rules) => call!(SYS_landlock_restrict_self, self.fd(*rules), 0)?,
+            Op::TryLandlock => try_landlock()?,
             Op::Dup { from, to } => call!(SYS_dup3, self.fd(*from), *to, 0)?,
             Op::CloseOnExecFrom(first) => call!(SYS_close_range, *first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)?,
             Op::Exec { program, args } => {
@@ -278,8 +280,20 @@ fn pivot_root(root: RawFd) -> Result<c_long, i32> {
     // pivot_root(".", ".") stacks the old root on the new one: no directory
     // for it is needed, and it is taken away at once. See pivot_root(2).
     call!(SYS_pivot_root, c".".as_ptr(), c".".as_ptr())?;
-    call!(SYS_umount2, c".".as_ptr(), libc::MNT_DETACH)?;
-    call!(SYS_chdir, c"/".as_ptr())
+    // The working directory is the new root, as it was before.
+    call!(SYS_umount2, c".".as_ptr(), libc::MNT_DETACH)
+}
+
+/// Asks for what a restriction forbids: a device, which nobody but root of the host
+/// could make anyway, but who is told so for another reason.
+fn try_landlock() -> Result<c_long, i32> {
+    // Source: Linux `include/uapi/linux/major.h`: the null device is 1:3.
+    let null = (1 << 8) | 3;
+    match call!(SYS_mknodat, libc::AT_FDCWD, c"/landlock".as_ptr(), libc::S_IFCHR | 0o600, null) {
+        Err(libc::EACCES) => Ok(0),
+        Ok(_) | Err(libc::EPERM) => Err(libc::EOPNOTSUPP),
+        Err(error) => Err(error),
+    }
 }
 
 fn load(filter: &[BpfInstruction]) -> Result<c_long, i32> {

@@ -14,7 +14,7 @@ use rustix::io::fcntl_dupfd_cloexec;
 const FIRST_FD: RawFd = 16;
 
 /// How many descriptors the child's own steps may open.
-pub(super) const SLOTS: usize = 8;
+pub(super) const SLOTS: usize = 9;
 
 /// A descriptor that a step uses: given by the parent, or opened by an
 /// earlier step of the child.
@@ -229,6 +229,12 @@ pub enum Op {
     NoNewPrivileges,
     /// Restricts the system calls from here on.
     Seccomp(Arc<[BpfInstruction]>),
+    /// Keeps to these rules of Landlock from here on; they are made by
+    /// [`LandlockRules`](super::LandlockRules).
+    Landlock(PlanFd),
+    /// Does what those rules forbid, and fails if it is forbidden for another reason
+    /// or not at all.
+    TryLandlock,
     /// Gives a descriptor this number and lets programs inherit it.
     Dup {
         /// The descriptor.
@@ -274,14 +280,14 @@ impl Plan {
         Ok(place)
     }
 
-    /// A place for a descriptor that a step opens. A plan has seven; opening
+    /// A place for a descriptor that a step opens. A plan has eight; opening
     /// into one again replaces what was there.
     ///
     /// # Errors
     /// All are taken.
     pub fn slot(&mut self) -> io::Result<PlanFd> {
         if self.slots == SLOTS - 1 {
-            return Err(io::Error::other("a plan has only seven slots"));
+            return Err(io::Error::other("a plan has only eight slots"));
         }
         self.slots += 1;
         Ok(PlanFd(Place::Slot(self.slots - 1)))
@@ -303,6 +309,11 @@ impl Plan {
     /// confinement and see what becomes of it.
     pub fn retain(&mut self, mut keep: impl FnMut(&str, &mut Op) -> bool) {
         self.steps.retain_mut(|(name, op)| keep(name, op));
+    }
+
+    /// Whether there is a step that `is` says so of.
+    pub fn has(&self, is: impl Fn(&Op) -> bool) -> bool {
+        self.steps.iter().any(|(_, op)| is(op))
     }
 
     /// How many steps there are.

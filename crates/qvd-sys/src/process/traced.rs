@@ -14,7 +14,7 @@ use std::{
 };
 
 use fault::Fault;
-pub use fault::{fail_after, failed};
+pub use fault::{fail_after, fail_after_in, failed};
 
 /// Which system calls of a child are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +74,7 @@ pub fn run(
             -1 => Err(io::Error::last_os_error()),
             0 => child(limit, f),
             pid => {
-                let (current, failing) = (HashMap::new(), HashSet::new());
+                let (current, failing, followed) = (HashMap::new(), HashSet::new(), HashMap::new());
                 let tracer = Tracer {
                     child: pid,
                     kill_after,
@@ -83,6 +83,8 @@ pub fn run(
                     current,
                     killed: None,
                     fault: None,
+                    followed,
+                    interrupted: HashSet::new(),
                     failing,
                     ended: false,
                 };
@@ -136,6 +138,11 @@ struct Tracer {
     killed: Option<c_long>,
     /// What the child asked for.
     fault: Option<Fault>,
+    /// The process whose calls are to fail, if it is one, and what it has started,
+    /// each with how many programs it may execute and still counts.
+    followed: HashMap<libc::pid_t, u32>,
+    /// Processes that were stopped so that their calls can be followed.
+    interrupted: HashSet<libc::pid_t>,
     /// Threads that are in the call that is to fail.
     failing: HashSet<libc::pid_t>,
     /// Whether everything was killed: what shows from then on is killed too.
@@ -204,17 +211,29 @@ impl Tracer {
     fn stopped(&mut self, pid: libc::pid_t, status: c_int) -> io::Result<()> {
         let known = self.current.contains_key(&pid);
         if !known {
-            let ours = self.fault.is_some() || thread_group(pid) == Some(self.child);
+            let parent = status_field(pid, "PPid:").filter(|parent| self.followed.contains_key(parent));
+            if parent.is_some() {
+                self.followed.insert(pid, 1);
+            }
+            let ours = match &self.fault {
+                Some(fault) => fault.of().is_none() || parent.is_some(),
+                None => status_field(pid, "Tgid:") == Some(self.child),
+            };
             self.current.insert(pid, ours.then(CallInfo::default));
         }
         let (signal, event) = (libc::WSTOPSIG(status), status >> 16);
         if event == libc::PTRACE_EVENT_EXEC && pid != self.child {
-            // What a program does is no business of who started it.
-            self.current.insert(pid, None);
+            match self.followed.get_mut(&pid) {
+                Some(programs @ 1..) => *programs -= 1,
+                // What a program does is no business of who started it.
+                _ => drop(self.current.insert(pid, None)),
+            }
         }
         let mut deliver = 0;
         if signal == libc::SIGTRAP | 0x80 {
             self.call(pid)?;
+        } else if event == 0 && signal == libc::SIGSTOP && self.interrupted.remove(&pid) {
+            // It was ours, see `follow`.
         } else if event == 0 && (known || signal != libc::SIGSTOP) && (signal != libc::SIGSTOP || pid != self.child) {
             deliver = signal;
         }
@@ -241,8 +260,11 @@ impl Tracer {
         let Some(Some(current)) = self.current.get_mut(&pid) else { return Ok(()) };
         if info.op == OP_ENTRY {
             *current = info;
+            let followed = self.followed.contains_key(&pid);
             if Fault::asked(info.number, &info.arguments).is_none()
-                && self.fault.as_mut().is_some_and(|fault| fault.hits(info.number, &info.arguments))
+                && let Some(fault) = &mut self.fault
+                && fault.of().is_some() == followed
+                && fault.hits(info.number, &info.arguments)
             {
                 self.failing.insert(pid);
                 fault::skip(pid);
@@ -252,6 +274,7 @@ impl Tracer {
         {
             let answer = self.fault.as_ref().map_or(0, Fault::answer);
             self.fault = asked;
+            self.follow();
             fault::set_result(pid, if self.fault.is_some() { 0 } else { answer });
         } else if info.op == OP_EXIT && self.failing.remove(&pid) {
             fault::set_result(pid, self.fault.as_ref().map_or(0, Fault::result));
@@ -263,6 +286,24 @@ impl Tracer {
             }
         }
         Ok(())
+    }
+
+    /// Follows the calls of the process that the fault is of, and no others any
+    /// more. It runs meanwhile, so it is stopped once.
+    fn follow(&mut self) {
+        for (pid, _) in self.followed.drain() {
+            if let Some(current) = self.current.get_mut(&pid) {
+                *current = None;
+            }
+        }
+        let Some(pid) = self.fault.as_ref().and_then(Fault::of) else { return };
+        if let Some(current) = self.current.get_mut(&pid) {
+            *current = Some(CallInfo::default());
+            self.followed.insert(pid, 0);
+            self.interrupted.insert(pid);
+            // SAFETY: it is traced, so its number is its own.
+            unsafe { libc::kill(pid, libc::SIGSTOP) };
+        }
     }
 
     fn kill_all(&mut self) {
@@ -278,10 +319,10 @@ fn kill(pid: libc::pid_t) {
     unsafe { libc::kill(pid, libc::SIGKILL) };
 }
 
-/// The process that a thread belongs to.
-fn thread_group(thread: libc::pid_t) -> Option<libc::pid_t> {
+/// A number that the kernel tells of a thread: its process, or whose child that is.
+fn status_field(thread: libc::pid_t, name: &str) -> Option<libc::pid_t> {
     let status = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
+    status.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
 }
 
 /// Calls that leave nothing behind when their process dies right after.

@@ -21,6 +21,7 @@ struct State {
     groups: BTreeMap<PathBuf, BTreeMap<String, String>>,
     unified: bool,
     removed: Vec<PathBuf>,
+    given: Vec<(PathBuf, u32)>,
 }
 
 const ROOT: &str = "/fake";
@@ -69,11 +70,22 @@ impl Tree for Strict {
         let above = state.groups.get(path.parent().unwrap()).ok_or_else(|| os(libc::ENOENT))?;
         let names: Vec<&str> = if state.unified {
             let enabled = &above["cgroup.subtree_control"];
-            let mut names =
-                vec!["cgroup.procs", "cgroup.kill", "cgroup.subtree_control", "cgroup.events", "cgroup.freeze"];
-            for (controller, files) in
-                [("memory", &["memory.max", "memory.swap.max"][..]), ("cpu", &["cpu.max"]), ("pids", &["pids.max"])]
-            {
+            let mut names = vec![
+                "cgroup.procs",
+                "cgroup.threads",
+                "cgroup.kill",
+                "cgroup.subtree_control",
+                "cgroup.events",
+                "cgroup.freeze",
+                "cgroup.max.depth",
+                "cgroup.max.descendants",
+            ];
+            for (controller, files) in [
+                ("memory", &["memory.max", "memory.swap.max"][..]),
+                ("cpu", &["cpu.max"]),
+                ("pids", &["pids.max"]),
+                ("io", &["io.max"]),
+            ] {
                 if enabled.contains(controller) {
                     names.extend(files);
                 }
@@ -132,6 +144,13 @@ impl Tree for Strict {
         state.groups.get(&group).and_then(|files| files.get(&name)).cloned().ok_or_else(|| os(libc::ENOENT))
     }
 
+    fn give(&self, path: &Path, owner: u32) -> io::Result<()> {
+        let file = if self.state().groups.contains_key(path) { path.join("cgroup.procs") } else { path.to_owned() };
+        self.read(&file)?;
+        self.state().given.push((path.to_owned(), owner));
+        Ok(())
+    }
+
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let state = self.state();
         let below = state.groups.keys().filter(|group| group.parent() == Some(path));
@@ -139,7 +158,7 @@ impl Tree for Strict {
     }
 }
 
-const LIMITS: Limits = Limits { memory: Bytes::mib(512), cpu: MilliCpu(1500), pids: 99 };
+const LIMITS: Limits = Limits { memory: Bytes::mib(512), cpu: MilliCpu(1500), pids: 99, io: None };
 
 fn id(number: u32) -> DesktopId {
     DesktopId::new(number).unwrap()
@@ -155,7 +174,7 @@ fn open(strict: &Strict, unified: bool) -> Arc<Cgroups> {
 fn v2_limits_are_enabled_from_the_top_and_written() {
     let strict = Strict::new(true);
     let all = open(&strict, true);
-    let mut cgroup = all.create(id(7), LIMITS).unwrap();
+    let mut cgroup = all.create(id(7), LIMITS, None).unwrap();
     assert_eq!(strict.file("cgroup.subtree_control"), "+memory +cpu +pids");
     assert_eq!(strict.file("qvd-1a2b/cgroup.subtree_control"), "+memory +cpu +pids");
     let limits: BTreeMap<_, _> = cgroup.limits().unwrap().into_iter().collect();
@@ -179,7 +198,7 @@ fn v2_limits_are_enabled_from_the_top_and_written() {
 #[test]
 fn v1_without_swap_accounting_is_limited_all_the_same() {
     let strict = Strict::new(false);
-    let mut cgroup = open(&strict, false).create(id(7), LIMITS).unwrap();
+    let mut cgroup = open(&strict, false).create(id(7), LIMITS, None).unwrap();
     assert_eq!(strict.file("qvd-1a2b/7/memory.limit_in_bytes"), "536870912");
     assert_eq!(strict.file("qvd-1a2b/7/cpu.cfs_quota_us"), "150000");
     assert_eq!(strict.file("qvd-1a2b/7/pids.max"), "99");
@@ -190,12 +209,12 @@ fn v1_without_swap_accounting_is_limited_all_the_same() {
 fn a_group_that_is_left_over_is_replaced_and_one_in_use_is_not() {
     let strict = Strict::new(true);
     let all = open(&strict, true);
-    let mut first = all.create(id(7), LIMITS).unwrap();
+    let mut first = all.create(id(7), LIMITS, None).unwrap();
     first.leave();
-    let mut second = all.create(id(7), LIMITS).unwrap();
+    let mut second = all.create(id(7), LIMITS, None).unwrap();
     assert_eq!(strict.state().removed.len(), 1, "not the same group again");
     second.attach(42).unwrap();
-    assert!(matches!(all.create(id(7), LIMITS), Err(Error::Busy(_))));
+    assert!(matches!(all.create(id(7), LIMITS, None), Err(Error::Busy(_))));
     assert!(all.holds(id(7), 42).unwrap(), "the refusal left it alone");
     second.close().unwrap();
 }
@@ -214,7 +233,9 @@ fn controllers_are_found_in_v1_v2_and_hybrid_hosts() {
     };
     let strict = Strict::new(true);
     let pure = find(&strict, &line(ROOT, "cgroup2", "nsdelegate"));
-    assert_eq!(pure, [Hierarchy { root: ROOT.into(), unified: true, controllers: Controller::REQUIRED.to_vec() }]);
+    let mut controllers = Controller::REQUIRED.to_vec();
+    controllers.push(Controller::Io);
+    assert_eq!(pure, [Hierarchy { root: ROOT.into(), unified: true, controllers }]);
 
     // The v2 tree of a hybrid host has no controller that is ours.
     let v1 = line("/c/cpu,cpuacct", "cgroup", "cpu,cpuacct") + &line("/c/pids", "cgroup", "pids");
@@ -232,7 +253,7 @@ fn controllers_are_found_in_v1_v2_and_hybrid_hosts() {
 fn groups_of_both_kinds_are_frozen_and_thawed() {
     for unified in [true, false] {
         let strict = Strict::new(unified);
-        let mut cgroup = open(&strict, unified).create(id(7), LIMITS).unwrap();
+        let mut cgroup = open(&strict, unified).create(id(7), LIMITS, None).unwrap();
         let freezer = cgroup.freezer(id(7)).unwrap();
         assert!(!freezer.is_frozen().unwrap());
         freezer.freeze().unwrap();
@@ -248,7 +269,7 @@ fn groups_of_both_kinds_are_frozen_and_thawed() {
 #[test]
 fn what_does_not_stop_runs_on_after_the_refusal() {
     let strict = Strict::new(false);
-    let cgroup = open(&strict, false).create(id(7), LIMITS).unwrap();
+    let cgroup = open(&strict, false).create(id(7), LIMITS, None).unwrap();
     let group = Path::new(ROOT).join("qvd-1a2b/7");
     strict.write(&group.join("cgroup.procs"), STUBBORN).unwrap();
     let error = cgroup.freezer(id(7)).unwrap().freeze().unwrap_err();
@@ -267,7 +288,7 @@ fn says(strict: &Strict, files: &[(&str, &str)]) {
 #[test]
 fn memory_is_what_is_kept_and_is_asked_back_where_the_kernel_can() {
     let strict = Strict::new(true);
-    let cgroup = open(&strict, true).create(id(7), LIMITS).unwrap();
+    let cgroup = open(&strict, true).create(id(7), LIMITS, None).unwrap();
     says(
         &strict,
         &[("memory.current", "9000\n"), ("memory.stat", "anon 5000\ninactive_file 1000\nactive_file 3000\n")],
@@ -279,9 +300,48 @@ fn memory_is_what_is_kept_and_is_asked_back_where_the_kernel_can() {
     assert_eq!(strict.file("qvd-1a2b/7/memory.reclaim"), "4096");
 
     let strict = Strict::new(false);
-    let cgroup = open(&strict, false).create(id(7), LIMITS).unwrap();
+    let cgroup = open(&strict, false).create(id(7), LIMITS, None).unwrap();
     let stat = "inactive_file 1\ntotal_inactive_file 1000\n";
     says(&strict, &[("memory.usage_in_bytes", "9000"), ("memory.stat", stat)]);
     assert_eq!(cgroup.memory().unwrap(), 8000);
     assert!(!cgroup.reclaim(4096).unwrap());
+}
+
+#[test]
+fn a_group_to_divide_lies_below_its_limits_and_goes_with_all_that_is_in_it() {
+    let strict = Strict::new(true);
+    let all = open(&strict, true);
+    let ids = UidRange::of_slot(7).unwrap();
+    let mut cgroup = all.create(id(7), LIMITS, Some(ids)).unwrap();
+    assert_eq!(strict.file("qvd-1a2b/7/pids.max"), "99");
+    assert_eq!(strict.file("qvd-1a2b/7/cgroup.max.descendants"), "512");
+    assert_eq!(strict.file("qvd-1a2b/7/cgroup.subtree_control"), "+memory +cpu +pids");
+    let inside = Path::new(ROOT).join("qvd-1a2b/7/desktop");
+    let given = strict.state().given.clone();
+    assert_eq!(given.len(), 4);
+    assert!(given.iter().all(|(path, owner)| path.starts_with(&inside) && *owner == ids.base()), "{given:?}");
+    // As an init inside divides it.
+    for group in ["init.scope", "system.slice", "system.slice/a.service"] {
+        strict.make(&inside.join(group)).unwrap();
+    }
+    strict.write(&inside.join("system.slice/a.service/cgroup.procs"), "42").unwrap();
+    assert_eq!(cgroup.processes().unwrap(), [42]);
+    assert!(all.holds(id(7), 42).unwrap());
+    assert!(matches!(all.create(id(7), LIMITS, None), Err(Error::Busy(_))));
+    strict.write(&inside.join("system.slice/a.service/cgroup.procs"), "").unwrap();
+    cgroup.close().unwrap();
+    assert!(all.names().unwrap().is_empty());
+
+    let v1 = open(&Strict::new(false), false);
+    let error = v1.create(id(7), LIMITS, Some(ids)).unwrap_err();
+    assert!(error.to_string().contains("version 2"), "{error}");
+}
+
+#[test]
+fn a_limit_that_no_controller_enforces_is_refused() {
+    let all = open(&Strict::new(true), true);
+    let limits = Limits { io: Some(Bytes::mib(1)), ..LIMITS };
+    let error = all.create(id(7), limits, None).unwrap_err();
+    assert!(matches!(&error, Error::Unsupported { .. }) && error.to_string().contains("`io`"), "{error}");
+    assert!(all.names().unwrap().is_empty());
 }

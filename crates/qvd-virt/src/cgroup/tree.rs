@@ -13,8 +13,19 @@ pub(crate) trait Tree: fmt::Debug + Send + Sync {
     fn write(&self, path: &Path, value: &str) -> io::Result<()>;
     /// Reads a control file.
     fn read(&self, path: &Path) -> io::Result<String>;
+    /// Gives a group or a control file to a user of the host and its group.
+    fn give(&self, path: &Path, owner: u32) -> io::Result<()>;
     /// Names of the groups below `path`; none if it is absent.
     fn list(&self, path: &Path) -> io::Result<Vec<String>>;
+
+    /// Whether there is such a group.
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        match self.read(&path.join("cgroup.procs")) {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ENODEV) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
 
     /// Numbers of the processes in a group; none if it is absent.
     fn processes(&self, path: &Path) -> io::Result<Vec<u32>> {
@@ -47,6 +58,10 @@ impl Tree for Kernel {
 
     fn read(&self, path: &Path) -> io::Result<String> {
         fs::read_to_string(path)
+    }
+
+    fn give(&self, path: &Path, owner: u32) -> io::Result<()> {
+        std::os::unix::fs::lchown(path, Some(owner), Some(owner))
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {

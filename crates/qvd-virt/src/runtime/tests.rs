@@ -24,7 +24,7 @@ use rustix::fs::{CWD, FileType, Mode, ResolveFlags, makedev, mknodat};
 
 use self::bed::{Bed, SOON, listen};
 use super::{Measures, Namespaces, Op, Plan};
-use crate::{ContainerMount, Error, Exit, InheritedFd};
+use crate::{ContainerMount, Error, Exit, InheritedFd, Protection};
 
 const NEEDS: &[Need] = &[Need::Root, Need::UserNamespaces, Need::Cgroup];
 
@@ -69,6 +69,7 @@ const INMATE: &str = r#"
     mkdir '/made'; print "mode ", (stat '/made')[2], "\n"; rmdir '/made';
     for my $f ('/dev/null', '/dev/ptmx', '/dev/shm/a') { tried($f, open(F, '+>', $f)); unlink '/dev/shm/a' }
     tried('working directory', (stat '.')[1] == (stat '/')[1]);
+    tried('device node', syscall(MKNOD, my $n = '/node', 0020666, 0x103) == 0);
     tried('mount', syscall(MOUNT, my $a = 'none', my $b = '/tmp', my $c = 'tmpfs', 0, 0) == 0);
     # Nobody would hear why it waits.
     print "END\n" or exit 1;
@@ -83,6 +84,7 @@ fn inmate(bed: &Bed) -> String {
     let hidden = hidden.into_iter().chain(layout.sys_dirs.iter().map(|d| format!("/sys/{d}")));
     INMATE
         .replace("GETSID", &libc::SYS_getsid.to_string())
+        .replace("MKNOD", &format!("{}, -100", libc::SYS_mknodat))
         .replace("MOUNT", &libc::SYS_mount.to_string())
         .replace("MASKED", &words(&layout.proc_files))
         .replace("HIDDEN", &format!("qw({})", hidden.collect::<Vec<_>>().join(" ")))
@@ -279,5 +281,49 @@ fn without_the_rule_about_links_a_mount_lands_where_the_image_says() {
             bed.assert_empty();
         })
         .unwrap();
+    });
+}
+
+#[test]
+fn a_container_weaker_than_its_policy_requires_does_not_run() {
+    privileged(NEEDS, || {
+        let bed = Bed::new();
+        let start = |measures: &Measures, without: &str, protection: Protection| {
+            let mut spec = bed.spec(1, &["/bin/sh", "-c", ": > /ran"]);
+            spec.profile.require = [protection].into();
+            let prepared = bed.runtime.prepare_with(spec, measures, |plan| plan.retain(|name, _| name != without))?;
+            let mut container = prepared.start()?;
+            let exit = container.wait(SOON)?;
+            container.close()?;
+            Ok::<_, Error>(exit)
+        };
+        let whole = Measures::default();
+        for (without, protection) in [
+            ("load the system call filter", Protection::SystemCallFilter),
+            ("forbid new privileges", Protection::NoNewPrivileges),
+            ("drop capabilities", Protection::Capabilities),
+            ("restrict itself by Landlock", Protection::Landlock),
+            ("make a cgroup namespace", Protection::Namespaces),
+        ] {
+            if protection == Protection::Landlock && bed.runtime.landlock.is_none() {
+                // Then no host of this kind meets that policy.
+                assert!(matches!(start(&whole, "", protection), Err(Error::Weaker { .. })));
+                continue;
+            }
+            assert_eq!(start(&whole, "", protection).unwrap(), Some(Exit::Code(0)), "{protection}");
+            fs::remove_file(bed.path("/ran")).unwrap();
+            let error = start(&whole, without, protection).unwrap_err();
+            assert!(matches!(&error, Error::Weaker { missing, .. } if *missing == protection.to_string()), "{error}");
+            assert!(!fs::exists(bed.path("/ran")).unwrap(), "it ran without {protection}");
+        }
+        // Of a limit that somebody raised, one hears as well.
+        let mut spec = bed.spec(1, &["/bin/sh"]);
+        spec.profile.require = [Protection::PidsLimit, Protection::MemoryLimit].into();
+        let prepared = bed.runtime.prepare(spec).unwrap();
+        let unlimited = bed.cgroups().into_iter().map(|group| group.join("1/pids.max")).find(|file| file.exists());
+        fs::write(unlimited.unwrap(), "max").unwrap();
+        let error = prepared.start().unwrap_err();
+        assert!(error.to_string().contains("without a limit of processes, which"), "{error}");
+        bed.assert_empty();
     });
 }

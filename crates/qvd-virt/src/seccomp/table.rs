@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use qvd_core::Calls;
+
 use super::{Check, Rule, Test};
 
 macro_rules! numbers {
@@ -14,8 +16,86 @@ fn number(call: libc::c_long) -> u32 {
     u32::try_from(call).unwrap_or(u32::MAX)
 }
 
+/// The table for `calls`.
+pub(super) fn of(calls: Calls, merging: bool) -> BTreeMap<u32, Rule> {
+    let mut rules = desktop();
+    match calls {
+        Calls::Application => restrict(&mut rules),
+        Calls::System => extend(&mut rules),
+        _ => {}
+    }
+    if merging {
+        rules.insert(number(libc::SYS_madvise), Rule::Allow);
+    }
+    rules
+}
+
+/// Takes out what applications do without.
+fn restrict(rules: &mut BTreeMap<u32, Rule>) {
+    // Looking into other processes, roots and namespaces of one's own, names of the
+    // machine: refused as to somebody without the privilege.
+    let refused = numbers! {
+        SYS_ptrace SYS_process_vm_readv SYS_process_vm_writev SYS_process_madvise SYS_kcmp SYS_pidfd_getfd SYS_chroot
+        SYS_unshare SYS_sethostname SYS_setdomainname SYS_mlockall
+    };
+    rules.extend(refused.iter().map(|&number| (number, Rule::Refuse(libc::EPERM))));
+    // Rare and intricate; there is something else for all that they do.
+    let absent = numbers! {
+        SYS_io_setup SYS_io_destroy SYS_io_submit SYS_io_cancel SYS_io_getevents SYS_vmsplice SYS_remap_file_pages
+        SYS_name_to_handle_at SYS_msgget SYS_msgsnd SYS_msgrcv SYS_msgctl SYS_mq_open SYS_mq_unlink SYS_mq_timedsend
+        SYS_mq_timedreceive SYS_mq_notify SYS_mq_getsetattr
+    };
+    absent.iter().for_each(|number| drop(rules.remove(number)));
+
+    let is = |argument, value: i32| Test::Is(argument, value.cast_unsigned());
+    let allow = |when| Check { when, then: Rule::Allow };
+    let deny = |when, error| Check { when, then: Rule::Refuse(error) };
+    let all = libc::CLONE_NEWNS
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWIPC;
+    let clone = vec![deny(vec![Test::Any(0, all.cast_unsigned())], libc::EPERM)];
+    let mut socket = vec![allow(vec![is(0, libc::AF_UNIX)])];
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        socket.extend([0, libc::IPPROTO_TCP, libc::IPPROTO_UDP].map(|one| allow(vec![is(0, family), is(2, one)])));
+    }
+    // `getifaddrs` and name resolution ask for addresses by it.
+    socket.push(allow(vec![is(0, libc::AF_NETLINK), is(2, libc::NETLINK_ROUTE)]));
+    // Reading it, and plain Linux.
+    let personality = [-1, 0].map(|value| allow(vec![is(0, value)])).to_vec();
+    // Source: stat(2): the bit is set for character and block devices alone.
+    let device = |argument| vec![deny(vec![Test::Any(argument, 0o020_000)], libc::EPERM)];
+    let checked = [
+        (libc::SYS_clone, Rule::Check(clone, Box::new(Rule::Allow))),
+        (libc::SYS_socket, Rule::Check(socket, Box::new(Rule::Refuse(libc::EAFNOSUPPORT)))),
+        (libc::SYS_personality, Rule::Check(personality, Box::new(Rule::Refuse(libc::EPERM)))),
+        (libc::SYS_mknodat, Rule::Check(device(2), Box::new(Rule::Allow))),
+        #[cfg(target_arch = "x86_64")]
+        (libc::SYS_mknod, Rule::Check(device(1), Box::new(Rule::Allow))),
+    ];
+    rules.extend(checked.map(|(call, rule)| (number(call), rule)));
+}
+
+/// Adds what an image's own init and its services do beside.
+fn extend(rules: &mut BTreeMap<u32, Rule>) {
+    let allowed = numbers! { SYS_umount2 SYS_pivot_root SYS_setns SYS_clone SYS_unshare };
+    rules.extend(allowed.iter().map(|&number| (number, Rule::Allow)));
+    // Source: Linux `include/uapi/linux/mount.h`, MS_NODEV and MS_REMOUNT. Mounts
+    // that are new are of the container's own user namespace, where no device can
+    // be opened; those that are there would open them if they lost their flag.
+    let (nodev, remount) = (Test::Any(3, 4), Test::Any(3, 32));
+    let mount = vec![
+        Check { when: vec![remount, nodev], then: Rule::Allow },
+        Check { when: vec![remount], then: Rule::Refuse(libc::EPERM) },
+    ];
+    rules.insert(number(libc::SYS_mount), Rule::Check(mount, Box::new(Rule::Allow)));
+}
+
 /// The table of a desktop.
-pub(super) fn desktop() -> BTreeMap<u32, Rule> {
+fn desktop() -> BTreeMap<u32, Rule> {
     let mut rules = BTreeMap::new();
     let mut set = |numbers: &[u32], rule: &Rule| rules.extend(numbers.iter().map(|&n| (n, rule.clone())));
     set(&files(), &Rule::Allow);
@@ -155,7 +235,14 @@ fn checked() -> Vec<(libc::c_long, Rule)> {
     let personality = [-1, 0, 8, 0x0002_0000, 0x0002_0008, 0x0004_0000];
     let personality = personality.iter().map(|&value| allow(vec![is(0, value)])).collect();
 
+    // Source: Linux `include/uapi/asm-generic/mman-common.h`, MADV_MERGEABLE, and
+    // `include/uapi/linux/prctl.h`, PR_SET_MEMORY_MERGE.
+    let merge =
+        |argument, value| Rule::Check(vec![deny(vec![is(argument, value)], libc::EINVAL)], Box::new(Rule::Allow));
+
     vec![
+        (libc::SYS_madvise, merge(2, 12)),
+        (libc::SYS_prctl, merge(0, 67)),
         (libc::SYS_clone, without(namespaces)),
         (libc::SYS_unshare, without(with_time)),
         (libc::SYS_socket, Rule::Check(socket, no_family())),

@@ -115,6 +115,7 @@ impl Qemu {
             memory: Bytes::new(spec.limits.memory.get() + own.get()),
             cpu: spec.limits.cpu,
             pids: THREADS + spec.processors(),
+            io: spec.limits.io,
         };
         inside.profile = Profile {
             no_new_privileges: true,
@@ -125,6 +126,9 @@ impl Qemu {
             inodes: 64,
             kvm: spec.accel == Accel::Kvm,
             devices: std::collections::BTreeSet::new(),
+            // For `Vm::allow_merging`; the guest cannot ask for it.
+            merging: true,
+            ..Profile::default()
         };
         for (number, fd) in (1..).zip(fds) {
             inside.fds.push(InheritedFd { number, fd });

@@ -19,14 +19,8 @@ use rustix::fs::{OFlags, SealFlags};
 
 use crate::{bed::Bed, lifecycle::NEEDS};
 
-/// Where an attack is tried, or why there is nothing to try it on.
-enum Tried {
-    /// Functions in files, from `crates` on.
-    In(&'static [(&'static str, &'static str)]),
-    /// What would have to be there for it.
-    Not(&'static str),
-}
-use Tried::{In, Not};
+/// Where an attack is tried: functions in files, from `crates` on.
+type Tried = &'static [(&'static str, &'static str)];
 
 const HERE: &str = "qvd-virt/tests/container/attacks.rs";
 const CONFINEMENT: &str = "qvd-virt/tests/container/confinement.rs";
@@ -36,112 +30,115 @@ const FAULTS: &str = "qvd-virt/tests/container/faults.rs";
 const EVERY_STEP: (&str, &str) = ("qvd-virt/src/runtime/tests.rs", "every_step_of_the_plan_makes_a_difference");
 
 const ATTACKS: [(u8, &str, Tried); 34] = [
-    (1, "CVE-2019-5736", In(&[(HERE, "the_program_that_the_host_gives_cannot_be_overwritten")])),
-    (2, "CVE-2024-21626", In(&[(HERE, "no_descriptor_leads_to_a_directory_of_the_host"), EVERY_STEP])),
-    (3, "CVE-2024-21626", In(&[(CONFINEMENT, "descriptors_of_the_host_do_not_leak")])),
+    (1, "CVE-2019-5736", &[(HERE, "the_program_that_the_host_gives_cannot_be_overwritten")]),
+    (2, "CVE-2024-21626", &[(HERE, "no_descriptor_leads_to_a_directory_of_the_host"), EVERY_STEP]),
+    (3, "CVE-2024-21626", &[(CONFINEMENT, "descriptors_of_the_host_do_not_leak")]),
     (
         4,
         "CVE-2023-27561",
-        In(&[
+        &[
             (LIFECYCLE, "links_where_we_mount_are_refused"),
             (RACES, "whoever_swaps_directories_for_links_gains_nothing"),
-        ]),
+        ],
     ),
     (
         5,
         "CVE-2025-31133",
-        In(&[
+        &[
             (HERE, "what_an_image_puts_where_we_mount_is_neither_used_nor_touched"),
             (CONFINEMENT, "masked_files_tell_nothing_and_read_only_ones_stay"),
-        ]),
+        ],
     ),
-    (6, "CVE-2025-52565", In(&[(HERE, "what_an_image_puts_where_we_mount_is_neither_used_nor_touched")])),
-    (7, "CVE-2025-52881", In(&[(HERE, "what_an_image_puts_where_we_mount_is_neither_used_nor_touched")])),
+    (6, "CVE-2025-52565", &[(HERE, "what_an_image_puts_where_we_mount_is_neither_used_nor_touched")]),
+    (7, "CVE-2025-52881", &[(HERE, "what_an_image_puts_where_we_mount_is_neither_used_nor_touched")]),
     (
         8,
         "CVE-2026-41579",
-        In(&[
+        &[
             (LIFECYCLE, "links_where_we_mount_are_refused"),
             (RACES, "whoever_swaps_directories_for_links_gains_nothing"),
-        ]),
+        ],
     ),
-    (9, "CVE-2026-88264", In(&[(HERE, "what_an_image_puts_where_we_mount_is_neither_used_nor_touched")])),
-    (10, "CVE-2021-30465", In(&[(RACES, "whoever_swaps_directories_for_links_gains_nothing")])),
-    (11, "CVE-2022-29162", In(&[(HERE, "nobody_has_inheritable_capabilities")])),
-    (12, "CVE-2026-30892", Not("programs run as the session's user or as root inside; there is no user to name")),
-    (13, "CVE-2023-25809", In(&[(HERE, "no_cgroup_of_the_host_can_be_reached")])),
-    (14, "CVE-2014-8989", In(&[(HERE, "groups_are_those_of_the_range_and_stay")])),
-    (
-        15,
-        "CVE-2021-43784",
-        Not("id maps are files of /proc here; no message of ours is as long as an attribute can be"),
-    ),
-    (16, "crun 1.28", In(&[(HERE, "names_that_are_paths_are_refused")])),
-    (17, "crun 2262", In(&[(FAULTS, "every_call_fails_once_and_each_time_one_hears_why_and_nothing_is_left")])),
-    (18, "CVE-2026-48749", In(&[("qvd-storage/tests/hostile.rs", "what_leads_out_or_deceives_is_refused_by_name")])),
-    (19, "CVE-2026-48752", In(&[("qvd-storage/src/treeedit.rs", "nothing_is_written_through_a_link_to_the_host")])),
-    (20, "CVE-2026-23954", Not("images have no templates; recipes write files below the image alone, see 19")),
-    (21, "CVE-2026-62867", In(&[("qvd-storage/src/apt.rs", "an_embedded_key_does_not_become_an_option")])),
+    (9, "CVE-2026-88264", &[(HERE, "what_an_image_puts_where_we_mount_is_neither_used_nor_touched")]),
+    (10, "CVE-2021-30465", &[(RACES, "whoever_swaps_directories_for_links_gains_nothing")]),
+    (11, "CVE-2022-29162", &[(HERE, "nobody_has_inheritable_capabilities")]),
+    (12, "CVE-2026-30892", &[("qvd-init/tests/binary.rs", "a_user_that_is_none_never_becomes_root")]),
+    (13, "CVE-2023-25809", &[(HERE, "no_cgroup_of_the_host_can_be_reached")]),
+    (14, "CVE-2014-8989", &[(HERE, "groups_are_those_of_the_range_and_stay")]),
+    (15, "CVE-2021-43784", &[(HERE, "no_text_is_too_long_for_whom_it_is_given_to")]),
+    (16, "crun 1.28", &[(HERE, "names_that_are_paths_are_refused")]),
+    (17, "crun 2262", &[(FAULTS, "every_call_fails_once_and_each_time_one_hears_why_and_nothing_is_left")]),
+    (18, "CVE-2026-48749", &[("qvd-storage/tests/hostile.rs", "what_leads_out_or_deceives_is_refused_by_name")]),
+    (19, "CVE-2026-48752", &[("qvd-storage/src/treeedit.rs", "nothing_is_written_through_a_link_to_the_host")]),
+    (20, "CVE-2026-23954", &[("qvd-storage/src/treeedit.rs", "nothing_is_written_through_a_link_to_the_host")]),
+    (21, "CVE-2026-62867", &[("qvd-storage/src/apt.rs", "an_embedded_key_does_not_become_an_option")]),
     (
         22,
         "CVE-2026-33542",
-        In(&[
+        &[
             ("qvd-storage/tests/hostile.rs", "an_oci_archive_is_what_its_digests_say_or_refused"),
             ("qvd-storage/tests/repository.rs", "what_a_remote_lies_about_does_not_arrive"),
-        ]),
+        ],
     ),
     (
         23,
         "GHSA-48q5-w887-33wv",
-        In(&[("qvd-storage/tests/repository.rs", "what_the_policy_does_not_trust_cannot_be_used")]),
+        &[("qvd-storage/tests/repository.rs", "what_the_policy_does_not_trust_cannot_be_used")],
     ),
     (
         24,
         "CVE-2026-33711",
-        In(&[
+        &[
             ("qvd-init/src/log.rs", "a_link_in_its_place_is_not_followed"),
             ("qvd-storage/src/treeedit.rs", "nothing_is_written_through_a_link_to_the_host"),
-        ]),
+        ],
     ),
-    (25, "CVE-2025-64507", In(&[(HERE, "a_set_user_id_file_of_a_desktop_is_nobodys_on_the_host")])),
+    (25, "CVE-2025-64507", &[(HERE, "a_set_user_id_file_of_a_desktop_is_nobodys_on_the_host")]),
     (
         26,
         "CVE-2026-40251",
-        In(&[
+        &[
             ("qvd-storage/tests/hostile.rs", "broken_archives_are_refused"),
             ("qvd-storage/src/repository/wire/mod.rs", "questions_are_read_back_and_bounded"),
-        ]),
+        ],
     ),
-    (27, "CVE-2026-55621", Not("no copy of a root or a home can be asked for")),
-    (28, "CVE-2017-5985", In(&[(LIFECYCLE, "a_process_that_is_not_the_recorded_one_is_not_adopted")])),
+    (27, "CVE-2026-55621", &[("qvd-gateway/tests/api.rs", "users_see_and_use_what_is_theirs")]),
+    (28, "CVE-2017-5985", &[(LIFECYCLE, "a_process_that_is_not_the_recorded_one_is_not_adopted")]),
     (
         29,
         "CVE-2017-5226",
-        In(&[
+        &[
             (CONFINEMENT, "forbidden_system_calls_fail_as_documented"),
             ("qvd-virt/src/seccomp.rs", "arguments_decide_where_they_must"),
             EVERY_STEP,
-        ]),
+        ],
     ),
-    (30, "CVE-2025-52889", In(&[("qvd-net/src/tests/attacks.rs", "a_spoof_during_a_rule_update_is_stopped")])),
+    (30, "CVE-2025-52889", &[("qvd-net/src/tests/attacks.rs", "a_spoof_during_a_rule_update_is_stopped")]),
     (
         31,
         "CVE-2019-18960",
-        In(&[
+        &[
             ("qvd-virt/src/vm/qmp.rs", "a_hostile_peer_is_given_up_on"),
             ("qvd-guest/tests/link.rs", "a_guest_that_breaks_the_protocol_is_not_talked_with_any_more"),
-        ]),
+        ],
     ),
     (
         32,
         "clones of a machine",
-        In(&[("qvd-guest/src/boot.rs", "two_identities_have_nothing_in_common_and_show_no_secret")]),
+        &[("qvd-guest/src/boot.rs", "two_identities_have_nothing_in_common_and_show_no_secret")],
     ),
-    (33, "CVE-2015-2877", Not("pages are not merged")),
+    (
+        33,
+        "CVE-2015-2877",
+        &[
+            (HERE, "nobody_offers_pages_to_be_merged_with_those_of_others"),
+            ("qvd-virt/src/vm/arguments.rs", "nobody_shares_pages_unless_allowed_to"),
+        ],
+    ),
     (
         34,
         "GHSA-8j99-gv74-3j76",
-        In(&[("qvd-storage/tests/repository.rs", "what_the_policy_does_not_trust_cannot_be_used")]),
+        &[("qvd-storage/tests/repository.rs", "what_the_policy_does_not_trust_cannot_be_used")],
     ),
 ];
 
@@ -150,15 +147,10 @@ fn each_attack_is_tried_where_the_list_says() {
     let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     for (place, (number, name, tried)) in ATTACKS.iter().enumerate() {
         assert_eq!(usize::from(*number), place + 1, "{name}");
-        match tried {
-            In(tests) => {
-                assert!(!tests.is_empty(), "{name}");
-                for (file, test) in *tests {
-                    let text = fs::read_to_string(crates.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
-                    assert!(text.contains(&format!("fn {test}() {{")), "{number} {name}: no `{test}` in {file}");
-                }
-            }
-            Not(reason) => assert!(!reason.is_empty(), "{name}"),
+        assert!(!tried.is_empty(), "{name}");
+        for (file, test) in *tried {
+            let text = fs::read_to_string(crates.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+            assert!(text.contains(&format!("fn {test}() {{")), "{number} {name}: no `{test}` in {file}");
         }
     }
 }
@@ -313,6 +305,49 @@ fn groups_are_those_of_the_range_and_stay() {
         // Root may take groups of its range alone (EINVAL else); a user who makes
         // a namespace can map no group while it could drop some (EPERM).
         assert_eq!(bed.perl(1, &attack), "22 taken 1 1");
+    });
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn nobody_offers_pages_to_be_merged_with_those_of_others() {
+    privileged(NEEDS, || {
+        let bed = Bed::new();
+        // Source: Linux `mman-common.h`, MADV_MERGEABLE, and `prctl.h`, PR_SET_MEMORY_MERGE.
+        let attack = format!(
+            "my $at = syscall({mmap}, 0, 1 << 20, 3, 0x22, -1, 0); print $at > 0 ? q(memory ) : $!+0;
+             print syscall({madvise}, $at, 1 << 20, 12) == -1 ? $!+0 : q(offered), q( );
+             print syscall({prctl}, 67, 1, 0, 0, 0) == -1 ? $!+0 : q(offered), q( );
+             open(F, q(/proc/self/ksm_stat)); print grep {{ /merge_any|mergeable/i && /yes/ }} <F>;",
+            mmap = libc::SYS_mmap,
+            madvise = libc::SYS_madvise,
+            prctl = libc::SYS_prctl,
+        );
+        assert_eq!(bed.perl(1, &attack), "memory 22 22 ");
+    });
+}
+
+#[test]
+fn no_text_is_too_long_for_whom_it_is_given_to() {
+    privileged(NEEDS, || {
+        let bed = Bed::new();
+        // What would be more than an attribute of netlink, a frame, or a page can hold.
+        let long = "x".repeat(70_000);
+        let mut spec = bed.spec(1, &["/bin/sh"]);
+        spec.hostname.clone_from(&long);
+        assert!(matches!(bed.runtime.prepare(spec), Err(Error::Invalid { .. })));
+        let mut spec = bed.spec(1, &["/bin/sh"]);
+        let mount = bed.root();
+        spec.mounts.push(qvd_virt::ContainerMount { target: format!("/{long}").into(), mount });
+        let error = bed.runtime.prepare(spec).and_then(qvd_virt::Prepared::start).unwrap_err();
+        assert!(crate::lifecycle::whole(&error).contains("File name too long"), "{error}");
+        // One argument of the program may be 128 KiB long, all of them no more than
+        // the kernel takes: it says so, and nothing is left.
+        let mut spec = bed.spec(1, &["/bin/sh"]);
+        spec.program.argv.push("x".repeat(200_000));
+        let error = bed.runtime.prepare(spec).and_then(qvd_virt::Prepared::start).unwrap_err();
+        assert!(crate::lifecycle::whole(&error).contains("Argument list too long"), "{error}");
+        bed.assert_empty();
     });
 }
 

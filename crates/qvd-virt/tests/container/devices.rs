@@ -3,13 +3,17 @@
 use std::{
     fs,
     io::{BufRead, BufReader},
+    os::fd::AsFd as _,
     path::PathBuf,
+    process::{Command, Stdio},
+    thread,
     time::Instant,
 };
 
 use qvd_core::Device;
+use qvd_sys::mount::{FsContext, Restrictions, attach, clone_dir, in_private_namespace, open_dir_path};
 use qvd_testkit::{Need, privileged};
-use qvd_virt::{ContainerSpec, Error, Exit, FuseMount};
+use qvd_virt::{ContainerMount, ContainerSpec, Error, Exit, FuseMount};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bed::{Bed, SOON, listen};
@@ -19,7 +23,7 @@ const NEEDS: &[Need] = &[Need::Root, Need::UserNamespaces, Need::Cgroup, Need::P
 /// Serves a directory with one file. The formats are those of Linux
 /// `include/uapi/linux/fuse.h`, spoken as version 7.12.
 const SERVER: &str = r#"
-    $| = 1; open(F, '+<&=5') or die "no descriptor: $!";
+    $| = 1; open(F, '+<&=FD') or die "no descriptor: $!";
     sub attr { pack 'Q6 L10', $_[0], length $text, 1, 0, 1234567890, 0, 0, 0, 0, $_[1], 1, 0, 0, 0, 4096, 0 }
     sub answer { my ($unique, $error, $data) = @_; syswrite F, pack('L l Q', 16 + length $data, $error, $unique) . $data }
     sub serve {
@@ -40,7 +44,7 @@ const SERVER: &str = r#"
 "#;
 
 fn with_fuse(bed: &Bed, program: &str) -> ContainerSpec {
-    let mut spec = bed.spec(1, &["/usr/bin/perl", "-e", &format!("{SERVER}{program}")]);
+    let mut spec = bed.spec(1, &["/usr/bin/perl", "-e", &format!("{}{program}", SERVER.replace("FD", "5"))]);
     spec.profile.devices.insert(Device::Fuse);
     spec.fuse.push(FuseMount { target: PathBuf::from("/mnt/fuse"), number: 5, owner: 0 });
     spec
@@ -130,5 +134,59 @@ fn a_process_that_cannot_be_disturbed_does_not_keep_its_container() {
         container.close().unwrap();
         assert!(!fs::exists(format!("/proc/{asks}")).unwrap());
         bed.assert_empty();
+    });
+}
+
+#[test]
+fn a_file_system_of_the_host_that_hangs_keeps_a_container_and_nobody_else() {
+    privileged(NEEDS, || {
+        let bed = Bed::new();
+        // In a mount table that ends with the test.
+        in_private_namespace(|| {
+            let dir = tempfile::tempdir().unwrap();
+            let device = fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
+            let fs = FsContext::open("fuse").unwrap();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&device).to_string();
+            for (key, value) in [("fd", &*fd), ("rootmode", "40000"), ("user_id", "0"), ("group_id", "0")] {
+                fs.set(key, value).unwrap();
+            }
+            fs.set_flag("allow_other").unwrap();
+            attach(fs.mount(Restrictions::default()).unwrap().as_fd(), open_dir_path(dir.path()).unwrap().as_fd())
+                .unwrap();
+            let server = format!("{}$hangs = 1; serve();", SERVER.replace("FD", "0"));
+            let mut server =
+                Command::new("perl").args(["-e", &server]).stdin(device).stdout(Stdio::piped()).spawn().unwrap();
+
+            let mut spec = bed.spec(1, &["/usr/bin/perl", "-e", "stat q(/mnt/dead)"]);
+            let mount = clone_dir(open_dir_path(dir.path()).unwrap().as_fd()).unwrap();
+            spec.mounts.push(ContainerMount { target: PathBuf::from("/mnt/dead"), mount });
+            let mut container = bed.runtime.prepare(spec).unwrap().start().unwrap();
+            let mut asked = String::new();
+            BufReader::new(server.stdout.take().unwrap()).read_line(&mut asked).unwrap();
+            assert_eq!(asked, "asked\n");
+
+            let (mut container, closed) = thread::scope(|scope| {
+                let closing = scope.spawn(move || {
+                    let closed = container.close();
+                    (container, closed)
+                });
+                // Meanwhile others come and go.
+                for number in 2..5 {
+                    bed.sh(number, "true");
+                }
+                closing.join().unwrap()
+            });
+            assert!(matches!(closed, Err(Error::Timeout { .. })), "{closed:?}");
+            // It is the host's, and others may use it: it was not ended for this one.
+            assert_eq!(server.try_wait().unwrap(), None);
+            assert_eq!(container.try_wait().unwrap(), None);
+            assert!(matches!(bed.runtime.prepare(bed.spec(1, &["/bin/sh"])), Err(Error::Busy(_))));
+            server.kill().unwrap();
+            server.wait().unwrap();
+            container.close().unwrap();
+            assert_eq!(container.try_wait().unwrap(), Some(Exit::Signal(9)));
+            bed.assert_empty();
+        })
+        .unwrap();
     });
 }

@@ -306,6 +306,27 @@ fn who_takes_too_much_memory_is_killed_alone() {
 }
 
 #[test]
+fn an_init_that_hears_no_signal_is_ended_all_the_same() {
+    privileged(NEEDS, || {
+        let bed = Bed::new();
+        let deaf = "$SIG{$_} = 'IGNORE' for grep { !/KILL|STOP|NUM|CHLD|CLD/ } keys %SIG; $| = 1; print qq(deaf\n);
+            if (!fork) { sleep 600 } sleep 600 while 1;";
+        let mut spec = bed.spec(1, &["/usr/bin/perl", "-e", deaf]);
+        let mut output = std::io::BufReader::new(listen(&mut spec));
+        let mut container = bed.runtime.prepare(spec).unwrap().start().unwrap();
+        output.read_line(&mut String::new()).unwrap();
+        for signal in [rustix::process::Signal::TERM, rustix::process::Signal::INT, rustix::process::Signal::HUP] {
+            container.signal(signal).unwrap();
+        }
+        container.ask_to_halt().unwrap();
+        assert_eq!(container.wait(std::time::Duration::from_millis(300)).unwrap(), None);
+        container.close().unwrap();
+        assert_eq!(container.try_wait().unwrap(), Some(Exit::Signal(9)));
+        bed.assert_empty();
+    });
+}
+
+#[test]
 fn a_child_can_be_born_in_a_fresh_v2_group() {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let unified = table.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));

@@ -4,12 +4,14 @@
 mod attacks;
 mod bed;
 mod browser;
+mod calls;
 mod confinement;
 mod conformance;
 mod crash;
 mod devices;
 mod faults;
 mod lifecycle;
+mod limits;
 mod many;
 mod races;
 mod v2;

@@ -2,7 +2,8 @@
 //!
 //! The child says which call is to fail by a call that no kernel knows and that
 //! the tracer answers. So one child tries every call of an operation, one after
-//! the other, as a process does that lives on after a failure.
+//! the other, as a process does that lives on after a failure. The call may be
+//! its own, or one of a program that it started and now asks for something.
 
 use std::{
     ffi::{c_long, c_void},
@@ -18,6 +19,8 @@ pub(super) struct Fault {
     /// How many calls pass before it.
     passing: u64,
     errno: u64,
+    /// Whose; of none, it is of all that execute no program.
+    of: Option<libc::pid_t>,
     /// The call that it was.
     failed: Option<c_long>,
 }
@@ -29,7 +32,17 @@ pub(super) struct Fault {
 /// # Errors
 /// Nobody traces this process, or not on this architecture.
 pub fn fail_after(passing: u32, errno: i32) -> io::Result<()> {
-    ask(1, passing.into(), errno.into()).map(drop)
+    ask(1, passing.into(), errno.into(), 0).map(drop)
+}
+
+/// As [`fail_after`], but of the calls that one process makes, whatever program it
+/// executes, and its children from now on until they have executed their second
+/// program: by way of the first, programs prepare themselves. It was started by this process.
+///
+/// # Errors
+/// As [`fail_after`].
+pub fn fail_after_in(pid: u32, passing: u32, errno: i32) -> io::Result<()> {
+    ask(1, passing.into(), errno.into(), pid.into()).map(drop)
 }
 
 /// Lets no call fail any more, and tells the number of the one that did.
@@ -37,13 +50,13 @@ pub fn fail_after(passing: u32, errno: i32) -> io::Result<()> {
 /// # Errors
 /// Nobody traces this process.
 pub fn failed() -> io::Result<Option<c_long>> {
-    let answer = ask(0, 0, 0)?;
+    let answer = ask(0, 0, 0, 0)?;
     Ok((answer > 0).then(|| answer - 1))
 }
 
-fn ask(arm: c_long, passing: c_long, errno: c_long) -> io::Result<c_long> {
+fn ask(arm: c_long, passing: c_long, errno: c_long, of: c_long) -> io::Result<c_long> {
     // SAFETY: all numbers; a kernel without our tracer refuses the option.
-    match unsafe { libc::syscall(libc::SYS_prctl, ARM, arm, passing, errno, 0) } {
+    match unsafe { libc::syscall(libc::SYS_prctl, ARM, arm, passing, errno, of) } {
         answer @ 0.. => Ok(answer),
         _ => Err(io::Error::last_os_error()),
     }
@@ -52,9 +65,15 @@ fn ask(arm: c_long, passing: c_long, errno: c_long) -> io::Result<c_long> {
 impl Fault {
     /// What a call asks the tracer for, if it does.
     pub(super) fn asked(number: u64, arguments: &[u64; 6]) -> Option<Option<Self>> {
-        let [option, arm, passing, errno, ..] = *arguments;
+        let [option, arm, passing, errno, of, _] = *arguments;
         let ours = number.cast_signed() == libc::SYS_prctl && option.cast_signed() == ARM;
-        ours.then(|| (arm == 1).then_some(Self { passing, errno, failed: None }))
+        let of = libc::pid_t::try_from(of).ok().filter(|pid| *pid != 0);
+        ours.then(|| (arm == 1).then_some(Self { passing, errno, of, failed: None }))
+    }
+
+    /// Whose calls count, if it is one process's.
+    pub(super) const fn of(&self) -> Option<libc::pid_t> {
+        self.of
     }
 
     /// Whether this call is the one.
