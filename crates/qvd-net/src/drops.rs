@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::watch::{Counted, has_log, log_group};
 pub use self::{
-    sample::Sample,
+    sample::{Sample, samples_of},
     watch::{DropReport, DropWatch, Dropped},
 };
 use crate::{Error, Port};

@@ -66,7 +66,7 @@ mod waiter;
 #[cfg(test)]
 mod tests;
 
-pub use drops::{DropReason, DropReport, DropWatch, Dropped, Sample};
+pub use drops::{DropReason, DropReport, DropWatch, Dropped, Sample, samples_of};
 pub use error::{Error, TeardownErrors};
 pub use explain::Decision;
 pub use filter::Backend;

@@ -64,6 +64,14 @@ pub(super) fn logged(datagram: &[u8]) -> Vec<Logged> {
     of_log.map(|(_, message)| read(message.get(HEADER_LEN + 4..).unwrap_or_default())).collect()
 }
 
+/// Takes a datagram as if it came from the kernel's log, with frames in it that
+/// desktops wrote: for fuzzing. Says how many samples are in it.
+#[doc(hidden)]
+#[must_use]
+pub fn samples_of(datagram: &[u8]) -> usize {
+    logged(datagram).iter().filter(|logged| !logged.sample.to_string().is_empty()).count()
+}
+
 fn read(attributes: &[u8]) -> Logged {
     let mut logged = Logged::default();
     let mut payload = Vec::new();

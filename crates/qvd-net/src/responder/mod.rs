@@ -102,5 +102,19 @@ fn answer(site: &Site, guest: &Guest, heard: &Heard<'_>) -> Option<Vec<u8>> {
     }
 }
 
+/// Takes a frame as a machine could send it: for fuzzing. Says whether it would
+/// be answered by what serves one guest, whose MAC is that of `10.66.0.7` of instance 1.
+#[doc(hidden)]
+#[must_use]
+pub fn is_answered(frame: &[u8]) -> bool {
+    let Ok(subnet) = "10.66.0.0/16".parse::<Subnet>() else { return false };
+    let (instance, ipv4) = (qvd_core::Instance::new(1), Ipv4Addr::new(10, 66, 0, 7));
+    let gateway_ipv6 = Some(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
+    let site = Site { gateway_ipv6, ..Site::new(subnet, Mac::of(instance, subnet.gateway())) };
+    let ipv6 = Some(Ipv6Addr::new(0xfd51, 0x5644, 0, 0, 0, 0, 0, 7));
+    let guest = Guest { ipv6, way_out: true, ..Guest::new(Mac::of(instance, ipv4), ipv4) };
+    frame::open(frame).is_some_and(|(_, heard)| answer(&site, &guest, &heard).is_some())
+}
+
 #[cfg(test)]
 mod tests;

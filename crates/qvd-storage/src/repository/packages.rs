@@ -71,7 +71,7 @@ impl Packages {
     /// Reads what [`Packages::encode`] wrote.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let mut lines = std::str::from_utf8(bytes).ok()?.lines();
+        let mut lines = std::str::from_utf8(bytes).ok()?.strip_suffix('\n')?.split('\n');
         let kind = match lines.next()?.strip_prefix(MAGIC)? {
             " dpkg" => PackageKind::Dpkg,
             " rpm" => PackageKind::Rpm,

@@ -148,12 +148,13 @@ impl Repository {
     /// It cannot be read.
     pub fn reflog(&self, flavour: &FlavourName, tag: &Tag) -> Result<Vec<Move>, Error> {
         let path = self.reflog_path(flavour, tag);
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        let text = match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             text => text.map_err(Error::io("read", &path))?,
         };
-        // A line that was cut off by a crash is no move.
-        let mut moves: Vec<Move> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        // A line that was cut off by a crash is no move, and need not even be text.
+        let lines = text.split(|byte| *byte == b'\n');
+        let mut moves: Vec<Move> = lines.filter_map(|line| serde_json::from_slice(line).ok()).collect();
         if let Some(last) = self.last_move(flavour, tag)?
             && moves.last() != Some(&last)
         {
