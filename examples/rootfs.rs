@@ -98,6 +98,10 @@ fn forget_volatile(backend: &dyn RootBackend) -> Result<()> {
     Ok(())
 }
 
+fn number<N: std::str::FromStr>(option: &str, value: &str, of: &str) -> Result<N> {
+    value.parse::<N>().ok().with_context(|| format!("`{option}` is a number of {of}, not `{value}`"))
+}
+
 impl Options {
     fn parse() -> Result<Self> {
         let usage =
@@ -117,9 +121,9 @@ impl Options {
                 "--backend" => options.backend = value()?,
                 "--base" => options.base = value()?.into(),
                 "--store" => options.store = value()?.into(),
-                "--size" => options.quota.bytes = Some(Bytes::new(value()?.parse()?)),
-                "--inodes" => options.quota.inodes = Some(value()?.parse()?),
-                "--count" => options.count = value()?.parse()?,
+                "--size" => options.quota.bytes = Some(Bytes::new(number(&arg, &value()?, "bytes")?)),
+                "--inodes" => options.quota.inodes = Some(number(&arg, &value()?, "files")?),
+                "--count" => options.count = number(&arg, &value()?, "roots")?,
                 "--keep" => options.keep = true,
                 _ => bail!("unknown argument `{arg}`; {usage}"),
             }

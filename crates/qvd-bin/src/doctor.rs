@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use comfy_table::{ContentArrangement, Table, presets};
 use qvd_core::Support;
 use qvd_node::{Probe, Survey, VmConfig};
-use qvd_storage::Capability;
+use qvd_storage::{DiskSurvey, Recommendation};
 use serde::Serialize;
 
 use crate::{
@@ -21,6 +21,8 @@ struct Found {
     checks: Vec<Probe>,
     /// Ways to make roots; none when nothing could be tried.
     roots: Option<Survey>,
+    /// Ways to make disks; none likewise.
+    disks: Option<DiskSurvey>,
     /// What filters of frames cannot stop.
     filters: Vec<FilterGaps>,
 }
@@ -37,17 +39,13 @@ pub(crate) fn run(paths: &Paths, args: &Doctor, output: &Output) -> anyhow::Resu
     let mut checks = qvd_node::probe(&paths.root);
     checks.extend(machines(paths, args)?);
     let fit = checks.iter().all(|check| !check.required || check.support.is_yes());
-    let roots = match qvd_node::survey(&paths.root) {
-        Ok(survey) => Some(survey),
-        Err(error) => {
-            tracing::warn!(error = &error as &dyn std::error::Error, "back ends for roots were not tried");
-            None
-        }
-    };
+    let roots = tried(qvd_node::survey(&paths.root), "roots");
+    let disks = tried(qvd_node::survey_disks(&paths.root), "disks");
     let filters = qvd_net::Backend::ALL.map(|back_end| FilterGaps { back_end, gaps: back_end.gaps() }).into();
-    output.result(&Found { checks, roots, filters }, |found| {
+    output.result(&Found { checks, roots, disks, filters }, |found| {
         let mut text: Vec<String> = found.checks.iter().map(check).collect();
-        text.extend(found.roots.iter().map(survey));
+        text.extend(found.roots.iter().map(roots_table));
+        text.extend(found.disks.iter().map(disks_table));
         text.extend(found.filters.iter().filter(|filter| !filter.gaps.is_empty()).map(gaps));
         text.join("\n")
     })?;
@@ -92,46 +90,80 @@ fn check(probe: &Probe) -> String {
     }
 }
 
-/// The table of back ends, the reason for each no, and the recommendation.
-fn survey(survey: &Survey) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(std::iter::once("").chain(survey.back_ends.iter().map(|b| b.name)));
-    for capability in Capability::ALL {
-        let answers =
-            survey.back_ends.iter().map(|b| if b.capabilities.get(capability).is_yes() { "yes" } else { "-" });
-        table.add_row(std::iter::once(capability.name()).chain(answers));
-    }
-    let mut text = vec![String::new(), "Ways to make roots:".to_owned()];
-    text.extend(table.lines().map(|line| line.trim_end().to_owned()));
-    for back_end in &survey.back_ends {
-        for (reason, capabilities) in reasons(back_end) {
-            let list =
-                if capabilities.len() == Capability::ALL.len() { "all".to_owned() } else { capabilities.join(", ") };
-            text.push(format!("  no {list} with {}: {}", back_end.name, one_line(&reason)));
-        }
-    }
+fn tried<T>(survey: Result<T, qvd_storage::Error>, what: &str) -> Option<T> {
+    survey
+        .inspect_err(|error| {
+            tracing::warn!(error = error as &dyn std::error::Error, "back ends for {what} were not tried");
+        })
+        .ok()
+}
+
+/// What one back end says to each capability, by name.
+type Answers = (&'static str, Vec<(&'static str, Support)>);
+
+fn roots_table(survey: &Survey) -> String {
+    let answers = survey.back_ends.iter().map(|back_end| {
+        let answers = back_end.capabilities.iter().map(|(capability, support)| (capability.name(), support));
+        (back_end.name, answers.collect())
+    });
+    let mut text = table("roots", &answers.collect::<Vec<_>>());
+    let chosen = survey.back_ends.iter().filter_map(|back_end| Some((back_end.name, back_end.options.as_ref()?)));
+    text.extend(chosen.map(|(name, options)| format!("  {name} mounts with {options}")));
     text.extend(survey.historic.iter().map(|old| format!("  no {}: {}; use {}", old.name, old.was, old.instead)));
-    match &survey.recommended {
-        Some(recommended) => {
-            text.push(format!("Recommended for this directory: {}", recommended.back_end));
-            text.extend(recommended.because.iter().map(|why| format!("  because {why}")));
-            text.extend(recommended.but.iter().map(|what| format!("  but {what}")));
-        }
-        None => text.push("No root can be made in this directory.".to_owned()),
-    }
+    text.extend(recommendation("root", survey.recommended.as_ref()));
     text.join("\n")
 }
 
+fn disks_table(survey: &DiskSurvey) -> String {
+    let answers = survey.back_ends.iter().map(|back_end| {
+        let answers = back_end.capabilities.iter().map(|(capability, support)| (capability.name(), support));
+        (back_end.name, answers.collect())
+    });
+    let mut text = table("disks", &answers.collect::<Vec<_>>());
+    text.extend(recommendation("disk", survey.recommended.as_ref()));
+    text.join("\n")
+}
+
+/// The table of back ends, and the reason for each no.
+fn table(what: &str, back_ends: &[Answers]) -> Vec<String> {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(std::iter::once("").chain(back_ends.iter().map(|(name, _)| *name)));
+    let capabilities = back_ends.first().map(|(_, answers)| answers.as_slice()).unwrap_or_default();
+    for (row, (capability, _)) in capabilities.iter().enumerate() {
+        let yes = |answers: &[(_, Support)]| answers.get(row).is_some_and(|(_, support)| support.is_yes());
+        let answers = back_ends.iter().map(|(_, answers)| if yes(answers) { "yes" } else { "-" });
+        table.add_row(std::iter::once(*capability).chain(answers));
+    }
+    let mut text = vec![String::new(), format!("Ways to make {what}:")];
+    text.extend(table.lines().map(|line| line.trim_end().to_owned()));
+    for (name, answers) in back_ends {
+        for (reason, capabilities) in reasons(answers) {
+            let list = if capabilities.len() == answers.len() { "all".to_owned() } else { capabilities.join(", ") };
+            text.push(format!("  no {list} with {name}: {}", one_line(&reason)));
+        }
+    }
+    text
+}
+
+/// Which one to take, and why.
+fn recommendation(what: &str, recommended: Option<&Recommendation>) -> Vec<String> {
+    let Some(recommended) = recommended else { return vec![format!("No {what} can be made in this directory.")] };
+    let mut text = vec![format!("Recommended for this directory: {}", recommended.back_end)];
+    text.extend(recommended.because.iter().map(|why| format!("  because {why}")));
+    text.extend(recommended.but.iter().map(|what| format!("  but {what}")));
+    text
+}
+
 /// What a back end cannot do, by reason, in the order in which they appear.
-fn reasons(back_end: &qvd_storage::Surveyed) -> Vec<(String, Vec<&'static str>)> {
+fn reasons(answers: &[(&'static str, Support)]) -> Vec<(String, Vec<&'static str>)> {
     let mut found: Vec<(String, Vec<&'static str>)> = Vec::new();
-    for (capability, support) in back_end.capabilities.iter() {
+    for (capability, support) in answers {
         let Support::No(missing) = support else { continue };
         let reason = missing.to_string();
         match found.iter_mut().find(|(known, _)| *known == reason) {
-            Some((_, capabilities)) => capabilities.push(capability.name()),
-            None => found.push((reason, vec![capability.name()])),
+            Some((_, capabilities)) => capabilities.push(capability),
+            None => found.push((reason, vec![capability])),
         }
     }
     found

@@ -28,7 +28,7 @@ pub use host::{
 pub use limits::raise_limits;
 pub use network::Tenants;
 pub use node::{Node, NodeConfig, VmConfig};
-pub use probe::{Probe, probe, probe_vms, survey};
+pub use probe::{Probe, probe, probe_vms, survey, survey_disks};
 pub use qvd_guest::{ExecRequest, Exit, Stats};
 pub use qvd_net::{Counters, Decision, PortView};
 pub use qvd_storage::{

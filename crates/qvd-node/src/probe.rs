@@ -3,7 +3,7 @@
 use std::{io, path::Path};
 
 use qvd_core::{Missing, Support};
-use qvd_storage::{Backends, Store, Survey};
+use qvd_storage::{Backends, DiskBackends, DiskSurvey, Store, Survey};
 use serde::Serialize;
 
 use crate::{VmConfig, machine::probe_machines};
@@ -168,6 +168,14 @@ fn advise(name: &str, support: Support) -> Probe {
 /// It could not be tried, for instance because the disk is full.
 pub fn survey(root: &Path) -> Result<Survey, qvd_storage::Error> {
     Backends::built_in().survey(existing(root))
+}
+
+/// As [`survey`], for ways to make disks.
+///
+/// # Errors
+/// As [`survey`].
+pub fn survey_disks(root: &Path) -> Result<DiskSurvey, qvd_storage::Error> {
+    DiskBackends::built_in().survey(existing(root))
 }
 
 /// The nearest directory that there is.
