@@ -63,10 +63,10 @@ check: $(STAMP)/build-tools $(STAMP)/check-tools $(STAMP)/web
 FLOOR ?= ../shared/bench/floor.c
 ROUNDS ?= 40
 
-bench: $(STAMP)/build-tools $(STAMP)/bench-tools
+bench: init bed $(STAMP)/build-tools $(STAMP)/bench-tools
 	cargo bench --locked -p qvd-node --bench compare -- \
 		--floor $(abspath $(FLOOR)) --rounds $(ROUNDS) $(if $(JSON),--json)
-	cargo bench --locked -p qvd-virt -p qvd-net -p qvd-storage --bench '*'
+	QVD_TEST_PRIVILEGED=1 QVD_INIT=$(INIT) cargo bench --locked -p qvd-virt -p qvd-net -p qvd-storage --bench '*'
 
 # How many desktops fit: N of them, IDLE=1 at rest. See docs/density.md.
 N ?= 40

@@ -1,8 +1,9 @@
 //! The host itself: which desktops there are, and who may touch each when.
 
+mod memory;
+
 use std::{
     collections::HashMap,
-    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     thread::{self, JoinHandle},
@@ -25,7 +26,7 @@ use crate::{
     MemoryConfig, MemoryReport, Timings,
     desktop::{Desktop, Parts, micros, virt},
     gate::Gate,
-    governor::{Desktops, Governor, Reached},
+    governor::Governor,
     guest::Guest,
     network::Tenants,
     rest::{Awake, Due, Rest},
@@ -150,6 +151,17 @@ struct Face {
 }
 
 impl Slot {
+    /// The desktop itself, for whoever looks at it. A start or a stop is not waited
+    /// for; a measurement is, which takes a moment.
+    fn live(&self, id: DesktopId) -> Result<MutexGuard<'_, Option<Desktop>>, HostError> {
+        let state = lock(&self.face).state;
+        if matches!(state, State::Starting(_) | State::Stopping) {
+            let what = format!("desktop {id} is starting or stopping");
+            return Err(HostError::new(HostErrorKind::Busy, what));
+        }
+        Ok(lock(&self.live))
+    }
+
     /// Lets the desktop go on if it stands still, and keeps it awake.
     fn wake(&self, id: DesktopId) -> Result<Awake, HostError> {
         let woken = lock(&self.rest).wake();
@@ -194,7 +206,7 @@ impl Node {
         let inner = Arc::new(Inner { parts, config, slots: Mutex::default(), exit, governor });
         let supervisor = Supervisor::start(Arc::downgrade(&inner))
             .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot start the supervisor", e))?;
-        let rounds = govern(&inner)
+        let rounds = memory::govern(&inner)
             .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot start the memory governor", e))?;
         let node = Arc::new(Self { inner, supervisor, rounds: Some(rounds) });
         for desktop in adopted {
@@ -239,21 +251,6 @@ impl Node {
             .watch(desktop.id(), desktop.pidfd())
             .map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot watch desktop {}", desktop.id()), e))
     }
-}
-
-/// Shares out memory until the governor is told to stop, or the node is gone.
-fn govern(inner: &Arc<Inner>) -> io::Result<JoinHandle<()>> {
-    let (governor, inner) = (Arc::clone(&inner.governor), Arc::downgrade(inner));
-    thread::Builder::new().name("qvd-governor".to_owned()).spawn(move || {
-        while let Some(inner) = inner.upgrade() {
-            let began = Instant::now();
-            governor.go_round(&*inner);
-            drop(inner);
-            if !governor.wait(began.elapsed()) {
-                return;
-            }
-        }
-    })
 }
 
 impl Drop for Node {
@@ -323,42 +320,10 @@ impl Inner {
             && rest.settle(desktop.cpu_time(), || desktop.has_streams(), || desktop.uses_sound())
     }
 
-    /// Whether there is memory for one more desktop; others give some back now
-    /// if that is what it takes.
-    fn admit(&self, spec: &DesktopSpec) -> Result<(), HostError> {
-        for id in self.governor.started() {
-            self.governor.look(self, id);
-        }
-        let refused = |why| HostError::because(HostErrorKind::Busy, format!("cannot start desktop {}", spec.id), why);
-        if self.governor.admit(spec).map_err(refused)?.needs_room {
-            self.governor.go_round(self);
-        }
-        Ok(())
-    }
-
     fn guest(&self, id: DesktopId) -> Result<Guest, HostError> {
         let slot = lock(&self.slots).get(&id).cloned();
         slot.and_then(|slot| lock(&slot.face).guest.clone())
             .ok_or_else(|| HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run")))
-    }
-}
-
-impl Desktops for Inner {
-    fn all(&self) -> Vec<DesktopId> {
-        lock(&self.slots).keys().copied().collect()
-    }
-
-    fn with(&self, id: DesktopId, work: &mut dyn FnMut(Reached<'_>)) {
-        let Some(slot) = lock(&self.slots).get(&id).cloned() else { return };
-        let Ok(mut live) = slot.live.try_lock() else { return };
-        let (state, attached) = {
-            let face = lock(&slot.face);
-            (face.state, face.is_attached())
-        };
-        let resting = lock(&slot.rest).is_resting();
-        if let Some(desktop) = live.as_mut().filter(|_| state == State::Running) {
-            work(Reached { desktop, attached, resting });
-        }
     }
 }
 
@@ -568,16 +533,14 @@ impl Host for Node {
     fn network(&self, id: DesktopId, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
         let slot = self.inner.slot(id);
         let not_running = || HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run"));
-        let busy = || HostError::new(HostErrorKind::Busy, format!("desktop {id} is starting or stopping"));
-        let live = slot.live.try_lock().map_err(|_| busy())?;
+        let live = slot.live(id)?;
         Parts::port_view(live.as_ref().ok_or_else(not_running)?, frames)
     }
 
     fn commit(&self, id: DesktopId, new: &NewVersion) -> Result<Version, HostError> {
         let slot = self.inner.slot(id);
         let not_running = || HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run"));
-        let busy = || HostError::new(HostErrorKind::Busy, format!("desktop {id} is starting or stopping"));
-        let live = slot.live.try_lock().map_err(|_| busy())?;
+        let live = slot.live(id)?;
         let desktop = live.as_ref().ok_or_else(not_running)?;
         let made = lock(&slot.rest).still(|| self.inner.parts.commit(desktop, new));
         made.map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot hold desktop {id}"), e))?

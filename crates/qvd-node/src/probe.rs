@@ -93,6 +93,18 @@ const ADVICE: &[Advice] = &[
         remedy: "nothing has to be done: `qvd up` raises it",
     },
     Advice {
+        name: "merging of equal pages (KSM)",
+        required: false,
+        cost: "idle machines take up to twice the memory where that is short",
+        remedy: "use a kernel with CONFIG_KSM",
+    },
+    Advice {
+        name: "memory pressure (PSI)",
+        required: false,
+        cost: "it is seen later that memory is short: by what is free alone",
+        remedy: "use Linux 4.20 or later with CONFIG_PSI, and boot it with psi=1",
+    },
+    Advice {
         name: QEMU,
         required: false,
         cost: "desktops run in containers only",
@@ -135,6 +147,7 @@ pub fn probe(root: &Path) -> Vec<Probe> {
         }
     }
     found.push(("many desktops", crate::limits::support()));
+    found.extend(qvd_virt::memory::probe());
     found.extend(storage(root));
     found.into_iter().map(|(name, support)| advise(name, support)).collect()
 }

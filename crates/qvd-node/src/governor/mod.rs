@@ -92,7 +92,7 @@ impl MemoryConfig {
             (limit, self.container_minimum.get())
         } else {
             let maximum = limit.next_multiple_of(MACHINE_STEP);
-            let part = maximum / 100 * u64::from(self.machine_minimum_percent);
+            let part = maximum.saturating_mul(u64::from(self.machine_minimum_percent)) / 100;
             (maximum, part.max(self.machine_minimum.get()))
         };
         Request { minimum: Bytes::new(minimum.min(maximum)), maximum: Bytes::new(maximum) }
@@ -258,5 +258,88 @@ pub(crate) const fn activity(attached: bool, resting: bool, busy: bool) -> Activ
         (true, ..) => Activity::Attended,
         (_, false, true) => Activity::Working,
         _ => Activity::Idle,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use qvd_core::{Limits, NetPolicy, RootPolicy};
+
+    use super::*;
+
+    /// A host with so many MiB, of which so many are free.
+    fn governor(total: u64, free: u64, config: MemoryConfig) -> (tempfile::TempDir, Governor) {
+        let proc = tempfile::tempdir().unwrap();
+        let text = format!("MemTotal: {} kB\nMemAvailable: {} kB\nSwapFree: 0 kB\n", total << 10, free << 10);
+        std::fs::write(proc.path().join("meminfo"), text).unwrap();
+        let config = MemoryConfig { merge: false, ..config };
+        let governor = Governor { proc: proc.path().to_owned(), ..Governor::open(&config, proc.path()) };
+        (proc, governor)
+    }
+
+    fn spec(number: u32, virtualizer: Virtualizer, memory: Bytes) -> DesktopSpec {
+        DesktopSpec {
+            id: DesktopId::new(number).unwrap(),
+            user: "alice".parse().unwrap(),
+            tenant: qvd_core::TenantName::default(),
+            hostname: "desk".to_owned(),
+            image: format!("sha256:{}", "0".repeat(64)).parse().unwrap(),
+            virtualizer,
+            root: RootPolicy::Volatile,
+            limits: Limits { memory, ..Limits::default() },
+            net: NetPolicy::none(),
+            address: None,
+            home: None,
+        }
+    }
+
+    #[test]
+    fn what_is_starting_counts_before_it_has_anything() {
+        let (_proc, governor) = governor(1000, 100, MemoryConfig::default());
+        let container = |number| spec(number, Virtualizer::Container, Bytes::gib(1));
+        // 50 MiB beside the host's own: two of 24 fit.
+        let first = container(1);
+        assert!(!governor.admit(&first).unwrap().needs_room);
+        governor.admit(&container(2)).unwrap();
+        let refused = governor.admit(&container(3)).unwrap_err().to_string();
+        assert_eq!(refused, "needs 24 MiB, 2 free after reclaim; smallest change: stop desktop 1, or free 22 MiB");
+        // Asking again for one that starts does not take twice.
+        governor.admit(&container(2)).unwrap();
+        // One did not come up.
+        governor.forget(first.id);
+        governor.admit(&container(3)).unwrap();
+    }
+
+    #[test]
+    fn what_desktops_may_have_together_can_be_less_than_the_host_has() {
+        let config =
+            MemoryConfig { total: Some(Bytes::mib(300)), promise_percent: Some(200), ..MemoryConfig::default() };
+        let (_proc, governor) = governor(4000, 3000, config);
+        let machine = |number, memory| spec(number, Virtualizer::Qemu, Bytes::mib(memory));
+        let refused = governor.admit(&machine(1, 1600)).unwrap_err().to_string();
+        assert!(refused.starts_with("needs 400 MiB, 285 free"), "{refused}");
+        governor.admit(&machine(1, 400)).unwrap();
+        let refused = governor.admit(&machine(2, 400)).unwrap_err().to_string();
+        let expected =
+            "is promised 400 MiB, 200 not promised to others; smallest change: stop desktop 1, or ask for 200 MiB less";
+        assert_eq!(refused, expected);
+        governor.admit(&machine(2, 200)).unwrap();
+    }
+
+    #[test]
+    fn a_host_that_does_not_say_refuses_nobody() {
+        let (proc, governor) = governor(100, 1, MemoryConfig::default());
+        std::fs::remove_file(proc.path().join("meminfo")).unwrap();
+        governor.admit(&spec(1, Virtualizer::Container, Bytes::gib(1))).unwrap();
+        assert!(governor.report().is_none());
+    }
+
+    #[test]
+    fn whoever_looks_at_it_comes_before_what_it_does() {
+        assert_eq!(activity(true, true, false), Activity::Attended);
+        assert_eq!(activity(false, false, true), Activity::Working);
+        assert_eq!(activity(false, true, true), Activity::Idle);
+        assert_eq!(activity(false, false, false), Activity::Idle);
     }
 }

@@ -24,7 +24,11 @@ const HUNGER_MIB: u64 = 120;
 const STEP: Duration = Duration::from_millis(500);
 
 /// Longest part.
-const PART: Duration = Duration::from_secs(60);
+const PART: Duration = Duration::from_secs(120);
+
+/// Rounds over all pages in which what is equal is found: the first only
+/// remembers.
+const FOUND: u64 = 3;
 
 /// What is measured, and the policy that is asked meanwhile.
 struct Watch {
@@ -46,11 +50,10 @@ pub fn measure(picture: Option<&Path>) {
         }
         let mut watch = Watch::begin(guests, ksm.ok());
         watch.work();
-        let ksm = watch.ksm.take();
-        let points = watch.end();
-        if let Some(mut ksm) = ksm {
+        if let Some(mut ksm) = watch.ksm.take() {
             ksm.close().unwrap();
         }
+        let points = watch.end();
         if let Some(picture) = picture {
             std::fs::write(picture, picture::draw(&points)).unwrap();
         }
@@ -143,7 +146,9 @@ impl Watch {
     fn until_settled(&mut self, merge: bool, balloon: bool) {
         let phase = if balloon { "then the balloon" } else { "then merging" };
         let (until, mut quiet, mut before) = (Instant::now() + PART, 0, f64::INFINITY);
-        while Instant::now() < until && quiet < 12 {
+        let scans = |ksm: &Option<Ksm>| ksm.as_ref().map_or(u64::MAX, |ksm| ksm.cost().unwrap().full_scans);
+        let all_seen = scans(&self.ksm).saturating_add(FOUND);
+        while Instant::now() < until && (quiet < 8 || scans(&self.ksm) < all_seen) {
             let decision = self.decide();
             if let Some(ksm) = self.ksm.as_mut().filter(|_| merge) {
                 ksm.apply(decision.merge).unwrap();
@@ -191,10 +196,7 @@ impl Watch {
     }
 
     fn end(self) -> Vec<Point> {
-        for mut guest in self.guests {
-            guest.stop();
-            guest.close();
-        }
+        self.guests.into_iter().for_each(Machine::close);
         self.points
     }
 }

@@ -39,7 +39,7 @@ pub struct MergeCost {
     pub pages_to_scan: u64,
     /// Pause between rounds, in milliseconds.
     pub sleep_ms: u64,
-    /// How often all pages were looked at.
+    /// How often all pages were looked at since it was started.
     pub full_scans: u64,
     /// What would be in use more without it, in bytes.
     pub saved_bytes: u64,
@@ -72,6 +72,8 @@ pub struct Ksm {
     note: PathBuf,
     before: Option<Before>,
     ksmd: Option<u32>,
+    /// Rounds over all pages before it was started last: the kernel counts on.
+    scans_before: u64,
 }
 
 impl Ksm {
@@ -83,7 +85,7 @@ impl Ksm {
     /// [`Error::Unsupported`] where the kernel has none; [`Error::Invalid`] where
     /// somebody else has started it, whose business it is then.
     pub fn open(dir: &Path, note: &Path) -> Result<Self, Error> {
-        let mut ksm = Self { dir: dir.to_owned(), note: note.to_owned(), before: None, ksmd: None };
+        let mut ksm = Self { dir: dir.to_owned(), note: note.to_owned(), before: None, ksmd: None, scans_before: 0 };
         if !dir.join("run").exists() {
             let missing = Missing::Kernel("merging of equal pages (CONFIG_KSM)".to_owned());
             return Err(Error::Unsupported { op: "merge equal pages", missing });
@@ -124,6 +126,9 @@ impl Ksm {
         if self.advisor_mode().is_some_and(|mode| mode != BY_HAND) {
             self.write("advisor_mode", BY_HAND)?;
         }
+        if self.number("run")? != 1 {
+            self.scans_before = self.number("full_scans")?;
+        }
         for (file, value) in [("pages_to_scan", merge.pages_to_scan), ("sleep_millisecs", Merge::SLEEP_MS), ("run", 1)]
         {
             if self.number(file)? != u64::from(value) {
@@ -146,7 +151,7 @@ impl Ksm {
             running: self.number("run")? == 1,
             pages_to_scan: self.number("pages_to_scan")?,
             sleep_ms: self.number("sleep_millisecs")?,
-            full_scans: self.number("full_scans")?,
+            full_scans: self.number("full_scans")?.saturating_sub(self.scans_before),
             saved_bytes: saved,
             profit_bytes: profit,
             cpu_ms: time.map(|time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
@@ -246,6 +251,7 @@ mod tests {
         assert!(!note.exists(), "nothing was changed");
         first.apply(MERGE).unwrap();
         assert_eq!(["run", "pages_to_scan", "advisor_mode"].map(read), ["1", "444", "none"]);
+        assert_eq!(first.cost().unwrap().full_scans, 0, "the four before are others'");
         // Its process is killed; the next one knows what there was before.
         drop(first);
         let mut second = Ksm::open(dir.path(), &note).unwrap();

@@ -16,7 +16,9 @@ mod ksm;
 pub use admission::{Lack, Request, Shortfall, admit};
 pub use decision::decide;
 pub use ksm::{KSM_DIR, Ksm, MergeCost};
-use qvd_core::{Bytes, DesktopId};
+use std::path::Path;
+
+use qvd_core::{Bytes, DesktopId, Missing, Support};
 
 /// Whose desktops may share pages with one another. That a page is shared can
 /// be told by the time a write to it takes, so it stays within one tenant.
@@ -131,6 +133,22 @@ pub struct Merge {
 impl Merge {
     /// Pause between rounds: the kernel's own, `sleep_millisecs`.
     pub const SLEEP_MS: u32 = 20;
+}
+
+/// What a host answers about its memory, below `/sys` and `/proc`: whether equal
+/// pages can be merged by us, and whether it tells of pressure.
+#[must_use]
+pub fn probe() -> Vec<(&'static str, Support)> {
+    let read = |path: &Path| std::fs::read_to_string(path);
+    let merging = match read(&Path::new(KSM_DIR).join("run")) {
+        Err(_) => Support::No(Missing::Kernel("merging of equal pages (CONFIG_KSM)".to_owned())),
+        Ok(_) => Support::Yes,
+    };
+    let pressure = match read(Path::new("/proc/pressure/memory")) {
+        Err(_) => Support::No(Missing::Kernel("pressure stall information (CONFIG_PSI, psi=1)".to_owned())),
+        Ok(_) => Support::Yes,
+    };
+    vec![("merging of equal pages (KSM)", merging), ("memory pressure (PSI)", pressure)]
 }
 
 /// What the host keeps for itself and for guests that suddenly grow: a

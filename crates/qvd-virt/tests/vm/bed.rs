@@ -17,7 +17,7 @@ use qvd_virt::{
 use tempfile::TempDir;
 
 /// Longer than anything here takes on a busy host without KVM.
-pub const SOON: Duration = Duration::from_secs(120);
+pub const SOON: Duration = Duration::from_secs(240);
 
 pub struct Bed {
     pub qemu: Qemu,
