@@ -11,6 +11,7 @@ use qvd::core::{
     DesktopId, DesktopSpec, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy, TenantName, Virtualizer,
 };
 use qvd::node::{ExecRequest, ExecStdio, Host as _, Node, NodeConfig};
+use qvd::storage::BuildOptions;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = env::args_os().skip(1);
@@ -19,7 +20,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let root = Path::new(&root);
     let node = Node::open(NodeConfig::new(root, &root.join("run"), init.into(), Instance::new(0xe8a3)))?;
-    let image = node.build_image(Path::new("recipes/icewm.toml"), &mut |line| println!("  {line}"))?;
+    let image =
+        node.build_image(Path::new("recipes/icewm.toml"), &BuildOptions::default(), &mut |line| println!("  {line}"))?;
     println!("image    {} with {} entries", image.digest, image.entries);
 
     let desktop = DesktopSpec {

@@ -344,6 +344,18 @@ pub(crate) enum ExportFormat {
     Oci,
 }
 
+impl From<ExportFormat> for qvd_gateway::images::ExportFormat {
+    fn from(format: ExportFormat) -> Self {
+        match format {
+            ExportFormat::Dir => Self::Dir,
+            ExportFormat::Tar => Self::Tar,
+            ExportFormat::TarGz => Self::TarGz,
+            ExportFormat::TarZst => Self::TarZst,
+            ExportFormat::Oci => Self::Oci,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Transfer {
     /// The other repository: a directory, https://USER@HOST[:PORT], or s3://BUCKET[/PREFIX]

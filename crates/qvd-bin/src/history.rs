@@ -1,99 +1,110 @@
-//! The history of images: on the repository itself, also while a daemon runs.
+//! The history of images: through the daemon when one runs on them, else on the
+//! repository itself.
 
 use std::{
     fs, io,
+    os::unix::net::UnixStream,
     path::Path,
-    time::{Duration, SystemTime},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use qvd_core::{FlavourName, Tag};
-use qvd_storage::{
-    Error, Recipe, Repository,
-    repository::{
-        Change, Checked, Commit, CommitId, Content, Diff, Expect, Keep, Logged, NewCommit, Reference, Revision,
-        Rollout, Tree,
-        archive::{Format, is_disk},
+use qvd_core::FlavourName;
+use qvd_gateway::{
+    api::Client,
+    images::{
+        Compare, Export, Exported, Fsck, Gc, ImageCall, Log, News, PutTag, Reflog, Remove, RemoveTag, Revert, Show,
+        Shown, Tags,
     },
 };
-use serde::Serialize;
+use qvd_storage::{
+    Repository,
+    repository::{Change, Checked, CommitId, Content, Diff, Logged, Reference},
+};
 
 use crate::{
-    cli::{ExportFormat, Image, Import},
+    cli::{Image, Import},
     failure::{Exit, Refusal},
     graph,
     image::read_recipe,
-    output::{Output, age, one_line},
+    output::{Output, Progress, age, one_line},
     paths::Paths,
-    signing,
-    transfer::{self, Remote},
+    remote, signing, transfer,
 };
 
+/// Where images are.
+pub(crate) enum Images {
+    /// In a repository that nobody serves.
+    Here(Repository),
+    /// With a daemon.
+    There(Client),
+}
+
+impl Images {
+    /// Those of the daemon that was named or runs on this installation, or the
+    /// installation's own; made if need be.
+    fn of(paths: &Paths, server: Option<&Path>, make: bool) -> anyhow::Result<Self> {
+        if server.is_some() || UnixStream::connect(paths.socket()).is_ok() {
+            return Ok(Self::There(remote::connect(paths, server)?));
+        }
+        let at = paths.root.join("images");
+        // What only looks must not make a repository where there is none.
+        let repository = if make { Repository::open(&at).map_err(Into::into) } else { existing(&at) };
+        let repository = repository.with_context(|| format!("cannot open the images of `{}`", paths.root.display()));
+        Ok(Self::Here(repository?))
+    }
+
+    /// Does something with them.
+    pub(crate) fn call<C: ImageCall + Sync>(&self, call: C, output: &Output) -> anyhow::Result<C::Answer> {
+        let bar = C::LONG.then(|| Bar::new(output));
+        let mut tell = |news: News| bar.iter().for_each(|bar| bar.tell(&news));
+        match self {
+            Self::Here(repository) => Ok(call.carry_out(repository, &mut tell)?),
+            Self::There(client) => Ok(remote::wait(client.image(&call, &mut tell))??),
+        }
+    }
+}
+
 /// Carries out a command about the history of images.
-pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Result<()> {
-    let at = paths.root.join("images");
-    // What only looks must not make a repository where there is none.
-    if let Image::Key { file } = &command {
-        return signing::key(file, output);
+pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: &Output) -> anyhow::Result<()> {
+    match &command {
+        Image::Key { file } => return signing::key(file, output),
+        // Secret keys stay with whoever has them.
+        Image::Sign { .. } | Image::Policy { .. } => {
+            if let Some(server) = server {
+                let what = format!("cannot do this through `{}`: it works on the images of --root", server.display());
+                return Err(Refusal::new(Exit::Usage, what).into());
+            }
+        }
+        _ => {}
     }
     let makes = matches!(command, Image::Import(_) | Image::Pull(_) | Image::Clone { .. });
-    let repository = if makes { Repository::open(&at).map_err(Into::into) } else { existing(&at) };
-    let repository = repository.with_context(|| format!("cannot open the images of `{}`", paths.root.display()))?;
+    let at = || Images::of(paths, server, makes);
     match command {
-        // Done before.
+        // Done elsewhere.
         Image::Build { .. } | Image::Ls | Image::Key { .. } | Image::Bisect(_) | Image::Commit { .. } => Ok(()),
-        Image::Import(import) => {
-            let what = format!("cannot import `{}`", import.source.display());
-            let id = self::import(&repository, import).context(what)?;
-            show_made(&repository, id, output)
+        Image::Import(import) => show_made(&at()?.call(imported(import)?, output)?, output),
+        Image::Log { image } => output.result(&at()?.call(Log { image }, output)?, |log| graph::draw(log)),
+        Image::Show { image } => show(&at()?.call(Show { image }, output)?, output),
+        Image::Diff { from, to } => output.result(&at()?.call(Compare { from, to }, output)?, show_diff),
+        Image::Tag { flavour, name: None, .. } => {
+            let tags = at()?.call(Tags { flavour }, output)?;
+            output.table(&tags, ["TAG", "COMMIT"], |tagged| [tagged.tag.to_string(), short(tagged.commit)])
         }
-        Image::Log { image } => {
-            let log = || repository.log(repository.resolve(&image)?);
-            let log = log().with_context(|| format!("cannot show the history of {image}"))?;
-            output.result(&log, |log| graph::draw(log))
-        }
-        Image::Show { image } => show(&repository, &image, output),
-        Image::Diff { from, to } => {
-            let commit = |image| repository.commit(repository.resolve(image)?);
-            let diff = || repository.diff(&commit(&from)?, &commit(&to)?);
-            let diff = diff().with_context(|| format!("cannot compare {from} with {to}"))?;
-            output.result(&diff, show_diff)
-        }
-        Image::Tag { flavour, name: None, .. } => tags(&repository, &flavour, output),
-        Image::Tag { flavour, name: Some(name), id, message, steps } => {
-            let tag = || {
-                let id = id.map_or(Ok(None), |id| target(&flavour, &id).map(Some))?;
-                let to = repository.resolve(&id.unwrap_or(Reference { flavour: flavour.clone(), revision: None }))?;
-                let who = author();
-                // Without steps, those under way end: all get it.
-                let under_way = repository.rollout(&flavour, &name)?.map(|_| Rollout::default());
-                match steps.rollout().or(under_way) {
-                    Some(rollout) => repository.publish(&flavour, &name, to, rollout, (&who, &message))?,
-                    None => repository.move_tag(&flavour, &name, Expect::Anything, Some(to), (&who, &message))?,
-                };
-                anyhow::Ok(to)
-            };
-            let to = tag().with_context(|| format!("cannot put `{name}` of {flavour}"))?;
-            let tagged = Tagged { flavour, tag: name, commit: to };
+        Image::Tag { flavour, name: Some(tag), id, message, steps } => {
+            let cannot = format!("cannot put `{tag}` of {flavour}");
+            let to = id.map(|id| target(&flavour, &id)).transpose().context(cannot)?;
+            let put = PutTag { flavour, tag, to, author: author(), message, rollout: steps.rollout() };
+            let tagged = at()?.call(put, output)?;
             output.result(&tagged, |tagged| format!("{}:{} is on {}", tagged.flavour, tagged.tag, short(tagged.commit)))
         }
         Image::Untag { flavour, name } => {
-            let image = Reference { flavour: flavour.clone(), revision: Some(Revision::Tag(name.clone())) };
-            let untag = || {
-                repository.resolve(&image)?;
-                repository.move_tag(&flavour, &name, Expect::Anything, None, (&author(), "removed"))
-            };
-            untag().with_context(|| format!("cannot remove the tag {image}"))?;
+            let image = at()?.call(RemoveTag { flavour, tag: name, author: author() }, output)?;
             output.result(&image, |image| format!("{image} is no tag any more"))
         }
         Image::Reflog { image } => {
-            let tag = match &image.revision {
-                Some(Revision::Tag(tag)) => tag.clone(),
-                _ => Tag::head(),
-            };
-            let moves = repository.reflog(&image.flavour, &tag);
-            let mut moves = moves.with_context(|| format!("cannot show where {image} has been"))?;
-            moves.reverse();
+            let moves = at()?.call(Reflog { image }, output)?;
             output.table(&moves, ["AGE", "COMMIT", "WHO", "WHY"], |one| {
                 let to = one.to.map_or_else(|| "removed".to_owned(), short);
                 [age(one.time_unix_s), to, one.who.clone(), one.why.clone()]
@@ -101,55 +112,43 @@ pub(crate) fn run(paths: &Paths, command: Image, output: &Output) -> anyhow::Res
         }
         Image::Revert { image, message } => {
             let message = message.unwrap_or_else(|| format!("back to {image}"));
-            let id = repository.resolve(&image).and_then(|to| repository.revert(to, &author(), &message));
-            show_made(&repository, id.with_context(|| format!("cannot go back to {image}"))?, output)
+            show_made(&at()?.call(Revert { image, author: author(), message }, output)?, output)
         }
         Image::Rm { flavour } => {
-            let rm = || {
-                let tags = repository.tags(&flavour)?;
-                if tags.is_empty() {
-                    return Err(Error::NoSuchFlavour(flavour.clone()));
-                }
-                tags.keys().try_for_each(|tag| {
-                    repository.move_tag(&flavour, tag, Expect::Anything, None, (&author(), "flavour removed")).map(drop)
-                })
-            };
-            rm().with_context(|| format!("cannot remove flavour {flavour}"))?;
+            let flavour = at()?.call(Remove { flavour, author: author() }, output)?;
             output.result(&flavour, |flavour| format!("{flavour} is removed; `qvd image gc` deletes what it held"))
         }
-        Image::Checkout { image, to } => export(&repository, &image, &to, Format::Directory, output),
-        Image::Export { image, to, format } => {
-            let format = match format {
-                None => Format::of(&to),
-                Some(ExportFormat::Dir) => Format::Directory,
-                Some(ExportFormat::Tar) => Format::Tar,
-                Some(ExportFormat::TarGz) => Format::TarGz,
-                Some(ExportFormat::TarZst) => Format::TarZst,
-                Some(ExportFormat::Oci) => Format::Oci,
-            };
-            export(&repository, &image, &to, format, output)
+        Image::Checkout { image, to } => {
+            export(&at()?, image, &to, Some(qvd_gateway::images::ExportFormat::Dir), output)
         }
-        Image::Sign { image, key, password_stdin } => signing::sign(&repository, &image, &key, password_stdin, output),
-        Image::Policy { require, none } => signing::policy(&repository, &require, none, output),
+        Image::Export { image, to, format } => export(&at()?, image, &to, format.map(Into::into), output),
+        Image::Sign { image, key, password_stdin } => {
+            signing::sign(&local(paths)?, &image, &key, password_stdin, output)
+        }
+        Image::Policy { require, none } => signing::policy(&local(paths)?, &require, none, output),
         Image::Fsck { repair, access } => {
-            let remote = repair.map(|remote| Remote::of(&remote, &access)).transpose().context("cannot repair")?;
-            fsck(&repository, remote, output)
+            let repair =
+                repair.map(|remote| transfer::access(&remote, &access)).transpose().context("cannot repair")?;
+            let repairs = repair.is_some();
+            show_checked(&at()?.call(Fsck { repair }, output)?, repairs, output)
         }
         Image::Gc { dry_run, keep_days } => {
-            let cannot = "cannot collect what is not needed";
-            let commits = repository.in_use(&paths.root).context(cannot)?;
-            let keep = Keep { reflog: Duration::from_secs(u64::from(keep_days) * 86_400), commits };
-            let collected = repository.gc(&keep, dry_run).context(cannot)?;
+            let collected = at()?.call(Gc { dry_run, keep_days }, output)?;
             let verb = if dry_run { "would delete" } else { "deleted" };
             output.result(&collected, |c| {
                 let (commits, trees, objects) = (c.commits, c.trees, c.objects);
                 format!("{verb} {commits} commits, {trees} trees, {objects} objects: {}", mib(c.bytes))
             })
         }
-        Image::Push(transfer) => transfer::push(repository, &transfer, output),
-        Image::Pull(transfer) => transfer::pull(&repository, &transfer, output),
-        Image::Clone { remote, access } => transfer::clone(&repository, &remote, &access, output),
+        Image::Push(transfer) => transfer::push(at, &transfer, output),
+        Image::Pull(transfer) => transfer::pull(at, &transfer, output),
+        Image::Clone { remote, access } => transfer::clone(at, &remote, &access, output),
     }
+}
+
+fn local(paths: &Paths) -> anyhow::Result<Repository> {
+    existing(&paths.root.join("images"))
+        .with_context(|| format!("cannot open the images of `{}`", paths.root.display()))
 }
 
 /// A repository that has to be there.
@@ -170,50 +169,19 @@ pub(crate) fn find(at: &Path) -> anyhow::Result<Option<Repository>> {
     }
 }
 
-fn import(repository: &Repository, import: Import) -> anyhow::Result<CommitId> {
-    let recipe = import.recipe.as_ref().map(|path| anyhow::Ok(Recipe::parse(&read_recipe(path)?)?)).transpose()?;
-    let staging = repository.stage()?;
-    let max_bytes = import.max_size.get();
-    let disk = import.disk || is_disk(&import.source).map_err(|error| not_read(&import.source, error))?;
-    let made = match disk {
-        true => Made::Disk(staging.import_disk(&import.source, max_bytes)?),
-        false => Made::Tree(staging.import(&import.source, max_bytes)?),
-    };
-    staging.settle()?;
-    let config = match (recipe, &made) {
-        (Some(recipe), _) if *recipe.flavour() != import.flavour => {
-            let what = format!("the recipe is of flavour {}, not of {}", recipe.flavour(), import.flavour);
-            return Err(Refusal::new(Exit::Usage, what).into());
-        }
-        (Some(recipe), _) => recipe.config().clone(),
-        (None, Made::Tree(tree)) => repository.config_for(&import.flavour, tree)?,
-        (None, Made::Disk(_)) => repository.config_of_head(&import.flavour)?,
-    };
-    let new = NewCommit {
-        config,
-        author: import.author.unwrap_or_else(author),
+/// What a command line asks to be imported.
+fn imported(import: Import) -> anyhow::Result<qvd_gateway::images::Import> {
+    let cannot = || format!("cannot import `{}`", import.source.display());
+    Ok(qvd_gateway::images::Import {
+        source: std::path::absolute(&import.source).with_context(cannot)?,
+        recipe: import.recipe.as_ref().map(read_recipe).transpose().with_context(cannot)?,
+        flavour: import.flavour,
         message: import.message,
-        time: SystemTime::now(),
-        recipe: None,
+        author: import.author.unwrap_or_else(author),
+        disk: import.disk,
+        max_bytes: import.max_size.get(),
         publish: import.publish,
-    };
-    Ok(match made {
-        Made::Tree(tree) => repository.commit_tree(&staging, &tree, new)?,
-        Made::Disk(disk) => repository.commit_disk(&staging, disk, new)?,
     })
-}
-
-/// What was imported, before it is committed.
-enum Made {
-    Tree(Tree),
-    Disk(Content),
-}
-
-fn not_read(source: &Path, error: io::Error) -> anyhow::Error {
-    match error.kind() {
-        io::ErrorKind::NotFound => Refusal::new(Exit::NotFound, format!("there is no `{}`", source.display())).into(),
-        _ => error.into(),
-    }
 }
 
 /// A commit as a person gives it after a flavour: an id, or a tag.
@@ -226,48 +194,8 @@ pub(crate) fn target(flavour: &FlavourName, text: &str) -> anyhow::Result<Refere
     }
 }
 
-#[derive(Serialize)]
-struct Tagged {
-    flavour: FlavourName,
-    tag: Tag,
-    commit: CommitId,
-}
-
-fn tags(repository: &Repository, flavour: &FlavourName, output: &Output) -> anyhow::Result<()> {
-    let tags = repository.tags(flavour).with_context(|| format!("cannot list the tags of {flavour}"))?;
-    if tags.is_empty() {
-        return Err(Error::NoSuchFlavour(flavour.clone()).into());
-    }
-    let row = |(tag, commit)| Tagged { flavour: flavour.clone(), tag, commit };
-    let tags: Vec<Tagged> = tags.into_iter().map(row).collect();
-    output.table(&tags, ["TAG", "COMMIT"], |tagged| [tagged.tag.to_string(), short(tagged.commit)])
-}
-
-/// A commit with everything that it says.
-#[derive(Serialize)]
-struct Shown {
-    id: CommitId,
-    tags: Vec<Tag>,
-    #[serde(flatten)]
-    commit: Commit,
-    flavour: FlavourName,
-    package_count: usize,
-    /// Ids of the keys that it is signed by.
-    signers: Vec<String>,
-}
-
-fn show(repository: &Repository, image: &Reference, output: &Output) -> anyhow::Result<()> {
-    let show = || {
-        let id = repository.resolve(image)?;
-        let commit = repository.commit(id)?;
-        let flavour = commit.flavour().clone();
-        let tags = repository.tags_by_commit(&flavour)?.remove(&id).unwrap_or_default();
-        let package_count = repository.packages(&commit)?.map_or(0, |packages| packages.versions.len());
-        let signers = repository.signers(id)?;
-        Ok::<_, Error>(Shown { id, tags, commit, flavour, package_count, signers })
-    };
-    let shown = show().with_context(|| format!("cannot show {image}"))?;
-    output.result(&shown, |shown| {
+fn show(shown: &Shown, output: &Output) -> anyhow::Result<()> {
+    output.result(shown, |shown| {
         let Shown { commit, .. } = shown;
         let content = match commit.content {
             Content::Tree { id, entries, size_bytes } => format!("tree {id}, {entries} entries, {}", mib(size_bytes)),
@@ -318,9 +246,8 @@ pub(crate) fn show_diff(diff: &Diff) -> String {
     blocks.chain(files).chain(packages.map(|line| one_line(&line))).collect::<Vec<_>>().join("\n")
 }
 
-fn show_made(repository: &Repository, id: CommitId, output: &Output) -> anyhow::Result<()> {
-    let logged: Logged = repository.logged(id)?;
-    output.result(&logged, |logged| {
+fn show_made(logged: &Logged, output: &Output) -> anyhow::Result<()> {
+    output.result(logged, |logged| {
         let what = match logged.content {
             Content::Tree { entries, size_bytes, .. } => format!("{entries} entries, {}", mib(size_bytes)),
             Content::Disk { size_bytes, .. } => format!("a disk of {}", mib(size_bytes)),
@@ -330,28 +257,20 @@ fn show_made(repository: &Repository, id: CommitId, output: &Output) -> anyhow::
     })
 }
 
-#[derive(Serialize)]
-struct Exported<'a> {
-    image: &'a Reference,
-    to: &'a Path,
-}
-
 fn export(
-    repository: &Repository,
-    image: &Reference,
+    images: &Images,
+    image: Reference,
     to: &Path,
-    format: Format,
+    format: Option<qvd_gateway::images::ExportFormat>,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let export = || repository.export(repository.resolve(image)?, to, format);
-    export().with_context(|| format!("cannot write {image} to `{}`", to.display()))?;
-    output.result(&Exported { image, to }, |done| format!("{} written to `{}`", done.image, done.to.display()))
+    let to = std::path::absolute(to).with_context(|| format!("cannot write {image} to `{}`", to.display()))?;
+    let done: Exported = images.call(Export { image, to, format }, output)?;
+    output.result(&done, |done| format!("{} written to `{}`", done.image, done.to.display()))
 }
 
-fn fsck(repository: &Repository, remote: Option<Remote>, output: &Output) -> anyhow::Result<()> {
-    let source = remote.map(Remote::source).transpose().context("cannot repair")?;
-    let checked = repository.fsck(source.as_deref()).context("cannot check the images")?;
-    output.result(&checked, |checked: &Checked| {
+fn show_checked(checked: &Checked, repairs: bool, output: &Output) -> anyhow::Result<()> {
+    output.result(checked, |checked: &Checked| {
         let problems = checked.problems.iter().map(|problem| {
             let end = if problem.repaired { "; repaired" } else { "" };
             one_line(&format!("{}: {}{end}", problem.what, problem.reason))
@@ -364,9 +283,31 @@ fn fsck(repository: &Repository, remote: Option<Remote>, output: &Output) -> any
         return Ok(());
     }
     let count = checked.problems.iter().filter(|problem| !problem.repaired).count();
-    let remedy =
-        if source.is_some() { "the remote has no sound one" } else { "`--repair REMOTE` takes sound ones from there" };
+    let remedy = if repairs { "the remote has no sound one" } else { "`--repair REMOTE` takes sound ones from there" };
     Err(Refusal::new(Exit::Failed, format!("{count} damaged or missing; {remedy}")).into())
+}
+
+/// Shows how something long goes on.
+struct Bar {
+    progress: Progress,
+    began: Instant,
+    next: Mutex<Duration>,
+}
+
+impl Bar {
+    fn new(output: &Output) -> Self {
+        Self { progress: output.progress(), began: Instant::now(), next: Mutex::default() }
+    }
+
+    fn tell(&self, news: &News) {
+        let Some(amount) = news.amount else { return self.progress.say(&news.text) };
+        let took = self.began.elapsed();
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if took >= *next {
+            *next = took + self.progress.pause();
+            self.progress.amount(amount.done, amount.total, &news.text);
+        }
+    }
 }
 
 /// Enough of an id to tell commits apart.

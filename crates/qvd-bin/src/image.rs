@@ -22,11 +22,7 @@ use crate::{
 /// Carries out a command about images.
 pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: &Output) -> anyhow::Result<()> {
     if !matches!(command, Image::Build { .. } | Image::Ls) {
-        if let Some(server) = server {
-            let what = format!("cannot do this through `{}`: it works on the images of --root", server.display());
-            return Err(Refusal::new(Exit::Usage, what).into());
-        }
-        return history::run(paths, command, output);
+        return history::run(paths, server, command, output);
     }
     // A daemon holds the repository, so it has to do the work. One that was
     // named has to be there.
@@ -63,7 +59,7 @@ pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: 
             let Some(repository) = history::find(&paths.root.join("images"))? else { return list(&[], output) };
             list(&ImageSummary::all(&repository).context(cannot)?, output)
         }
-        other => history::run(paths, other, output),
+        other => history::run(paths, server, other, output),
     }
 }
 

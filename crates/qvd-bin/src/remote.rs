@@ -7,7 +7,7 @@ use qvd_core::{DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
 use qvd_farm::{DesktopInfo, OwnedDesktops};
 use qvd_gateway::api::{
     Client,
-    dto::{AddUser, CreateDesktop, SetPassword},
+    dto::{AddUser, BuildImage, CreateDesktop, SetPassword},
 };
 use qvd_node::NewVersion;
 use serde_json::json;
@@ -17,7 +17,7 @@ use crate::{
     cli::{Create, Desktop, Image, User},
     exec,
     failure::{Exit, Refusal},
-    history::short,
+    history::{author, short},
     image,
     output::{Output, age, one_line},
     password::{self, Password},
@@ -43,15 +43,16 @@ pub(crate) fn wait<F: Future>(command: F) -> anyhow::Result<F::Output> {
 /// Carries out a command about images.
 pub(crate) async fn image(client: &Client, command: Image, output: &Output) -> anyhow::Result<()> {
     match command {
-        Image::Build { recipe, .. } => {
+        Image::Build { recipe, message } => {
             let path = std::path::absolute(&recipe)
                 .with_context(|| format!("cannot find the recipe `{}`", recipe.display()))?;
+            let build = BuildImage { recipe: path, author: Some(author()), message };
             let progress = output.progress();
-            let built = client.build_image(&path, |line| progress.say(line)).await?;
+            let built = client.build_image(&build, |line| progress.say(line)).await?;
             drop(progress);
             image::show_built(&built, output)
         }
-        // Everything else is done on the repository itself, also beside a daemon.
+        // Everything else is in `history`.
         _ => image::list(&client.images().await?, output),
     }
 }

@@ -3,34 +3,21 @@
 use std::{env, fs, path::Path};
 
 use anyhow::Context;
-use qvd_s3::{OpenError, Store};
+use qvd_farm::Secret;
+use qvd_gateway::images::StoreKeys;
 
-use crate::{
-    cli::Access,
-    failure::{Exit, Refusal},
-};
+use crate::failure::{Exit, Refusal};
 
-/// Opens a store with the keys of whoever runs this.
-pub(crate) fn open(address: &str, access: &Access) -> anyhow::Result<Store> {
-    let mut keys = keys(&|name| env::var(name).ok().filter(|text| !text.is_empty()))?;
-    if let Some(ca) = &access.ca {
-        keys.trusted_pem = Some(fs::read(ca).with_context(|| format!("cannot read `{}`", ca.display()))?);
-    }
-    Store::open(address, &keys).map_err(|error| match error {
-        OpenError::Address(_) => Refusal::new(Exit::Usage, error.to_string()).into(),
-        error => error.into(),
-    })
+/// The keys of whoever runs this.
+pub(crate) fn keys_of_caller() -> anyhow::Result<StoreKeys> {
+    keys(&|name| env::var(name).ok().filter(|text| !text.is_empty()))
 }
 
 /// The keys that the environment or the file that it names has. Source: the
 /// names are those of the tools of S3.
-fn keys(var: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<qvd_s3::Access> {
+fn keys(var: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<StoreKeys> {
     let mut keys = match (var("AWS_ACCESS_KEY_ID"), var("AWS_SECRET_ACCESS_KEY")) {
-        (Some(id), Some(secret)) => {
-            let mut keys = qvd_s3::Access::new(id, secret);
-            keys.session_token = var("AWS_SESSION_TOKEN");
-            keys
-        }
+        (Some(id), Some(secret)) => key(id, secret, var("AWS_SESSION_TOKEN")),
         (None, None) => from_file(var)?,
         _ => {
             let what = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together, and one of them is not set";
@@ -42,7 +29,7 @@ fn keys(var: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<qvd_s3::Access> 
     Ok(keys)
 }
 
-fn from_file(var: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<qvd_s3::Access> {
+fn from_file(var: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<StoreKeys> {
     let none = || {
         let what = "there is no key for the store: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a file of \
                     keys in AWS_SHARED_CREDENTIALS_FILE";
@@ -60,9 +47,12 @@ fn from_file(var: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<qvd_s3::Acc
         let what = format!("the profile `{profile}` in `{path}` has no aws_access_key_id and aws_secret_access_key");
         return Err(Refusal::new(Exit::Usage, what).into());
     };
-    let mut keys = qvd_s3::Access::new(id, secret);
-    keys.session_token = value("aws_session_token").map(str::to_owned);
-    Ok(keys)
+    Ok(key(id.to_owned(), secret.to_owned(), value("aws_session_token").map(str::to_owned)))
+}
+
+fn key(key_id: String, secret: String, token: Option<String>) -> StoreKeys {
+    let session_token = token.map(Secret::new);
+    StoreKeys { key_id, secret_key: Secret::new(secret), session_token, region: None, endpoint: None }
 }
 
 /// What a file of profiles says of one.
@@ -86,7 +76,7 @@ fn profile_value<'a>(text: &'a str, profile: &str, name: &str) -> Option<&'a str
 mod tests {
     use super::*;
 
-    fn with(set: &[(&str, &str)]) -> anyhow::Result<qvd_s3::Access> {
+    fn with(set: &[(&str, &str)]) -> anyhow::Result<StoreKeys> {
         keys(&|name| set.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned()))
     }
 
@@ -95,7 +85,7 @@ mod tests {
         let found =
             with(&[("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "hush"), ("AWS_REGION", "r")]).unwrap();
         assert_eq!(
-            (found.key_id.as_str(), found.secret_key.as_str(), found.region.as_deref()),
+            (found.key_id.as_str(), found.secret_key.expose(), found.region.as_deref()),
             ("id", "hush", Some("r"))
         );
         assert!(!format!("{found:?}").contains("hush") && !format!("{found:?}").contains("id\""), "{found:?}");
@@ -106,7 +96,7 @@ mod tests {
         fs::write(&path, text).unwrap();
         let file = ("AWS_SHARED_CREDENTIALS_FILE", path.to_str().unwrap());
         let found = with(&[file]).unwrap();
-        assert_eq!((found.key_id.as_str(), found.secret_key.as_str()), ("file", "s=1"));
+        assert_eq!((found.key_id.as_str(), found.secret_key.expose()), ("file", "s=1"));
         for (set, reason) in [
             (&[file, ("AWS_PROFILE", "other")][..], "the profile `other`"),
             (&[("AWS_ACCESS_KEY_ID", "id")][..], "belong together"),

@@ -10,7 +10,7 @@ use std::{
 
 use qvd_core::DesktopId;
 use qvd_node::{Host, ImageSummary};
-use qvd_storage::Repository;
+use qvd_storage::{BuildOptions, Repository};
 use sqlx::{
     Sqlite, SqlitePool, Transaction,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
@@ -120,11 +120,16 @@ impl Farm {
     ///
     /// # Errors
     /// The recipe is wrong or could not be carried out; nothing is left.
-    pub async fn build_image(&self, recipe: &Path, progress: mpsc::Sender<String>) -> Result<ImageSummary, FarmError> {
+    pub async fn build_image(
+        &self,
+        recipe: &Path,
+        options: BuildOptions,
+        progress: mpsc::Sender<String>,
+    ) -> Result<ImageSummary, FarmError> {
         let path = recipe.to_owned();
         let built = self
             .on_host(move |host| {
-                host.build_image(&path, &mut |line| {
+                host.build_image(&path, &options, &mut |line| {
                     if let Err(error) = progress.try_send(line.to_owned()) {
                         tracing::trace!(%error, "a progress line was left out");
                     }

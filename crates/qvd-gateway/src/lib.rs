@@ -10,6 +10,7 @@ pub mod api;
 mod config;
 mod display;
 mod error;
+pub mod images;
 mod portal;
 mod rewind;
 mod server;

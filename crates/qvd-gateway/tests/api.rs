@@ -17,7 +17,7 @@ use qvd_core::{Bytes, DesktopId, DesktopState, FlavourName, StartStep, TenantNam
 use qvd_farm::{Farm, FlavourDefaults, OwnedDesktops, Secret, SessionKind};
 use qvd_gateway::api::{
     ApiState, Caller, Client, ClientError, ExecOutput, ExecReader, UnixDoor, UnixServeError,
-    dto::{AddUser, CreateDesktop, ErrorBody, ErrorInfo, SetPassword},
+    dto::{AddUser, BuildImage, CreateDesktop, ErrorBody, ErrorInfo, SetPassword},
     router, serve_unix,
 };
 use qvd_guest::{ExecRequest, Exit};
@@ -106,6 +106,10 @@ fn add(name: &str) -> AddUser {
     AddUser { name: user(name), password: Secret::from(PASSWORD), admin: false, tenant: TenantName::default() }
 }
 
+fn build(recipe: &str) -> BuildImage {
+    BuildImage { recipe: recipe.into(), author: None, message: Some("why".to_owned()) }
+}
+
 fn program(tty: Option<(u16, u16)>) -> ExecRequest {
     ExecRequest { argv: vec!["program".into()], env: BTreeMap::new(), root: false, tty }
 }
@@ -189,7 +193,7 @@ async fn an_image_is_built_with_news_and_its_flavour_can_be_set_up() {
     world.host.add_recipe("/recipes/lxde.toml", "lxde".parse().unwrap());
     let mut lines = Vec::new();
     let image =
-        world.client.build_image("/recipes/lxde.toml".as_ref(), |line| lines.push(line.to_owned())).await.unwrap();
+        world.client.build_image(&build("/recipes/lxde.toml"), |line| lines.push(line.to_owned())).await.unwrap();
     assert_eq!(lines, ["installing packages", "storing the tree"]);
     assert_eq!(world.client.images().await.unwrap().len(), 2);
     let mut defaults = FlavourDefaults::default();
@@ -198,9 +202,9 @@ async fn an_image_is_built_with_news_and_its_flavour_can_be_set_up() {
     let flavours = world.client.flavours().await.unwrap();
     assert_eq!(flavours.iter().find(|f| f.name == image.flavour).unwrap().defaults, defaults);
 
-    let relative = world.client.build_image("lxde.toml".as_ref(), |_| {}).await.unwrap_err();
+    let relative = world.client.build_image(&build("lxde.toml"), |_| {}).await.unwrap_err();
     assert_eq!(relative.code(), Some("invalid_path"));
-    let absent = world.client.build_image("/recipes/none.toml".as_ref(), |_| {}).await.unwrap_err();
+    let absent = world.client.build_image(&build("/recipes/none.toml"), |_| {}).await.unwrap_err();
     assert_eq!((absent.code(), absent.status()), (Some("not_found"), Some(StatusCode::NOT_FOUND)));
 }
 
@@ -281,6 +285,10 @@ async fn what_takes_an_administrator_is_refused_to_users_and_everything_to_nobod
         (Method::DELETE, "/users/ada?desktops=remove", None),
         (Method::PUT, "/users/eve/password", Some(json!({"password": "battery staple"}))),
         (Method::POST, "/images", Some(json!({"recipe": "/x"}))),
+        (Method::GET, "/images/log?image=icewm", None),
+        (Method::DELETE, "/images/flavours?flavour=icewm&author=eve", None),
+        (Method::POST, "/images/gc", Some(json!({"dry_run": false, "keep_days": 0}))),
+        (Method::POST, "/images/import", Some(json!({}))),
         (Method::PUT, "/flavours/icewm/defaults", Some(json!({}))),
         (Method::POST, "/desktops", Some(json!({"flavour": "icewm"}))),
         (Method::PATCH, one.as_str(), Some(json!({"blocked": true}))),

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeSet,
     error::Error as StdError,
     fmt,
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{BorrowedFd, OwnedFd},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -13,10 +13,7 @@ use std::{
 
 use qvd_core::{DesktopId, DesktopSpec, Digest, ErrorKind, FlavourName, RestPolicy, Tag, UidRange};
 use qvd_net::{Network, Port, PortView};
-use qvd_storage::{
-    BuildOptions, HomeId, Image, Recipe, Repository, RootId, Store,
-    repository::{CommitId, NewVersion, Version},
-};
+use qvd_storage::{BuildOptions, HomeId, Image, Recipe, Repository, RootId, Store};
 use qvd_virt::{Exit, Runtime, seal};
 
 use crate::{
@@ -300,28 +297,25 @@ impl Parts {
         self.networks.forget(id)
     }
 
-    /// Makes a version of what a desktop's root holds; it stands still meanwhile.
-    pub(crate) fn commit(&self, desktop: &Desktop, new: &NewVersion) -> Result<Version, HostError> {
-        let what = format!("cannot make a version of desktop {}", desktop.id());
-        let (root, ids) = desktop.machine.root().map_err(failed(HostErrorKind::Unsupported, &what))?;
-        let base = CommitId::new(desktop.spec.image);
-        self.store.repository().capture(base, root.as_fd(), Some(ids), new).map_err(storage(what))
-    }
-
     /// The port of a desktop, and what would become of frames that it sent.
     pub(crate) fn port_view(desktop: &Desktop, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
         let view = desktop.port.as_ref().map(|port| port.view(frames)).transpose();
         view.map_err(net(format!("cannot look at the port of desktop {}", desktop.id())))
     }
 
-    pub(crate) fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {
+    pub(crate) fn build_image(
+        &self,
+        recipe: &Path,
+        options: &BuildOptions,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<ImageSummary, HostError> {
         let what = format!("cannot build the image of `{}`", recipe.display());
         let text = std::fs::read_to_string(recipe).map_err(|error| {
             let found = error.kind() != std::io::ErrorKind::NotFound;
             HostError::because(if found { HostErrorKind::Failed } else { HostErrorKind::NotFound }, &what, error)
         })?;
         let recipe = Recipe::parse(&text).map_err(failed(HostErrorKind::Invalid, &what))?;
-        let built = self.store.build(&recipe, &BuildOptions::default(), progress).map_err(storage(&what))?;
+        let built = self.store.build(&recipe, options, progress).map_err(storage(&what))?;
         Ok(ImageSummary::of(&built.image, built.reused))
     }
 

@@ -22,7 +22,7 @@ use qvd_core::{Bytes, DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind,
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
 use qvd_net::PortView;
 use qvd_storage::{
-    Repository,
+    BuildOptions, Repository,
     repository::{NewVersion, Version},
 };
 
@@ -345,7 +345,12 @@ impl Host for FakeHost {
         Err(HostError::new(HostErrorKind::Unsupported, format!("desktop {id} has no root to make a version of")))
     }
 
-    fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {
+    fn build_image(
+        &self,
+        recipe: &Path,
+        _options: &BuildOptions,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<ImageSummary, HostError> {
         let mut state = self.begin(Op::BuildImage)?;
         let flavour = state.recipes.get(recipe).cloned().ok_or_else(|| {
             HostError::new(HostErrorKind::NotFound, format!("there is no recipe `{}`", recipe.display()))

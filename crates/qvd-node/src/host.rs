@@ -19,7 +19,7 @@ use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, Flavou
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
 use qvd_net::PortView;
 use qvd_storage::{
-    Image, Repository,
+    BuildOptions, Image, Repository,
     repository::{NewVersion, Reference, Revision, Version},
 };
 use serde::{Deserialize, Serialize};
@@ -90,20 +90,26 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// It does not run, or the kernel did not say.
     fn network(&self, id: DesktopId, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError>;
 
-    /// Makes the next version of a flavour from what a running desktop's root holds,
-    /// without its secrets; it stands still meanwhile.
+    /// Makes the next version of a flavour from what a desktop's root holds, without
+    /// its secrets: one that runs stands still meanwhile, and one that does not
+    /// cannot start.
     ///
     /// # Errors
-    /// It does not run, or not in a container; the flavour has moved on since it
-    /// started; or something in it cannot be in an image.
+    /// It does not run and no root of it is kept; it is of a machine; the flavour has
+    /// moved on since it started; or something in it cannot be in an image.
     fn commit(&self, id: DesktopId, new: &NewVersion) -> Result<Version, HostError>;
 
     /// Builds the image that a recipe file describes and makes it the head
-    /// and default of its flavour. `progress` gets lines for a person.
+    /// and default of its flavour, as `options` say. `progress` gets lines for a person.
     ///
     /// # Errors
     /// The recipe is wrong or could not be carried out; nothing is left.
-    fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError>;
+    fn build_image(
+        &self,
+        recipe: &Path,
+        options: &BuildOptions,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<ImageSummary, HostError>;
 
     /// The newest image of every flavour, by name.
     ///

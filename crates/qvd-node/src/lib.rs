@@ -19,6 +19,7 @@ mod rest;
 mod start;
 mod supervisor;
 mod swap;
+mod version;
 
 pub use governor::{DesktopMemory, MemoryConfig, MemoryReport};
 pub use host::{

@@ -4,6 +4,7 @@ mod memory;
 
 use std::{
     collections::HashMap,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     thread::{self, JoinHandle},
@@ -16,7 +17,7 @@ use qvd_core::{
 use qvd_guest::{ExecRequest, Stats};
 use qvd_net::PortView;
 use qvd_storage::{
-    Repository,
+    BuildOptions, Repository,
     repository::{NewVersion, Version},
 };
 use qvd_virt::vm::AccelChoice;
@@ -539,15 +540,21 @@ impl Host for Node {
 
     fn commit(&self, id: DesktopId, new: &NewVersion) -> Result<Version, HostError> {
         let slot = self.inner.slot(id);
-        let not_running = || HostError::new(HostErrorKind::NotRunning, format!("desktop {id} does not run"));
+        // While it is held, nobody starts it.
         let live = slot.live(id)?;
-        let desktop = live.as_ref().ok_or_else(not_running)?;
-        let made = lock(&slot.rest).still(|| self.inner.parts.commit(desktop, new));
+        let Some(desktop) = live.as_ref() else { return self.inner.parts.commit_stopped(id, new) };
+        let (root, ids) = Parts::root_of(desktop)?;
+        let made = lock(&slot.rest).still(|| self.inner.parts.commit(desktop, root.as_fd(), ids, new));
         made.map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot hold desktop {id}"), e))?
     }
 
-    fn build_image(&self, recipe: &Path, progress: &mut dyn FnMut(&str)) -> Result<ImageSummary, HostError> {
-        self.inner.parts.build_image(recipe, progress)
+    fn build_image(
+        &self,
+        recipe: &Path,
+        options: &BuildOptions,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<ImageSummary, HostError> {
+        self.inner.parts.build_image(recipe, options, progress)
     }
 
     fn images(&self) -> Result<Vec<ImageSummary>, HostError> {

@@ -83,6 +83,16 @@ impl Roots {
         self.backend(wanted)?.create(base, id, options)
     }
 
+    /// What is to become of a root at its desktop's stop, if it is there.
+    pub(crate) fn find(&self, id: &RootId) -> Result<Option<RootPolicy>, Error> {
+        for name in self.in_use()? {
+            if let Some(policy) = self.backend(&name)?.find(id)? {
+                return Ok(Some(policy));
+            }
+        }
+        Ok(None)
+    }
+
     pub(crate) fn remove(&self, id: &RootId) -> Result<(), Error> {
         self.in_use()?.iter().try_for_each(|name| self.backend(name)?.remove(id))
     }

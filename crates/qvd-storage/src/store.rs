@@ -218,6 +218,21 @@ impl Store {
         self.make_root(Some(backend), image, id, &options.into())
     }
 
+    /// A root that is kept, and the commit that it stands on; none if it is not
+    /// there, or would be forgotten.
+    ///
+    /// # Errors
+    /// As [`RootBackend::create`], or the commit cannot be used any more.
+    pub fn kept_root(&self, id: &RootId) -> Result<Option<(CommitId, Box<dyn Root>)>, Error> {
+        if self.roots.find(id)? != Some(RootPolicy::Persistent) {
+            return Ok(None);
+        }
+        let Some(commit) = self.images.repository().leased(id)? else { return Ok(None) };
+        let image = self.image(commit.digest())?;
+        let root = self.roots.create(None, &image.base(), id, &RootPolicy::Persistent.into())?;
+        Ok(Some((commit, root)))
+    }
+
     fn make_root(
         &self,
         by: Option<&str>,

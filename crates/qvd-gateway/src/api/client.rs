@@ -34,6 +34,7 @@ use super::{
     },
     frame,
 };
+use crate::images::{Amount, ImageCall, News};
 
 /// How long a daemon may take to accept us.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,8 +45,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long a request with progress may be silent: a build downloads a distribution.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(1800);
 
-/// Longest answer, and longest line of one, in bytes.
-const MAX_ANSWER: usize = 16 << 20;
+/// Longest answer, and longest line of one, in bytes: two large trees that have nothing in common differ in as much.
+const MAX_ANSWER: usize = 128 << 20;
 
 /// Why a call of the API gave no result.
 #[derive(Debug, thiserror::Error)]
@@ -213,17 +214,37 @@ impl Client {
         self.get("/images").await
     }
 
-    /// Builds the image of a recipe, an absolute path on the daemon's host.
+    /// Builds the image of a recipe.
     ///
     /// # Errors
     /// [`ClientError`].
     pub async fn build_image(
         &self,
-        recipe: &Path,
+        build: &BuildImage,
         mut progress: impl FnMut(&str) + Send,
     ) -> Result<ImageSummary, ClientError> {
-        let build = BuildImage { recipe: recipe.to_owned() };
-        self.events("/images", Some(&build), |_, line| progress(line)).await
+        self.events("/images", Some(build), |_, line, _| progress(line)).await
+    }
+
+    /// Asks for something about images. `news` hears how a long one goes on.
+    ///
+    /// # Errors
+    /// [`ClientError`]: `not_found`, `invalid`, `busy`, `unsupported`, `failed`, `forbidden`, `no_repository`.
+    pub async fn image<C: ImageCall + Sync>(
+        &self,
+        call: &C,
+        mut news: impl FnMut(News) + Send,
+    ) -> Result<C::Answer, ClientError> {
+        let mut path = format!("/images/{}", C::PATH);
+        if C::LONG {
+            let tell = |_, text: &str, amount| news(News { text: text.to_owned(), amount });
+            return self.events(&path, Some(call), tell).await;
+        }
+        if matches!(C::METHOD, Method::GET | Method::DELETE) {
+            path += &query(call)?;
+            return self.send(C::METHOD, &path, NOTHING).await;
+        }
+        self.send(C::METHOD, &path, Some(call)).await
     }
 
     /// The flavours and their defaults.
@@ -294,9 +315,9 @@ impl Client {
     pub async fn start(
         &self,
         id: DesktopId,
-        progress: impl FnMut(Option<StartStep>, &str) + Send,
+        mut progress: impl FnMut(Option<StartStep>, &str) + Send,
     ) -> Result<Timings, ClientError> {
-        self.events(&format!("/desktops/{id}/start"), NOTHING, progress).await
+        self.events(&format!("/desktops/{id}/start"), NOTHING, |step, text, _| progress(step, text)).await
     }
 
     /// Stops a desktop.
@@ -399,7 +420,7 @@ impl Client {
         &self,
         path: &str,
         body: Option<&B>,
-        mut progress: impl FnMut(Option<StartStep>, &str) + Send,
+        mut progress: impl FnMut(Option<StartStep>, &str, Option<Amount>) + Send,
     ) -> Result<T, ClientError> {
         let response = self.call(Method::POST, path, body, false).await?;
         let status = response.status();
@@ -419,7 +440,7 @@ impl Client {
                     .map_err(|e| ClientError::protocol("understand")(e.into()))?;
                 pending.drain(..=end);
                 match event {
-                    Event::Progress { step, text } => progress(step, &text),
+                    Event::Progress { step, text, amount } => progress(step, &text, amount),
                     Event::Done { result } => return Ok(result),
                     Event::Failed { error: info } => return Err(ClientError::Refused { status, info }),
                 }
@@ -503,6 +524,23 @@ impl Client {
 }
 
 const NOTHING: Option<&()> = None;
+
+/// What is asked, behind a `?`: fields that are text, escaped.
+fn query<C: Serialize>(call: &C) -> Result<String, ClientError> {
+    let fields = serde_json::to_value(call).map_err(|e| ClientError::protocol("ask")(e.into()))?;
+    let mut text = String::new();
+    for (name, value) in fields.as_object().into_iter().flatten() {
+        text += &format!("{}{name}=", if text.is_empty() { '?' } else { '&' });
+        // Source: RFC 3986, 2.3, "Unreserved Characters".
+        for byte in value.as_str().unwrap_or_default().bytes() {
+            match byte {
+                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => text.push(byte.into()),
+                other => text += &format!("%{other:02X}"),
+            }
+        }
+    }
+    Ok(text)
+}
 
 fn whose(path: &str, user: Option<&UserName>) -> String {
     user.map_or_else(|| path.to_owned(), |user| format!("{path}?user={user}"))

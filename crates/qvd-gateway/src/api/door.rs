@@ -117,11 +117,19 @@ pub fn trusting(file: Option<&Path>) -> io::Result<Arc<ClientConfig>> {
     let path = file.unwrap_or(Path::new(HOST_CERTIFICATES));
     let bytes = fs::read(path)
         .map_err(|error| io::Error::new(error.kind(), format!("cannot read `{}`: {error}", path.display())))?;
+    trusting_pem(&bytes)
+        .map_err(|error| io::Error::new(error.kind(), format!("cannot trust `{}`: {error}", path.display())))
+}
+
+/// Whom to trust: the certificates in a text in PEM.
+///
+/// # Errors
+/// There is no certificate in it.
+pub fn trusting_pem(pem: &[u8]) -> io::Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(CertificateDer::pem_slice_iter(&bytes).flatten());
+    let (added, _) = roots.add_parsable_certificates(CertificateDer::pem_slice_iter(pem).flatten());
     if added == 0 {
-        let what = format!("`{}` holds no certificate", path.display());
-        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "there is no certificate in it"));
     }
     let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()

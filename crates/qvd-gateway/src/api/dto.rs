@@ -6,6 +6,8 @@ use qvd_core::{FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, Tenan
 use qvd_farm::{NewDesktop, Secret};
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::images::Amount;
+
 /// Body of every refusal: `{"error": {…}}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
@@ -42,6 +44,9 @@ pub enum Event<T> {
         step: Option<StartStep>,
         /// A line for a person.
         text: String,
+        /// How much of how much is done, if that is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        amount: Option<Amount>,
     },
     /// It is done.
     Done {
@@ -108,6 +113,12 @@ pub struct SetPassword {
 pub struct BuildImage {
     /// Absolute path of the recipe on the daemon's host.
     pub recipe: std::path::PathBuf,
+    /// Who builds it; whoever has signed in, if somebody has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub author: Option<String>,
+    /// Why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
 }
 
 /// Body of `POST /api/v1/desktops`. What is left out comes from the flavour.
@@ -182,13 +193,13 @@ pub struct ChangeDesktop {
     pub blocked: bool,
 }
 
-fn expose<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn expose<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(secret.expose())
 }
 
 // The signature is serde's.
 #[allow(clippy::ref_option)]
-fn expose_option<S: Serializer>(secret: &Option<Secret>, serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn expose_option<S: Serializer>(secret: &Option<Secret>, serializer: S) -> Result<S::Ok, S::Error> {
     match secret {
         Some(secret) => serializer.serialize_some(secret.expose()),
         None => serializer.serialize_none(),

@@ -16,6 +16,21 @@
 //! | `PUT users/{name}/password` | [`dto::SetPassword`] | 204 | users their own, with the current one |
 //! | `GET images` | | `[ImageSummary]` | users |
 //! | `POST images` | [`dto::BuildImage`] | events of `ImageSummary` | administrators |
+//! | `GET images/log?image=F[:TAG\|@ID]` | | `[Logged]`, newest first | administrators |
+//! | `GET images/show?image=…` | | [`Shown`](crate::images::Shown) | administrators |
+//! | `GET images/diff?from=…&to=…` | | `Diff` | administrators |
+//! | `GET images/tags?flavour=F` | | [`[Tagged]`](crate::images::Tagged) | administrators |
+//! | `PUT images/tags` | [`PutTag`](crate::images::PutTag) | `Tagged` | administrators |
+//! | `DELETE images/tags?flavour=…&tag=…&author=…` | | the tag | administrators |
+//! | `GET images/reflog?image=F[:TAG]` | | `[Move]`, newest first | administrators |
+//! | `POST images/revert` | [`Revert`](crate::images::Revert) | `Logged` | administrators |
+//! | `DELETE images/flavours?flavour=…&author=…` | | the flavour | administrators |
+//! | `POST images/import` | [`Import`](crate::images::Import) | events of `Logged` | the host's |
+//! | `POST images/export` | [`Export`](crate::images::Export) | events of `Exported` | the host's |
+//! | `POST images/gc` | [`Gc`](crate::images::Gc) | events of `Collected` | administrators |
+//! | `POST images/fsck` | [`Fsck`](crate::images::Fsck) | events of `Checked` | administrators |
+//! | `POST images/push`, `images/pull` | [`Push`](crate::images::Push), [`Pull`](crate::images::Pull) | events of `Transferred` | administrators |
+//! | `POST images/clone` | [`Clone`](crate::images::Clone) | events of `[Cloned]` | administrators |
 //! | `GET flavours` | | `[Flavour]` | users |
 //! | `PUT flavours/{name}/defaults` | `FlavourDefaults` | 204 | administrators |
 //! | `GET desktops[?user=…]` | | `[DesktopInfo]` | users their own |
@@ -34,6 +49,10 @@
 //! | `GET sessions` | | `[SessionInfo]` | users their own |
 //! | `DELETE sessions/{id}` | | 204 | users their own |
 //!
+//! Calls about images that name a directory or a file of the host, remotes included, are
+//! for the host's own administrator alone: who comes by the unix socket. Whoever has signed
+//! in is the author of what is asked for, whatever is said. Each change is in the daemon's log.
+//!
 //! Events are one JSON object a line, see [`dto::Event`]. Refusals are
 //! [`dto::ErrorBody`] with a stable code and an id that the daemon's log has too.
 
@@ -44,13 +63,14 @@ pub mod dto;
 mod error;
 mod exec;
 pub mod frame;
+mod images;
 mod repository;
 mod router;
 mod unix;
 
 pub use client::{Client, ClientError};
 pub use client_exec::{ExecOutput, ExecReader, ExecWriter};
-pub use door::{Direction, RepositoryDoor, trusting};
+pub use door::{Direction, RepositoryDoor, trusting, trusting_pem};
 pub use router::{ApiState, router};
 pub use unix::{UnixDoor, UnixServeError, serve_unix};
 

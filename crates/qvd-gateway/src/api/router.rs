@@ -16,6 +16,7 @@ use qvd_farm::{
 };
 use qvd_guest::Stats;
 use qvd_node::{ImageSummary, MemoryReport, NewVersion, PortView, Version};
+use qvd_storage::BuildOptions;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{sync::mpsc, task::JoinHandle};
 
@@ -23,14 +24,14 @@ use super::{
     Caller,
     dto::{AddUser, BuildImage, ChangeDesktop, CreateDesktop, Event, ExplainFrames, Health, SetPassword, WhoAmI},
     error::ApiError,
-    exec, repository,
+    exec, images, repository,
 };
 
 /// Longest request body, in bytes: an argument list of a program fits.
 const MAX_BODY: usize = 64 * 1024;
 
 /// Progress reports that wait for a slow reader before some are left out.
-const PROGRESS_QUEUE: usize = 64;
+pub(super) const PROGRESS_QUEUE: usize = 64;
 
 /// What the handlers share.
 #[derive(Debug, Clone)]
@@ -47,7 +48,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/users", get(users).post(add_user))
         .route("/users/{name}", delete(remove_user))
         .route("/users/{name}/password", put(set_password))
-        .route("/images", get(images).post(build_image))
+        .route("/images", get(newest_images).post(build_image))
         .route("/flavours", get(flavours))
         .route("/flavours/{name}/defaults", put(set_flavour_defaults))
         .route("/memory", get(memory))
@@ -61,6 +62,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/desktops/{id}/exec", post(exec::exec))
         .route("/repository/pull", get(repository::pull))
         .route("/repository/push", get(repository::push))
+        .merge(images::routes())
         .route("/sessions", get(sessions))
         .route("/sessions/{id}", delete(end_session))
         .fallback(|| async { ApiError::plain(StatusCode::NOT_FOUND, "unknown_path", "there is no such path") })
@@ -72,7 +74,7 @@ pub fn router(state: ApiState) -> Router {
     Router::new().nest("/api/v1", v1)
 }
 
-type Answer<T> = Result<T, ApiError>;
+pub(super) type Answer<T> = Result<T, ApiError>;
 
 impl<S: Sync> FromRequestParts<S> for Caller {
     type Rejection = Response;
@@ -85,7 +87,7 @@ impl<S: Sync> FromRequestParts<S> for Caller {
 }
 
 /// An administrator; others are refused before their request is looked at.
-struct Admin(Caller);
+pub(super) struct Admin(pub(super) Caller);
 
 impl<S: Sync> FromRequestParts<S> for Admin {
     type Rejection = Response;
@@ -121,7 +123,7 @@ impl<T: DeserializeOwned + Send, S: Sync + Send> FromRequestParts<S> for At<T> {
 }
 
 /// What stands behind the `?`.
-struct Asked<T>(T);
+pub(super) struct Asked<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Sync + Send> FromRequestParts<S> for Asked<T> {
     type Rejection = ApiError;
@@ -206,7 +208,7 @@ async fn set_password(
     done(&caller, farm.set_password(&name, &set.password).await)
 }
 
-async fn images(State(ApiState { farm }): State<ApiState>, caller: Caller) -> Answer<Json<Vec<ImageSummary>>> {
+async fn newest_images(State(ApiState { farm }): State<ApiState>, caller: Caller) -> Answer<Json<Vec<ImageSummary>>> {
     farm.images().await.map(Json).map_err(|e| ApiError::new(&caller, &e))
 }
 
@@ -221,8 +223,12 @@ async fn build_image(
         return Err(ApiError::plain(StatusCode::UNPROCESSABLE_ENTITY, "invalid_path", message));
     }
     let (lines, news) = mpsc::channel(PROGRESS_QUEUE);
-    let work = async move { farm.build_image(&build.recipe, lines).await };
-    events(caller, news, |text| (None, text), work).await
+    let mut options = BuildOptions::default();
+    let author = caller.user().map(ToString::to_string).or(build.author);
+    options.author = author.unwrap_or(options.author);
+    options.message = build.message.unwrap_or(options.message);
+    let work = async move { farm.build_image(&build.recipe, options, lines).await };
+    events(caller, news, |text| news_of(None, &text), work).await
 }
 
 async fn flavours(State(ApiState { farm }): State<ApiState>, caller: Caller) -> Answer<Json<Vec<Flavour>>> {
@@ -309,8 +315,8 @@ async fn start(State(ApiState { farm }): State<ApiState>, caller: Caller, At(id)
     visible(&farm, &caller, id).await?;
     let (steps, news) = mpsc::channel(PROGRESS_QUEUE);
     let line = |progress: Progress| match progress {
-        Progress::Step(step) => (Some(step), step.text().to_owned()),
-        other => (None, other.text().to_owned()),
+        Progress::Step(step) => news_of(Some(step), step.text()),
+        other => news_of(None, other.text()),
     };
     events(caller, news, line, async move { farm.start(id, steps).await }).await
 }
@@ -382,6 +388,11 @@ async fn end_session(State(ApiState { farm }): State<ApiState>, caller: Caller, 
     done(&caller, farm.end_session_by_id(id).await)
 }
 
+/// News of the kind that has no amount.
+fn news_of<T>(step: Option<StartStep>, text: &str) -> Event<T> {
+    Event::Progress { step, text: text.to_owned(), amount: None }
+}
+
 fn done(caller: &Caller, result: Result<(), FarmError>) -> Answer<StatusCode> {
     result.map(|()| StatusCode::NO_CONTENT).map_err(|e| ApiError::new(caller, &e))
 }
@@ -389,10 +400,10 @@ fn done(caller: &Caller, result: Result<(), FarmError>) -> Answer<StatusCode> {
 /// Answers with progress and then the result, one JSON object a line. What
 /// fails before it has news is refused with a status of its own. The work goes
 /// on when the caller leaves.
-async fn events<T, P>(
+pub(super) async fn events<T, P>(
     caller: Caller,
     mut news: mpsc::Receiver<P>,
-    line: fn(P) -> (Option<StartStep>, String),
+    event: fn(P) -> Event<T>,
     work: impl Future<Output = Result<T, FarmError>> + Send + 'static,
 ) -> Answer<Response>
 where
@@ -411,10 +422,7 @@ where
             next = news.recv().await;
         }
         let event = match next {
-            Some(progress) => {
-                let (step, text) = line(progress);
-                Event::Progress { step, text }
-            }
+            Some(progress) => event(progress),
             None => match ended(&caller, work.take()?).await {
                 Ok(result) => Event::Done { result },
                 Err(refusal) => Event::Failed { error: refusal.into_info() },

@@ -12,9 +12,9 @@ use std::{
 
 use qvd_core::{FlavourName, Missing, Tag, UidRange};
 use rustix::fs::{AtFlags, Stat, StatxFlags, statx};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
-use super::{Commit, CommitId, Content, Entry, Meta, Node, Repository, Tree, packages};
+use super::{Commit, CommitId, Content, Entry, Meta, Node, Repository, Staging, Tree, packages};
 use crate::{Error, glob};
 
 /// What stays with the desktop and is in no image: secrets, what tells one desktop
@@ -60,7 +60,7 @@ const IN_MESSAGE: usize = 20;
 
 /// Distinguishes groups of hard links that were there before from those that
 /// are found.
-const OLD_LINKS: u32 = 1 << 31;
+pub(crate) const OLD_LINKS: u32 = 1 << 31;
 
 /// How a desktop becomes a version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +78,10 @@ pub struct NewVersion {
     pub publish: bool,
 }
 
+fn lossy<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
+}
+
 /// What became of a desktop's root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Version {
@@ -90,7 +94,8 @@ pub struct Version {
     /// Files that were read: the others are as in the version before.
     pub files_read: u64,
     /// What stayed behind, as far as it differs from the version before; a
-    /// thousand of them at most.
+    /// thousand of them at most. Written down, what is no UTF-8 in them is replaced.
+    #[serde(serialize_with = "lossy")]
     pub left_out: Vec<PathBuf>,
     /// How many there were.
     pub left_out_count: u64,
@@ -105,6 +110,16 @@ pub(crate) struct Past<'a> {
     read: RefCell<u64>,
     /// Where something else is mounted.
     covered: RefCell<Vec<PathBuf>>,
+}
+
+/// What was found in a root.
+pub(crate) struct Found {
+    pub(crate) entries: Vec<Entry>,
+    /// Where something else is mounted.
+    pub(crate) covered: Vec<PathBuf>,
+    /// What stays behind, and how many of these there are.
+    pub(crate) left_out: (Vec<PathBuf>, u64),
+    pub(crate) files_read: u64,
 }
 
 /// What is to be done about an entry.
@@ -139,11 +154,7 @@ impl<'a> Past<'a> {
         let same = self.base.get(path).filter(|entry| is_untouched(entry, stat));
         if is_left_out(path) {
             if same.is_none() {
-                let (told, count) = &mut *self.left_out.borrow_mut();
-                *count += 1;
-                if told.len() < TOLD {
-                    told.push(path.to_owned());
-                }
+                note_left_out(&mut self.left_out.borrow_mut(), path);
             }
             return Ok(Look::LeaveOut);
         }
@@ -183,6 +194,14 @@ impl<'a> Past<'a> {
     }
 }
 
+/// Counts a path that stays behind, and keeps it as long as there are not too many.
+pub(crate) fn note_left_out((told, count): &mut (Vec<PathBuf>, u64), path: &Path) {
+    *count += 1;
+    if told.len() < TOLD {
+        told.push(path.to_owned());
+    }
+}
+
 /// Which mount a name is on.
 fn mount_of(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<u64> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
@@ -201,7 +220,7 @@ fn is_untouched(entry: &Entry, stat: &Stat) -> bool {
         && u64::try_from(stat.st_size) == Ok(size_bytes)
 }
 
-fn is_left_out(path: &Path) -> bool {
+pub(crate) fn is_left_out(path: &Path) -> bool {
     let names: Vec<&[u8]> = path.iter().map(OsStrExt::as_bytes).collect();
     let listed = LEFT_OUT.iter().any(|pattern| {
         let mut parts = pattern.split('/').enumerate();
@@ -273,6 +292,22 @@ impl Repository {
         ids: Option<UidRange>,
         new: &NewVersion,
     ) -> Result<Version, Error> {
+        let what = Path::new("the desktop's root");
+        self.capture_by(base, new, |staging, before| {
+            let past = Past::new(before, top, ids).map_err(Error::io("read", what))?;
+            let entries = staging.scan_live(what, top, &past)?;
+            let left_out = past.left_out.take();
+            Ok(Found { entries, covered: past.covered.take(), left_out, files_read: past.read.take() })
+        })
+    }
+
+    /// Makes a version of what `find` finds beside the version before.
+    pub(crate) fn capture_by(
+        &self,
+        base: CommitId,
+        new: &NewVersion,
+        find: impl FnOnce(&Staging<'_>, &Tree) -> Result<Found, Error>,
+    ) -> Result<Version, Error> {
         let old = self.whole(base)?;
         let Content::Tree { id, .. } = old.content else {
             let missing = Missing::Design("a disk's history is made of disks".to_owned());
@@ -284,18 +319,15 @@ impl Repository {
             return Err(Error::TagMoved { flavour, tag: Tag::head() });
         }
         let before = self.tree(id)?;
-        let what = Path::new("the desktop's root");
-        let past = Past::new(&before, top, ids).map_err(Error::io("read", what))?;
         let staging = self.stage()?;
-        let mut entries = staging.scan_live(what, top, &past)?;
-        restore(&mut entries, &before, &past.covered.borrow());
+        let Found { mut entries, covered, left_out: (left_out, left_out_count), files_read } = find(&staging, &before)?;
+        restore(&mut entries, &before, &covered);
         let tree = Tree::new(entries)?;
 
         let tree_id = staging.tree(&tree)?;
         let content =
             Content::Tree { id: tree_id, entries: tree.entries().len() as u64, size_bytes: tree.size_bytes() };
         staging.settle()?;
-        let (left_out, left_out_count) = past.left_out.take();
         let mut config = old.config;
         config.flavour = flavour.clone();
         let mut commit = Commit::new(content, config, new.author.clone(), SystemTime::now());
@@ -309,7 +341,7 @@ impl Repository {
         let id = staging.commit(&commit)?;
         let by = (new.author.as_str(), new.message.as_str());
         self.advance(&flavour, head, id, new.publish, by)?;
-        let (entries, files_read) = (tree.entries().len() as u64, *past.read.borrow());
+        let entries = tree.entries().len() as u64;
         Ok(Version { flavour, id, entries, files_read, left_out, left_out_count })
     }
 }

@@ -1,14 +1,17 @@
 //! What differs between two commits: files and packages.
 
-use std::{cmp::Ordering, path::PathBuf};
+use std::{
+    cmp::Ordering,
+    path::{Path, PathBuf},
+};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::{Commit, Content, Entry, Node, Packages, Repository, Tree, tree::path_order};
 use crate::Error;
 
 /// How a file differs. What differs in several ways has several.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Change {
@@ -27,16 +30,17 @@ pub enum Change {
 }
 
 /// A file that differs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileDiff {
-    /// Where it is, from the root.
+    /// Where it is, from the root. Written down, what is no UTF-8 in it is replaced.
+    #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
     /// In which ways it differs.
     pub changes: Vec<Change>,
 }
 
 /// A package that differs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackageDiff {
     /// Name and architecture.
     pub name: String,
@@ -47,7 +51,7 @@ pub struct PackageDiff {
 }
 
 /// How two disks differ.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockDiff {
     /// Blocks with another content, or that only one of them has.
     pub changed: u64,
@@ -57,8 +61,13 @@ pub struct BlockDiff {
     pub block_bytes: u32,
 }
 
+/// JSON holds text, and names of files are bytes: better an odd sign than no answer.
+pub(crate) fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
 /// What differs between two commits.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diff {
     /// Of disks, their blocks.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -12,7 +12,7 @@ use std::{
     thread,
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     Commit, CommitId, Content, ObjectId, Repository, Source, Tree, TreeId, disk, erofs, ids, lock::Lock,
@@ -24,7 +24,7 @@ use crate::{Error, fsio};
 const THREADS_MAX: usize = 4;
 
 /// Something that is not as it has to be.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
     /// What it is, with its name: `object sha256:…`, `tag default of icewm`.
     pub what: String,
@@ -35,7 +35,7 @@ pub struct Problem {
 }
 
 /// What a check found.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Checked {
     /// Everything that is wrong, by name.
     pub problems: Vec<Problem>,

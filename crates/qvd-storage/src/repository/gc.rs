@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{CommitId, Content, ObjectId, Repository, TreeId, ids, lock::Lock, objects};
 use crate::{Error, fsio};
@@ -29,7 +29,7 @@ impl Default for Keep {
 }
 
 /// What was deleted, or would be.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Collected {
     /// Commits.
     pub commits: u64,

@@ -37,6 +37,16 @@ impl Repository {
         write().map_err(Error::io("write", &path))
     }
 
+    /// The commit that such a note says `root` stands on.
+    pub(crate) fn leased(&self, root: &RootId) -> Result<Option<CommitId>, Error> {
+        let path = self.lease_path(root);
+        match fs::read_to_string(&path) {
+            Ok(hex) => Ok(CommitId::from_hex(hex.trim())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("read", &path)(error)),
+        }
+    }
+
     /// Takes such a note back. It is no error if there is none.
     pub(crate) fn release(&self, root: &RootId) -> Result<(), Error> {
         match fs::remove_file(self.lease_path(root)) {
@@ -71,12 +81,7 @@ impl Repository {
             if !backends.iter().any(|backend| backend.path().join(root.as_str()).exists()) {
                 continue;
             }
-            let path = self.lease_path(&root);
-            match fs::read_to_string(&path) {
-                Ok(hex) => found.extend(CommitId::from_hex(hex.trim())),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::io("read", &path)(error)),
-            }
+            found.extend(self.leased(&root)?);
         }
         Ok(found)
     }

@@ -35,6 +35,7 @@ mod packages;
 mod push;
 mod reference;
 mod rollout;
+mod rpm;
 mod scan;
 mod signing;
 mod source;

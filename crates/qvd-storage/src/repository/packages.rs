@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, io::Read, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Node, Repository, Tree};
+use super::{Node, Repository, Tree, rpm};
 use crate::Error;
 
 /// Largest list that is read, in bytes.
@@ -28,7 +28,7 @@ pub enum PackageKind {
 pub struct Packages {
     /// Whose they are.
     pub kind: PackageKind,
-    /// Version by name and architecture, as in `libc6:amd64`.
+    /// Version by name and architecture, as in `libc6:amd64` or `glibc.x86_64`.
     pub versions: BTreeMap<String, String>,
 }
 
@@ -87,8 +87,21 @@ impl Packages {
 pub(crate) fn read(repository: &Repository, tree: &Tree) -> Result<Option<Packages>, Error> {
     match content(repository, tree, DPKG_STATUS)? {
         Some(status) => Ok(Some(Packages::of_dpkg(&String::from_utf8_lossy(&status)))),
-        None => Ok(None),
+        None => read_rpm(repository, tree),
     }
+}
+
+fn read_rpm(repository: &Repository, tree: &Tree) -> Result<Option<Packages>, Error> {
+    for path in rpm::FILES {
+        if let Some(database) = content(repository, tree, path)? {
+            let packages = Packages::of_rpm(&database);
+            if packages.is_none() {
+                tracing::warn!(path, "the list of packages of an image cannot be read; it has none then");
+            }
+            return Ok(packages);
+        }
+    }
+    Ok(None)
 }
 
 /// A file of a tree; none if there is no such file, or it is empty.

@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use qvd_core::{FlavourName, IdError, Tag};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{CommitId, Repository};
 use crate::Error;
@@ -73,6 +73,12 @@ impl fmt::Display for Reference {
 impl Serialize for Reference {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Reference {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
