@@ -6,12 +6,13 @@
 #   make check           format, lints, docs, unit tests, dependencies: no root
 #   make bench [JSON=1]  start latency beside the floor, runc and lxc
 #   make density N=40    what so many desktops take; IDLE=1: at rest
+#   make neighbour       what one desktop's attacks cost another
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
-.PHONY: demo test check bench density web init build image browser bed
+.PHONY: demo test check bench density neighbour web init build image browser bed
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 T := $(CARGO_TARGET_DIR)
@@ -75,6 +76,9 @@ MINUTE ?= 60
 density: init image
 	cargo bench --locked -p qvd-node --bench density -- --store $(STORE) --init $(INIT) --count $(N) --minute $(MINUTE) \
 		$(if $(IDLE),--idle) $(if $(PICTURE),--picture $(abspath $(PICTURE)))
+
+neighbour: init image
+	cargo bench --locked -p qvd-node --bench neighbour -- --store $(STORE) --init $(INIT)
 
 # Small counts more than fast, and no image can be trusted to have a library
 # that it needs: the init is one static file.

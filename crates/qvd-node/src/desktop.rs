@@ -18,6 +18,7 @@ use qvd_virt::{Exit, Runtime, seal};
 
 use crate::{
     HostError, HostErrorKind, ImageSummary, NodeConfig,
+    forks::ForkWatch,
     guest::Guest,
     machine::{Failure, InContainer, InVm, Machine, MachineRecord, Machines},
     network::Networks,
@@ -40,6 +41,9 @@ pub(crate) struct Desktop {
     pub(crate) rest: RestPolicy,
     /// How long a browser's head stays after it has left.
     pub(crate) linger: Duration,
+    pub(crate) forks: ForkWatch,
+    /// Why its node ended it, if it did.
+    pub(crate) verdict: Option<&'static str>,
 }
 
 /// Why a desktop could not be taken apart whole; what is left stays owned.
@@ -101,6 +105,27 @@ impl Desktop {
             Err(error) => {
                 tracing::info!(desktop = %self.id(), error = &*error as &dyn StdError, "desktop keeps its memory")
             }
+        }
+    }
+
+    /// Gives back what the kernel keeps for it, while it stands still.
+    pub(crate) fn reclaim_all(&self) {
+        if let Err(error) = self.machine.reclaim_all() {
+            tracing::debug!(desktop = %self.id(), error = &*error as &dyn StdError, "the kernel keeps what it has of it");
+        }
+    }
+
+    /// Begins to end it if its programs fork without end: nothing less keeps
+    /// them from holding up the neighbours.
+    pub(crate) fn end_bomb(&mut self) {
+        let refused = self.known("refused processes", self.machine.refused_processes(), 0);
+        if self.verdict.is_some() || !self.forks.is_bomb(refused, Instant::now()) {
+            return;
+        }
+        tracing::warn!(desktop = %self.id(), refused, "its programs fork without end: it is ended");
+        match self.machine.kill() {
+            Ok(()) => self.verdict = Some("was ended: its programs went on forking at their limit"),
+            Err(error) => tracing::warn!(desktop = %self.id(), error = &*error as &dyn StdError, "it runs on"),
         }
     }
 
@@ -226,7 +251,8 @@ impl Parts {
             return Err("its range of ids is another's".into());
         }
         let (rest, linger) = rest_of(&image);
-        Ok(Desktop { spec, uid_slot, guest, machine, port, rest, linger })
+        let forks = ForkWatch::default();
+        Ok(Desktop { spec, uid_slot, guest, machine, port, rest, linger, forks, verdict: None })
     }
 
     /// Takes over the processes of a desktop, and lets them go on if it was at
@@ -279,6 +305,9 @@ impl Parts {
             return Err(Left(errors));
         }
         self.free_slot(desktop.uid_slot);
+        if let Some(verdict) = desktop.verdict {
+            return Ok(verdict.to_owned());
+        }
         Ok(match desktop.machine.exit().ok().flatten() {
             Some(Exit::Code(0)) => "ended by itself".to_owned(),
             Some(Exit::Code(code)) => format!("ended with status {code}"),

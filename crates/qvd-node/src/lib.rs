@@ -4,6 +4,7 @@
 mod desktop;
 #[cfg(feature = "fake")]
 pub mod fake;
+mod forks;
 mod gate;
 mod governor;
 mod guest;

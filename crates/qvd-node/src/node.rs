@@ -351,11 +351,15 @@ impl Watcher for Weak<Inner> {
                 (face.state, face.is_attached())
             };
             if state == State::Running
-                && let Some(desktop) = live.as_ref()
-                && inner.settle(&slot, desktop, attached)
+                && let Some(desktop) = live.as_mut()
             {
-                // Without the lock: whoever comes back meanwhile is served at once.
-                desktop.page_out();
+                desktop.end_bomb();
+                if inner.settle(&slot, desktop, attached) {
+                    // Without the lock: whoever comes back meanwhile is served at once.
+                    desktop.page_out();
+                    // With it: this is short, and only for what stands still.
+                    lock(&slot.rest).if_still(|| desktop.reclaim_all());
+                }
             }
             if state == State::Zombie
                 && let Err(error) = inner.close(&slot, &mut live)

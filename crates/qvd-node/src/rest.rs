@@ -116,6 +116,14 @@ impl Rest {
         Ok(done)
     }
 
+    /// Does something if it stands still.
+    pub(crate) fn if_still(&mut self, work: impl FnOnce()) {
+        let frozen = self.freezer.as_ref().is_some_and(|freezer| freezer.is_frozen().unwrap_or(false));
+        if self.is_resting() && frozen {
+            work();
+        }
+    }
+
     /// Lets it go on for one question, if it rests.
     pub(crate) fn briefly<T>(&mut self, question: impl FnOnce() -> T) -> Result<T, qvd_virt::Error> {
         let freezer = self.freezer.as_ref().filter(|_| self.is_resting() && self.policy.mode == RestMode::Freeze);

@@ -12,6 +12,7 @@ use qvd_virt::{ContainerMount, ContainerSpec, InheritedFd, Program, seal, vm::Ni
 use crate::{
     HostError, HostErrorKind, Timings,
     desktop::{Desktop, Parts, failed, micros, net, note, rest_of, storage, user_namespace, virt},
+    forks::ForkWatch,
     governor::MACHINE_STEP,
     guest::Guest,
     machine::{Boot, Failure, InContainer, InVm, Machine},
@@ -90,7 +91,8 @@ impl Parts {
             .map_err(failed(HostErrorKind::Failed, &what))?;
         undo.keep();
         let (rest, linger) = rest_of(&image);
-        Ok((Desktop { spec: spec.clone(), uid_slot, guest, machine, port, rest, linger }, timings))
+        let (spec, forks) = (spec.clone(), ForkWatch::default());
+        Ok((Desktop { spec, uid_slot, guest, machine, port, rest, linger, forks, verdict: None }, timings))
     }
 
     fn start_container<'a>(

@@ -8,6 +8,7 @@
 //! one with systemd, lives a level deeper: it sees, and may divide, its own group
 //! below the one that its limits are on.
 
+mod demand;
 mod freezer;
 mod io_limit;
 mod pressure;

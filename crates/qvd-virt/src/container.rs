@@ -359,6 +359,26 @@ impl Container {
         Ok(())
     }
 
+    /// Asks the kernel for all other memory that is charged to it, such as what it
+    /// remembers of files for its programs. For a container that stands still:
+    /// one that runs would ask for it again, and this might not end.
+    ///
+    /// # Errors
+    /// It has been removed, or the kernel refuses.
+    pub fn reclaim_all(&self) -> Result<(), Error> {
+        self.place.cgroup.reclaim_all().map_err(io_error(format!("ask for the memory of desktop {}", self.place.id)))
+    }
+
+    /// How often its programs were refused a process or a thread, since it runs,
+    /// because they had as many as they may.
+    ///
+    /// # Errors
+    /// It has been removed, or the kernel does not say.
+    pub fn refused_processes(&self) -> Result<u64, Error> {
+        let op = || format!("count the processes that desktop {} was refused", self.place.id);
+        self.place.cgroup.refused_processes().map_err(io_error(op()))
+    }
+
     /// Whether one of its programs has a stream of a sound device open, so that
     /// somebody may be listening although nobody looks.
     ///

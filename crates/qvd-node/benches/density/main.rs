@@ -7,9 +7,11 @@
 //! It works in a network namespace of its own and prints one JSON object.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
-mod frame;
 mod measure;
 mod picture;
+#[allow(dead_code, reason = "nobody types here")]
+#[path = "../shared/screen.rs"]
+mod screen;
 
 use std::{
     collections::BTreeMap,
@@ -32,6 +34,7 @@ use serde_json::{Value, json};
 use crate::{
     measure::{Host, Processes, median},
     picture::Point,
+    screen::Screen,
 };
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -211,7 +214,7 @@ fn frames(options: &Options, node: &Node) -> Outcome<Value> {
         for times in [&mut first, &mut warm] {
             let began = Instant::now();
             let display = node.attach(id, kind, &mut drop).map_err(|error| with_causes(&error))?;
-            frame::read_whole(display.stream())?;
+            Screen::open(display.stream())?.read_whole()?;
             times.push(began.elapsed().as_secs_f64() * 1000.0);
         }
     }

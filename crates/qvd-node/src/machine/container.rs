@@ -89,6 +89,18 @@ impl Machine for InContainer {
         None
     }
 
+    fn reclaim_all(&self) -> Result<(), Failure> {
+        Ok(self.container.reclaim_all()?)
+    }
+
+    fn refused_processes(&self) -> Result<u64, Failure> {
+        Ok(self.container.refused_processes()?)
+    }
+
+    fn kill(&self) -> Result<(), Failure> {
+        Ok(self.container.kill()?)
+    }
+
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
         self.container.wait(grace + END_GRACE)?;
         Ok(())

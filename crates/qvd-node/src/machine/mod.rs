@@ -65,6 +65,20 @@ pub(crate) trait Machine: fmt::Debug + Send {
     /// What moves its memory while it runs; `None` where nothing does.
     fn balloon(&mut self) -> Option<&mut dyn Balloon>;
 
+    /// Gives back what the kernel keeps for it, while it stands still.
+    fn reclaim_all(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    /// How often its programs were refused a process because they had as many as
+    /// they may, where that is the host's kernel's matter.
+    fn refused_processes(&self) -> Result<u64, Failure> {
+        Ok(0)
+    }
+
+    /// Begins to end all of its processes and waits for nothing.
+    fn kill(&self) -> Result<(), Failure>;
+
     /// Waits until it has ended by itself, as its init was asked to.
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure>;
 

@@ -174,6 +174,14 @@ impl Machine for InVm {
         Some(self)
     }
 
+    fn reclaim_all(&self) -> Result<(), Failure> {
+        Ok(self.vm.container().reclaim_all()?)
+    }
+
+    fn kill(&self) -> Result<(), Failure> {
+        Ok(self.vm.container().kill()?)
+    }
+
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
         let limits = StopLimits { guest: grace + END_GRACE + OFF_WITHIN, button: Duration::ZERO };
         self.vm.stop(limits, || true)?;

@@ -345,3 +345,28 @@ fn a_limit_that_no_controller_enforces_is_refused() {
     assert!(matches!(&error, Error::Unsupported { .. }) && error.to_string().contains("`io`"), "{error}");
     assert!(all.names().unwrap().is_empty());
 }
+
+#[test]
+fn what_stands_still_gives_back_all_it_has() {
+    for (unified, used, file, asked) in [
+        (true, "memory.current", "memory.reclaim", "4096"),
+        (false, "memory.usage_in_bytes", "memory.force_empty", "0"),
+    ] {
+        let strict = Strict::new(unified);
+        let mut cgroup = open(&strict, unified).create(id(7), LIMITS, None).unwrap();
+        let group = Path::new(ROOT).join("qvd-1a2b/7");
+        let add = |name: &str, value: &str| {
+            strict.state().groups.get_mut(&group).unwrap().insert(name.to_owned(), value.to_owned());
+        };
+        add(used, "4096\n");
+        cgroup.reclaim_all().unwrap();
+        add(file, "");
+        cgroup.reclaim_all().unwrap();
+        assert_eq!(strict.file(&format!("qvd-1a2b/7/{file}")), asked);
+
+        assert_eq!(cgroup.refused_processes().unwrap(), 0, "a kernel that does not count");
+        add("pids.events", "max 12\n");
+        assert_eq!(cgroup.refused_processes().unwrap(), 12);
+        cgroup.close().unwrap();
+    }
+}
