@@ -86,7 +86,7 @@ mod tests {
             ("", "range"),
             ("range = \"10.192.0.0\"", "10.192.0.0"),
             ("range = \"10.192.0.0/12\"\neach = 8", "larger"),
-            ("range = \"10.192.0.0/12\"\neach = 30", "8 to 28"),
+            ("range = \"10.192.0.0/12\"\neach = 30", "32768 tenants"),
             ("range = \"10.192.0.0/12\"\nrange6 = \"fd00::/64\"", "fd00::/64"),
             ("range = \"10.192.0.0/12\"\n[policy.Lab]", "Lab"),
             ("range = \"10.192.0.0/12\"\n[policy.lab]\ninternets = true", "internets"),

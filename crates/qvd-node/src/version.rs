@@ -4,7 +4,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use qvd_core::{DesktopId, UidRange};
 use qvd_storage::{
-    RootId,
+    KeptRoot, RootId,
     repository::{CommitId, NewVersion, Version},
 };
 
@@ -39,7 +39,7 @@ impl Parts {
     pub(crate) fn commit_stopped(&self, id: DesktopId, new: &NewVersion) -> Result<Version, HostError> {
         let what = format!("cannot make a version of desktop {id}");
         let kept = self.store.kept_root(&RootId::from(id)).map_err(storage(&what))?;
-        let Some((base, mut root)) = kept else {
+        let Some(KeptRoot { commit: base, mut root }) = kept else {
             let why = format!("desktop {id} does not run, and no root of it is kept");
             return Err(HostError::new(HostErrorKind::NotRunning, why));
         };

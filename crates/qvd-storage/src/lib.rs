@@ -68,5 +68,5 @@ pub use image::Image;
 pub use qvd_core::ErrorKind;
 pub use recipe::{Defaults, ImageConfig, Recipe, SessionSpec, UserConfig};
 pub use repository::{Repository, TreeError};
-pub use store::{Built, Store};
+pub use store::{Built, KeptRoot, Store};
 pub use survey::{Historic, Recommendation, Survey, Surveyed, recommend};

@@ -40,6 +40,14 @@ pub struct Store {
     _lock: File,
 }
 
+/// A root that outlived its desktop's run, and the commit that it stands on.
+pub struct KeptRoot {
+    /// What the root was made from.
+    pub commit: CommitId,
+    /// The root, not mounted.
+    pub root: Box<dyn Root>,
+}
+
 /// An image, and whether it had to be built.
 #[derive(Debug, Clone)]
 pub struct Built {
@@ -223,14 +231,14 @@ impl Store {
     ///
     /// # Errors
     /// As [`RootBackend::create`], or the commit cannot be used any more.
-    pub fn kept_root(&self, id: &RootId) -> Result<Option<(CommitId, Box<dyn Root>)>, Error> {
+    pub fn kept_root(&self, id: &RootId) -> Result<Option<KeptRoot>, Error> {
         if self.roots.find(id)? != Some(RootPolicy::Persistent) {
             return Ok(None);
         }
         let Some(commit) = self.images.repository().leased(id)? else { return Ok(None) };
         let image = self.image(commit.digest())?;
         let root = self.roots.create(None, &image.base(), id, &RootPolicy::Persistent.into())?;
-        Ok(Some((commit, root)))
+        Ok(Some(KeptRoot { commit, root }))
     }
 
     fn make_root(

@@ -27,8 +27,8 @@ fn expect_shared(host: &Host, desktops: [DesktopId; 2], tree: &Tree) {
         _ => false,
     };
     // Of those nobody runs.
-    let files = tree.entries().iter().filter(|entry| entry.path.starts_with("usr/share"));
-    let name = &files.filter(large).last().expect("a large file").path;
+    let mut files = tree.entries().iter().filter(|entry| entry.path.starts_with("usr/share"));
+    let name = &files.rfind(large).expect("a large file").path;
     let inside = desktops.map(|id| {
         let pids = std::fs::read_to_string(cgroup_procs(host.config.instance, id)).unwrap();
         Path::new("/proc").join(pids.lines().next().unwrap()).join("root").join(name)
