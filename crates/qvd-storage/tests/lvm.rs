@@ -191,7 +191,8 @@ fn full(at: &Path, base: &BaseTree, backend: &Lvm) {
     let mut neighbour = backend.create(base, &id("neighbour"), &kept()).unwrap();
     let tree = neighbour.mount(None).unwrap();
     fs::write(path(&tree, "etc/mine"), "kept").unwrap();
-    File::open(path(&tree, "etc/mine")).unwrap().sync_all().unwrap();
+    // All of it, also what ext4 would write back from its journal later: it may lose that on a full pool.
+    rustix::fs::syncfs(File::open(path(&tree, "etc/mine")).unwrap()).unwrap();
     neighbour.check().unwrap();
     let mut greedy = backend.create(base, &id("greedy"), &volatile()).unwrap();
     let taken = greedy.mount(None).unwrap();

@@ -58,6 +58,7 @@ fn kept(bench: &Bench) -> Checked {
     }
     let opened = bench.site.open("restart-kept")?;
     opened.backend.remove(&name).step("it can be removed")?;
+    opened.place.trash().empty().step("the trash can be emptied")?;
     equal("the roots are", opened.backend.roots().step("roots can be listed")?, Vec::new())?;
     Ok(Seen::Plain)
 }
@@ -192,5 +193,6 @@ fn forgotten(bench: &Bench) -> Checked {
     tree.expect("var/new", "kept")?;
     drop(tree);
     opened.backend.remove(&used).step("it can be removed")?;
+    opened.place.trash().empty().step("the trash can be emptied")?;
     Ok(Seen::Plain)
 }
