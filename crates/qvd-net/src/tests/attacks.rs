@@ -35,11 +35,7 @@ fn no_further_hostile_frame_leaves_the_port() {
             let mut world = World::new(&[], true);
             let vectors = vectors::hostile(&world.cast());
             assert!(vectors.len() > 200, "{}", vectors.len());
-            let reached: Vec<_> = vectors
-                .into_iter()
-                .map(|(name, frame)| (name, world.send(&frame)))
-                .filter(|(_, seen)| *seen != Seen::default())
-                .collect();
+            let reached = world.reached_by(vectors);
             assert!(reached.is_empty(), "{reached:#?}");
         });
     });

@@ -13,8 +13,8 @@ use qvd_sys::netns;
 use qvd_testkit::privileged;
 
 use super::{
-    NEEDS, vectors,
-    world::{Desktop, Seen, World, config, desktop, on_a_host, subnet},
+    NEEDS,
+    world::{Desktop, World, config, desktop, on_a_host, subnet},
 };
 use crate::{Backend, DropReason, Error, NetConfig, Network, Subnet6, TapSpec, bridges, netlink::Netlink};
 
@@ -30,19 +30,9 @@ fn a_desktop_on_the_second_bridge_is_confined_alike() {
             on_a_host(|| {
                 let mut world = World::on_second_bridge(NetConfig { internet: true, backend, ..config() });
                 assert_eq!(world.a.port.bridge_name(), "qvd7e57.1");
-                let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
-                let vectors: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
-                let reached: Vec<_> = vectors
-                    .into_iter()
-                    .map(|(name, frame)| (name, world.send(&frame)))
-                    .filter(|(_, seen)| *seen != Seen::default())
-                    .collect();
+                let reached = world.reached_by_hostile();
                 assert!(reached.is_empty(), "{backend}: {reached:#?}");
-                let stopped: Vec<_> = vectors::honest(&world.cast())
-                    .into_iter()
-                    .filter(|(_, frame)| !world.send(frame).host)
-                    .map(|(name, _)| name)
-                    .collect();
+                let stopped = world.stopped_of_honest();
                 assert!(stopped.is_empty(), "{backend}: {stopped:?}");
             });
         }

@@ -15,12 +15,7 @@ fn no_hostile_frame_leaves_the_port() {
             on_a_host(|| {
                 pass_bridged_packets_to_inet(bridged);
                 let mut world = World::new(&[], internet);
-                let reached: Vec<_> = world
-                    .hostile()
-                    .into_iter()
-                    .map(|(name, frame)| (name, world.send(&frame)))
-                    .filter(|(_, seen)| *seen != Seen::default())
-                    .collect();
+                let reached = world.reached_by(world.hostile());
                 assert!(reached.is_empty(), "internet {internet}: {reached:?}");
             });
         }
@@ -35,11 +30,7 @@ fn honest_frames_pass() {
         for internet in [false, true] {
             on_a_host(|| {
                 let mut world = World::new(&[], internet);
-                let stopped: Vec<_> = vectors::honest(&world.cast())
-                    .into_iter()
-                    .filter(|(_, frame)| !world.send(frame).host)
-                    .map(|(name, _)| name)
-                    .collect();
+                let stopped = world.stopped_of_honest();
                 assert!(stopped.is_empty(), "{stopped:?}");
             });
         }

@@ -12,7 +12,7 @@ use qvd_testkit::privileged;
 
 use super::{
     NEEDS,
-    world::{Desktop, INSTANCE, PATIENCE, Seen, World, config, on_a_host},
+    world::{Desktop, INSTANCE, PATIENCE, World, config, on_a_host},
 };
 use crate::{Backend, Error, Mended, NetConfig, Network, links, netlink::Netlink, rules};
 
@@ -76,12 +76,7 @@ fn flushed_rules_are_back_without_being_asked_for() {
             assert!(mended.contains("gone") && mended.contains("cut: 2"), "{mended}");
             guard.close().unwrap();
             world.connect();
-            let reached: Vec<_> = world
-                .hostile()
-                .into_iter()
-                .map(|(name, frame)| (name, world.send(&frame)))
-                .filter(|(_, seen)| *seen != Seen::default())
-                .collect();
+            let reached = world.reached_by(world.hostile());
             assert!(reached.is_empty(), "{reached:?}");
         });
     });

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use qvd_testkit::privileged;
 
 use super::{
-    NEEDS, vectors,
-    world::{Desktop, Seen, World, config, desktop, on_a_host},
+    NEEDS,
+    world::{Desktop, World, config, desktop, on_a_host},
 };
 use crate::{Backend, NetConfig, Network};
 
@@ -19,13 +19,7 @@ fn no_hostile_frame_leaves_the_port_without_nftables() {
     privileged(NEEDS, || {
         on_a_host(|| {
             let mut world = World::with(older(), &[]);
-            let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
-            let vectors: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
-            let reached: Vec<_> = vectors
-                .into_iter()
-                .map(|(name, frame)| (name, world.send(&frame)))
-                .filter(|(_, seen)| *seen != Seen::default())
-                .collect();
+            let reached = world.reached_by_hostile();
             assert!(reached.is_empty(), "{reached:#?}");
         });
     });
@@ -36,11 +30,7 @@ fn honest_frames_pass_without_nftables() {
     privileged(NEEDS, || {
         on_a_host(|| {
             let mut world = World::with(older(), &[]);
-            let stopped: Vec<_> = vectors::honest(&world.cast())
-                .into_iter()
-                .filter(|(_, frame)| !world.send(frame).host)
-                .map(|(name, _)| name)
-                .collect();
+            let stopped = world.stopped_of_honest();
             assert!(stopped.is_empty(), "{stopped:?}");
         });
     });

@@ -3,8 +3,8 @@
 use qvd_testkit::privileged;
 
 use super::{
-    NEEDS, vectors,
-    world::{Seen, World, config, on_a_host},
+    NEEDS,
+    world::{World, config, on_a_host},
 };
 use crate::{Backend, NetConfig, netlink::Netlink};
 
@@ -16,13 +16,7 @@ fn no_hostile_frame_leaves_a_tap() {
         for backend in BACKENDS {
             on_a_host(|| {
                 let mut world = World::with_tap(NetConfig { internet: true, backend, ..config() });
-                let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
-                let vectors: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
-                let reached: Vec<_> = vectors
-                    .into_iter()
-                    .map(|(name, frame)| (name, world.send(&frame)))
-                    .filter(|(_, seen)| *seen != Seen::default())
-                    .collect();
+                let reached = world.reached_by_hostile();
                 assert!(reached.is_empty(), "{backend}: {reached:#?}");
             });
         }
@@ -35,11 +29,7 @@ fn honest_frames_of_a_machine_pass() {
         for backend in BACKENDS {
             on_a_host(|| {
                 let mut world = World::with_tap(NetConfig { internet: true, backend, ..config() });
-                let stopped: Vec<_> = vectors::honest(&world.cast())
-                    .into_iter()
-                    .filter(|(_, frame)| !world.send(frame).host)
-                    .map(|(name, _)| name)
-                    .collect();
+                let stopped = world.stopped_of_honest();
                 assert!(stopped.is_empty(), "{backend}: {stopped:?}");
             });
         }

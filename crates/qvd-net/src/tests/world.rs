@@ -20,7 +20,7 @@ use rustix::{
 
 use super::{
     frames::{self, Station},
-    vectors::{Cast, Station6},
+    vectors::{self, Cast, Station6},
 };
 use crate::{NetConfig, Network, Port, PortSpec, Subnet, Subnet6, TapSpec, rules::Protection, sysctl};
 
@@ -287,7 +287,25 @@ impl World {
         self.send_marked(frame).1
     }
 
-    /// The same, and what went out with the mark.
+    /// Those of `vectors` that arrive anywhere when the first desktop sends them.
+    pub(crate) fn reached_by<N>(&mut self, vectors: Vec<(N, Vec<u8>)>) -> Vec<(N, Seen)> {
+        let sent = vectors.into_iter().map(|(name, frame)| (name, self.send(&frame)));
+        sent.filter(|(_, seen)| *seen != Seen::default()).collect()
+    }
+
+    /// The same of all hostile ones: the measured matrix, and every further vector.
+    pub(crate) fn reached_by_hostile(&mut self) -> Vec<(String, Seen)> {
+        let matrix = self.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
+        self.reached_by(matrix.chain(vectors::hostile(&self.cast())).collect())
+    }
+
+    /// The names of what an honest desktop sends and the host does not hear.
+    pub(crate) fn stopped_of_honest(&mut self) -> Vec<String> {
+        let honest = vectors::honest(&self.cast()).into_iter();
+        honest.filter(|(_, frame)| !self.send(frame).host).map(|(name, _)| name).collect()
+    }
+
+    /// As [`World::send`], and what went out with the mark.
     pub(crate) fn send_marked(&mut self, frame: &[u8]) -> (Vec<u8>, Seen) {
         let mark = self.mark();
         let sent = [frame, &mark].concat();

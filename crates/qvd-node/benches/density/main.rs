@@ -7,6 +7,8 @@
 //! It works in a network namespace of its own and prints one JSON object.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "../shared/desktop.rs"]
+mod desktop;
 mod measure;
 mod picture;
 #[allow(dead_code, reason = "nobody types here")]
@@ -23,10 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{
-    DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy,
-    TenantName, Virtualizer,
-};
+use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, Geometry, Instance, NetPolicy};
 use qvd_node::{DesktopStatus, Host as _, Node, NodeConfig};
 use qvd_sys::zram::ZramSwap;
 use serde_json::{Value, json};
@@ -250,19 +249,7 @@ fn wait_for_rest(rests: impl Fn() -> bool) -> Outcome<()> {
 }
 
 fn spec(image: Digest, number: u32) -> Outcome<DesktopSpec> {
-    Ok(DesktopSpec {
-        id: DesktopId::new(number)?,
-        user: format!("user{number}").parse()?,
-        tenant: TenantName::default(),
-        hostname: format!("desk-{number}"),
-        image,
-        virtualizer: Virtualizer::Container,
-        root: RootPolicy::Volatile,
-        limits: Limits::default(),
-        net: NetPolicy { port: number <= PORTS_MAX, ..NetPolicy::default() },
-        address: None,
-        home: None,
-    })
+    desktop::spec(image, number, NetPolicy { port: number <= PORTS_MAX, ..NetPolicy::default() })
 }
 
 fn with_causes(error: &(dyn Error + 'static)) -> String {

@@ -11,6 +11,8 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod attack;
+#[path = "../shared/desktop.rs"]
+mod desktop;
 mod load;
 #[path = "../shared/screen.rs"]
 mod screen;
@@ -28,10 +30,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{
-    DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, Geometry, Instance, Limits, NetPolicy, RootPolicy,
-    TenantName, Virtualizer,
-};
+use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, Geometry, Instance, NetPolicy};
 use qvd_node::{Attachment, Host as _, Node, NodeConfig};
 use serde_json::{Value, json};
 
@@ -297,19 +296,7 @@ impl<'a> Terminal<'a> {
 }
 
 fn spec(image: Digest, number: u32) -> Outcome<DesktopSpec> {
-    Ok(DesktopSpec {
-        id: DesktopId::new(number)?,
-        user: format!("user{number}").parse()?,
-        tenant: TenantName::default(),
-        hostname: format!("desk-{number}"),
-        image,
-        virtualizer: Virtualizer::Container,
-        root: RootPolicy::Volatile,
-        limits: Limits::default(),
-        net: NetPolicy::default(),
-        address: None,
-        home: None,
-    })
+    desktop::spec(image, number, NetPolicy::default())
 }
 
 fn with_causes(error: &(dyn Error + 'static)) -> String {
