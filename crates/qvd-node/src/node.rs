@@ -353,7 +353,10 @@ impl Watcher for Weak<Inner> {
             if state == State::Running
                 && let Some(desktop) = live.as_mut()
             {
-                desktop.end_bomb();
+                // What stands still forks nothing: of thousands at rest, none is asked.
+                if !lock(&slot.rest).is_resting() {
+                    desktop.end_bomb();
+                }
                 if inner.settle(&slot, desktop, attached) {
                     // Without the lock: whoever comes back meanwhile is served at once.
                     desktop.page_out();
