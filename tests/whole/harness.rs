@@ -35,6 +35,17 @@ pub(crate) struct Desktop {
     pub(crate) id: u32,
 }
 
+/// Prints what the server logged if the test fails.
+struct LogOfFailure(PathBuf);
+
+impl Drop for LogOfFailure {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", std::fs::read_to_string(&self.0).unwrap_or_else(|error| format!("no log: {error}")));
+        }
+    }
+}
+
 /// Runs `test` on a host of its own, and demands that it leaves nothing.
 pub(crate) fn on_a_host(test: impl FnOnce(&Host) + Send) {
     privileged(NEEDS, || {
@@ -54,6 +65,7 @@ pub(crate) fn on_a_host(test: impl FnOnce(&Host) + Send) {
         let kept = ["roots/overlayfs", "disks/qcow2", "home-disks"].map(|dir| root.join(dir));
         let scope = Scope::marked(marks).files_under(format!("/run/qvd-{instance}"));
         let scope = kept.iter().fold(scope, Scope::files_under);
+        let _told = LogOfFailure(setup.log.clone().unwrap());
         let netns = qvd_sys::netns::create().unwrap();
         qvd_sys::netns::in_netns(netns.as_fd(), || {
             qvd_net::loopback_up(netns.as_fd()).unwrap();

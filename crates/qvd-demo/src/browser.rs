@@ -119,7 +119,7 @@ impl Browser {
     /// Opens a desktop's display, starting the desktop if need be.
     ///
     /// # Errors
-    /// The server refused, or what it speaks is no RFB.
+    /// The server refused, and the error holds its reason; or what it speaks is no RFB.
     pub async fn open(&self, desktop: u32, width: u16, height: u16) -> anyhow::Result<Display> {
         let url = format!("wss://{}/desktops/{desktop}/display?width={width}&height={height}", self.endpoint.authority);
         let mut request = url.into_client_request()?;
@@ -130,7 +130,15 @@ impl Browser {
         ensure!(response.status() == StatusCode::SWITCHING_PROTOCOLS, "no display: {}", response.status());
         let (near, far) = tokio::io::duplex(1 << 20);
         let pump = tokio::spawn(pump(socket, far));
-        Ok(Display { rfb: Rfb::handshake(near).await?, pump })
+        match Rfb::handshake(near).await {
+            Ok(rfb) => Ok(Display { rfb, pump }),
+            // The handshake gave up its end, so the pump ends: its reason is the better one.
+            Err(error) => Err(match pump.await? {
+                Ok(Some(frame)) => error.context(format!("the server closed the display: {frame}")),
+                Ok(None) => error,
+                Err(broken) => error.context(broken),
+            }),
+        }
     }
 }
 
