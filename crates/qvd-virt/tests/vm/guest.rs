@@ -38,21 +38,26 @@ pub struct Guest {
     control: PathBuf,
 }
 
-/// Where guests with a shell can be made.
+/// Where guests with a shell can be made, which have 16 MiB to read.
 pub fn with_guests(test: impl FnOnce(&Guests<'_>)) {
+    with_guests_of(16, test);
+}
+
+/// Where guests with a shell can be made, which have `file_mib` to read.
+pub fn with_guests_of(file_mib: u64, test: impl FnOnce(&Guests<'_>)) {
     use qvd_testkit::Need::{Env, Program};
     privileged(&[Env("QVD_INIT"), Program("mkfs.erofs"), Program("cpio")], || {
         with_bed(|bed| {
             let init = PathBuf::from(std::env::var_os("QVD_INIT").unwrap());
             let work = tempfile::tempdir().unwrap();
-            let base = base(work.path());
+            let base = base(work.path(), file_mib);
             test(&Guests { bed, kernel: bed.kernel(&init), work, base });
         });
     });
 }
 
-/// A base of the static busybox that the test bed has, with 16 MiB to read.
-fn base(work: &Path) -> PathBuf {
+/// A base of the static busybox that the test bed has, with a file to read.
+fn base(work: &Path, file_mib: u64) -> PathBuf {
     let (tree, base) = (work.join("tree"), work.join("base"));
     for dir in ["bin", "dev", "etc", "proc", "root", "run", "sys", "tmp"] {
         fs::create_dir_all(tree.join(dir)).unwrap();
@@ -68,7 +73,7 @@ fn base(work: &Path) -> PathBuf {
     }
     fs::write(tree.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\n").unwrap();
     let random = File::open("/dev/urandom").unwrap();
-    std::io::copy(&mut random.take(16 << 20), &mut File::create(tree.join("root/file")).unwrap()).unwrap();
+    std::io::copy(&mut random.take(file_mib << 20), &mut File::create(tree.join("root/file")).unwrap()).unwrap();
     let mut mkfs = Command::new("mkfs.erofs");
     mkfs.args(["--quiet", "-Enoinline_data"]).arg(&base).arg(&tree).stdout(Stdio::null());
     assert!(mkfs.status().unwrap().success());
@@ -97,13 +102,18 @@ impl Guests<'_> {
     }
 
     /// Lets `vm` run and become a desktop.
-    pub fn boot(&self, mut vm: Vm) -> Guest {
+    pub fn boot(&self, vm: Vm) -> Guest {
+        self.boot_from(Base::Memory, vm)
+    }
+
+    /// The same for one whose base is not memory.
+    pub fn boot_from(&self, base: Base, mut vm: Vm) -> Guest {
         vm.resume().unwrap_or_else(|error| panic!("{error:?}: {}", vm.words()));
         let control = self.path(&format!("control-{}", vm.id()));
         let mut guest = Guest { vm, carrier: None, control };
         let config = BootConfig {
             identity: Identity::fresh("guest", None).unwrap(),
-            base: Base::Memory,
+            base,
             writable: Writable::Memory { bytes: 32 << 20 },
             home: None,
             init: InitConfig { version: VERSION, env: Default::default(), services: Vec::new(), session: None },
