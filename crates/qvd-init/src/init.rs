@@ -39,6 +39,8 @@ const MAX_CONNECTIONS: usize = 64;
 /// Between two looks at a socket that is there but not listened on, and how
 /// often: an X server takes some microseconds, a dead one for ever.
 const LOOK_AGAIN: (Duration, u32) = (Duration::from_millis(1), 50);
+/// Until the kernel is asked again for events after it could not say.
+const WAIT_AGAIN: Duration = Duration::from_millis(10);
 /// How long programs have to end when a signal asks for it.
 const SIGNAL_GRACE: Duration = Duration::from_secs(5);
 /// Search path when the configuration has none.
@@ -50,7 +52,7 @@ pub(crate) fn run() -> ExitCode {
     let outcome = qvd_sys::init::inherited([qvd_guest::fds::CONTROL, qvd_guest::fds::CONFIG].map(i32::from))
         .map_err(|e| format!("cannot take over the descriptors of the node: {e}"))
         .and_then(|[control, config]| Init::new(begin, control, read_config(&fs::File::from(config))?, None))
-        .and_then(|mut init| init.serve().map_err(|e| format!("cannot wait for events: {e}")));
+        .map(|mut init| init.serve());
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -69,7 +71,7 @@ pub(crate) fn run_in_machine(
     port: OwnedFd,
 ) -> Result<bool, String> {
     let mut init = Init::new(begin, control, check(config)?, Some(port))?;
-    init.serve().map_err(|e| format!("cannot wait for events: {e}"))?;
+    init.serve();
     Ok(init.cloned)
 }
 
@@ -251,11 +253,10 @@ impl Init {
         self.begin.elapsed()
     }
 
-    fn serve(&mut self) -> io::Result<()> {
+    fn serve(&mut self) {
         while !self.done {
             self.step();
-            let ready = self.wait()?;
-            for source in ready {
+            for source in self.wait() {
                 match source {
                     Source::Control => self.accept(),
                     Source::Signals => self.signalled(),
@@ -265,7 +266,6 @@ impl Init {
                 }
             }
         }
-        Ok(())
     }
 
     /// Does all that is due.
@@ -329,7 +329,7 @@ impl Init {
         due.and_then(|due| Timespec::try_from(due.saturating_sub(now)).ok())
     }
 
-    fn wait(&self) -> io::Result<Vec<Source>> {
+    fn wait(&self) -> Vec<Source> {
         let mut sources = vec![Source::Signals, Source::Log];
         let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.log, PollFlags::IN)];
         if let Some(graphical) = &self.graphical {
@@ -347,11 +347,16 @@ impl Init {
         }
         match rustix::event::poll(&mut fds, self.patience().as_ref()) {
             Ok(_) => {}
-            Err(Errno::INTR) => return Ok(Vec::new()),
-            Err(e) => return Err(e.into()),
+            Err(Errno::INTR) => return Vec::new(),
+            // No memory, for instance. Everything inside ends with the init, so it
+            // does not end for that, and does not spin either.
+            Err(_) => {
+                std::thread::sleep(WAIT_AGAIN);
+                return Vec::new();
+            }
         }
         let ready = fds.iter().zip(sources).filter(|(fd, _)| !fd.revents().is_empty());
-        Ok(ready.map(|(_, source)| source).collect())
+        ready.map(|(_, source)| source).collect()
     }
 
     fn signalled(&mut self) {

@@ -10,6 +10,10 @@ use qvd_guest::Exit;
 /// cannot keep the init from its other work.
 const MAX_ROUND: usize = 256;
 
+/// How often the kernel may fail to say who ended before it is left for the next
+/// time: a child that is not reaped now would otherwise wait for another's end.
+const MAX_FAILURES: usize = 3;
+
 /// How a wait status says that a process ended; `None` for a mere stop.
 fn ended(status: WaitStatus) -> Option<(u32, Exit)> {
     let (pid, exit) = match status {
@@ -35,15 +39,18 @@ pub(crate) struct Reaped {
 /// this program waits for a process, so a process id stays taken until here.
 pub(crate) fn reap() -> Reaped {
     let mut reaped = Reaped::default();
+    let mut failures = 0;
     while reaped.ended.len() < MAX_ROUND {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::StillAlive) => return reaped,
             Ok(status) => reaped.ended.extend(ended(status)),
             Err(Errno::EINTR) => {}
-            Err(_) => {
+            Err(Errno::ECHILD) => {
                 reaped.childless = true;
                 return reaped;
             }
+            Err(_) if failures < MAX_FAILURES => failures += 1,
+            Err(_) => return reaped,
         }
     }
     reaped.more = true;

@@ -1,6 +1,9 @@
 //! Talking with the init inside a desktop, over the socket that this node
 //! made and the init inherited.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     os::{
         fd::{AsFd, OwnedFd},
