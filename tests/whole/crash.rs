@@ -24,6 +24,9 @@ use crate::harness::{Desktop, Host, SOON, browser, expect_ok, inside, on_a_host,
 /// How many moments of a start the server is killed at.
 const MOMENTS: u32 = 12;
 
+/// And of a stop.
+const STOP_MOMENTS: u32 = 6;
+
 #[derive(Debug, Deserialize)]
 struct Shown {
     status: Status,
@@ -202,6 +205,41 @@ fn killed_in_the_middle_of_a_start_desktops_are_whole_or_gone() {
             server = again(server, desktop, &format!("{after:?} after the first step"));
             client.wait().unwrap();
         }
+        remove_user(&server, &user);
+        server.stop().unwrap();
+    });
+}
+
+#[test]
+fn killed_in_the_middle_of_a_stop_desktops_are_gone_once_stopped_again() {
+    on_a_host(|host| {
+        let lasting = Lasting::on(host);
+        let mut server = lasting.start();
+        let (user, desktop) = user_with_desktop(&server);
+        let id = desktop.to_string();
+        start(&server, desktop);
+        let began = Instant::now();
+        expect_ok(&server.run(["desktop", "stop", &id]).unwrap());
+        let whole = began.elapsed();
+        for moment in 0..STOP_MOMENTS {
+            start(&server, desktop);
+            let init = first_process(host, desktop);
+            let mut client = server.setup().command().args(["desktop", "stop", &id]).spawn().unwrap();
+            let after = whole * moment / STOP_MOMENTS;
+            thread::sleep(after);
+            server.kill().unwrap();
+            client.wait().unwrap();
+            server = lasting.start();
+            let found = state(&server, desktop);
+            eprintln!("killed {after:?} after a stop began: {found}");
+            // It runs on, perhaps on its way down, or nothing is left of it.
+            assert!(["running", "stopped"].contains(&&*found), "{found}");
+            expect_ok(&server.run(["desktop", "stop", &id]).unwrap());
+            assert!(has_ended(&init, Duration::ZERO), "it was stopped and runs on");
+            assert_eq!(state(&server, desktop), "stopped");
+        }
+        start(&server, desktop);
+        see(&server, &user, desktop);
         remove_user(&server, &user);
         server.stop().unwrap();
     });

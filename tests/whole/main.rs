@@ -7,6 +7,7 @@ mod bad_input;
 mod bisect;
 mod build;
 mod crash;
+mod exec;
 mod harness;
 mod journey;
 mod machine;

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     env,
     io::{self, Read, Write},
     process::ExitCode,
@@ -40,9 +41,11 @@ pub(crate) async fn run(client: &Client, command: cli::Exec) -> anyhow::Result<E
         ExecRequest { argv: command.command, env: variables, root: command.as_root, tty: tty.then(terminal::size) };
     let (writer, reader) = client.exec(command.id, &request).await?;
     let raw = if tty && interactive { Some(Raw::enter().context("cannot set up the terminal")?) } else { None };
+    // Before anybody can have seen output: from then on a signal is the program's.
+    let sources = Sources::new(tty).context("cannot watch the terminal")?;
     let ended = tokio::select! {
         ended = output(reader) => ended,
-        error = input(writer, tty) => Err(error),
+        never = input(writer, sources) => match never {},
     };
     // Before anything is printed about what went wrong.
     drop(raw);
@@ -77,13 +80,8 @@ fn print(to: &mut dyn Write, bytes: &[u8]) -> io::Result<()> {
     to.flush()
 }
 
-/// Sends what is typed, the terminal's size and our signals; returns only when
-/// it cannot learn of those.
-async fn input(mut writer: ExecWriter, tty: bool) -> anyhow::Error {
-    let mut sources = match Sources::new(tty) {
-        Ok(sources) => sources,
-        Err(error) => return anyhow::Error::new(error).context("cannot watch the terminal"),
-    };
+/// Sends what is typed, the terminal's size and our signals, for ever.
+async fn input(mut writer: ExecWriter, mut sources: Sources) -> Infallible {
     loop {
         let sent = match sources.next().await {
             Input::Bytes(bytes) if bytes.is_empty() => writer.end_stdin().await,
