@@ -34,6 +34,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         root: RootPolicy::Volatile,
         limits: Limits::default(),
         net: NetPolicy::host_only(),
+        devices: std::collections::BTreeSet::new(),
+        calls: None,
         address: None,
         home: None,
     };

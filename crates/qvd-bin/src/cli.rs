@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use qvd_core::{Bytes, DesktopId, FlavourName, Tag, TenantName, UserName};
+use qvd_core::{Bytes, Calls, DesktopId, Device, FlavourName, Tag, TenantName, UserName};
 use qvd_storage::repository::{Reference, Rollout};
 
 use crate::{
@@ -465,6 +465,15 @@ pub(crate) struct Create {
     /// Processes and threads at once
     #[arg(long, value_name = "COUNT")]
     pub(crate) pids: Option<u32>,
+    /// Most that it reads, and writes, in a second on each disk, such as 50M
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) io: Option<Bytes>,
+    /// Device of the host beside those of its image: fuse, dri, sound, camera
+    #[arg(long = "device", value_name = "KIND")]
+    pub(crate) devices: Vec<Device>,
+    /// Which system calls its programs may make: desktop or application
+    #[arg(long, value_name = "SET")]
+    pub(crate) calls: Option<Calls>,
     /// Keep its root from one start to the next
     #[arg(long)]
     pub(crate) persistent: bool,

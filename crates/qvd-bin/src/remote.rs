@@ -129,7 +129,7 @@ fn done(output: &Output, id: DesktopId, what: &str) -> anyhow::Result<()> {
 /// set changes that limit and no other.
 async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDesktop> {
     let mut new = CreateDesktop::new(Some(create.user), create.flavour);
-    if create.memory.is_some() || create.cpu.is_some() || create.pids.is_some() {
+    if create.memory.is_some() || create.cpu.is_some() || create.pids.is_some() || create.io.is_some() {
         let flavours = client.flavours().await?;
         let flavour = flavours.iter().find(|flavour| flavour.name == new.flavour);
         // The daemon refuses an unknown flavour in its own words.
@@ -138,7 +138,7 @@ async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDe
             memory: create.memory.unwrap_or(defaults.memory),
             cpu: create.cpu.map_or(defaults.cpu, MilliCpu),
             pids: create.pids.unwrap_or(defaults.pids),
-            ..defaults
+            io: create.io.or(defaults.io),
         });
     }
     new.name = create.name;
@@ -150,6 +150,8 @@ async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDe
         (_, true) => Some(NetPolicy::host_only()),
         _ => create.net_policy.as_deref().map(crate::up::read_policy).transpose()?,
     };
+    new.devices = create.devices.into_iter().collect();
+    new.calls = create.calls;
     new.address = create.address;
     Ok(new)
 }
@@ -212,6 +214,10 @@ fn details(info: &DesktopInfo) -> String {
         ("state", status.state.to_string()),
         ("client", if status.attached { "attached" } else { "none" }.to_owned()),
     ];
+    let devices: Vec<_> = desktop.devices.iter().map(ToString::to_string).collect();
+    lines.extend((!devices.is_empty()).then(|| ("devices", devices.join(", "))));
+    lines.extend(desktop.calls.map(|calls| ("calls", calls.to_string())));
+    lines.extend(desktop.limits.io.map(|io| ("disks", format!("{io} a second"))));
     lines.extend(desktop.address.map(|address| ("address", address.to_string())));
     lines.extend(status.step.map(|step| ("step", step.text().to_owned())));
     lines.extend(status.ended.clone().map(|why| ("ended", one_line(&why))));

@@ -82,6 +82,28 @@ fn a_desktop_is_made_as_asked() {
     assert_eq!(desktop["limits"]["cpu"], 2000);
     assert_eq!(desktop["root"], "persistent");
     assert_eq!(desktop["net"], serde_json::json!({ "port": true, "internet": false }));
+    assert_eq!((&desktop["devices"], &desktop["calls"]), (&Value::Null, &Value::Null));
+
+    let line = "desktop create ana icewm --device sound --device fuse --calls application --io 50M";
+    let desktop = daemon.json(&line.split(' ').collect::<Vec<_>>());
+    assert_eq!(desktop["devices"], serde_json::json!(["fuse", "sound"]));
+    assert_eq!(desktop["calls"], "application");
+    assert_eq!(desktop["limits"]["io"], 50 << 20);
+    let shown = daemon.text(&["desktop", "show", "2"]);
+    for line in ["devices    fuse, sound", "calls      application", "disks      50MiB a second"] {
+        assert!(shown.contains(line), "no `{line}` in:\n{shown}");
+    }
+    for (option, value, says) in
+        [("--device", "tape", "one of fuse, dri, sound, camera"), ("--calls", "all", "desktop, application or system")]
+    {
+        let output = daemon.run(&["desktop", "create", "ana", "icewm", option, value]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(says), "{output:?}");
+    }
+    let (_, error) = daemon.refusal(&["desktop", "create", "ana", "icewm", "--io", "4K"]);
+    assert!(error.contains("too little"), "{error}");
+    let (_, error) = daemon.refusal(&["desktop", "create", "ana", "icewm", "--calls", "system"]);
+    assert!(error.contains("own init"), "{error}");
 }
 
 #[test]

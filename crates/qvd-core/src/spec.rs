@@ -1,6 +1,6 @@
 //! What a desktop is asked to be, and what it is at the moment.
 
-use std::{fmt, net::Ipv4Addr, path::PathBuf, str::FromStr};
+use std::{collections::BTreeSet, fmt, net::Ipv4Addr, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize, de};
 
@@ -192,6 +192,12 @@ pub struct DesktopSpec {
     pub limits: Limits,
     /// What it may reach.
     pub net: NetPolicy,
+    /// Which of the host's devices it has, beside those that its image names.
+    #[serde(default)]
+    pub devices: BTreeSet<Device>,
+    /// Which system calls its programs may make; `None` is what its image says.
+    #[serde(default)]
+    pub calls: Option<Calls>,
     /// Its address when it has a port; `None` lets the node take a free one.
     pub address: Option<Ipv4Addr>,
     /// Directory of the home on the host; `None` means the node's own store.

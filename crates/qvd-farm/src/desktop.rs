@@ -1,6 +1,6 @@
 use std::{error::Error as _, net::Ipv4Addr, time::Duration};
 
-use qvd_core::{DesktopId, DesktopSpec, DisplayKind, FlavourName, Limits, Tag, UserName};
+use qvd_core::{Bytes, Calls, DesktopId, DesktopSpec, DisplayKind, FlavourName, Limits, Tag, UserName};
 use qvd_guest::{ExecRequest, Stats};
 use qvd_node::{Attachment, ExecSession, MemoryReport, NewVersion, PortView, Timings, Version};
 use sqlx::{Row, Sqlite, Transaction};
@@ -10,6 +10,9 @@ use crate::{Desktop, DesktopInfo, ErrorKind, Farm, FarmError, NewDesktop, Progre
 
 /// How long a desktop's programs have to end by themselves when it stops.
 const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// A session reads some ten megabytes of programs before it is up.
+const LEAST_IO: Bytes = Bytes::mib(1);
 
 /// Longest name, in bytes: a label of a host name. Source: RFC 1123, 2.1.
 const NAME_MAX: usize = 63;
@@ -22,7 +25,7 @@ macro_rules! select {
     ($rest:literal) => {
         concat!(
             "SELECT id, user_name, name, flavour, tag, virtualizer, memory_bytes, cpu_milli, pids, root_policy, ",
-            "net_port, net_internet, net_policy, address, blocked, removing, created_unix_s FROM desktops ",
+            "io_bytes_per_s, net_port, net_internet, net_policy, devices, calls, address, blocked, removing, created_unix_s FROM desktops ",
             $rest
         )
     };
@@ -46,6 +49,9 @@ pub(crate) fn check_limits(limits: &Limits) -> Result<(), FarmError> {
         )),
         Limits { pids, .. } if *pids < least.pids => {
             refuse(format!("a limit of {pids} processes is too little: give at least {}", least.pids))
+        }
+        Limits { io: Some(io), .. } if *io < LEAST_IO => {
+            refuse(format!("a limit of {io} a second is too little: no desktop starts with less than {LEAST_IO}"))
         }
         _ => Ok(()),
     }
@@ -107,6 +113,10 @@ impl Farm {
         let limits = new.limits.unwrap_or(defaults.limits);
         let net = new.net.unwrap_or(defaults.net);
         check_limits(&limits)?;
+        if new.calls == Some(Calls::System) {
+            let what = "system calls `system` are for an image's own init: use `desktop` or `application`";
+            return Err(FarmError::with_code(ErrorKind::Invalid, "invalid_calls", what));
+        }
         if let Some(name) = &new.name {
             check_name(name)?;
         }
@@ -146,10 +156,10 @@ impl Farm {
         }
         let inserted = sqlx::query(
             "INSERT INTO desktops (user_name, name, flavour, tag, virtualizer, memory_bytes, cpu_milli, pids,
-                 root_policy, net_port, net_internet, net_policy, address, created_unix_s)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+                 root_policy, net_port, net_internet, net_policy, address, created_unix_s, io_bytes_per_s, devices, calls)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
              RETURNING id, user_name, name, flavour, tag, virtualizer, memory_bytes, cpu_milli, pids, root_policy,
-                 net_port, net_internet, net_policy, address, blocked, created_unix_s",
+                 io_bytes_per_s, net_port, net_internet, net_policy, devices, calls, address, blocked, created_unix_s",
         )
         .bind(new.user.as_str())
         .bind(name)
@@ -165,6 +175,9 @@ impl Farm {
         .bind(row::net_column(&net)?)
         .bind(new.address.map(|a| a.to_string()))
         .bind(created)
+        .bind(limits.io.map(row::bytes_column))
+        .bind(row::devices_column(&new.devices))
+        .bind(new.calls.map(|calls| calls.as_str()))
         .fetch_one(&mut *write.tx)
         .await
         .and_then(|found| row::desktop(&found));
@@ -342,6 +355,8 @@ impl Farm {
             root: desktop.root,
             limits: desktop.limits,
             net: desktop.net,
+            devices: desktop.devices,
+            calls: desktop.calls,
             address: desktop.address,
             home: None,
         };

@@ -50,12 +50,12 @@ impl Farm {
         let mut write = self.write().await?;
         sqlx::query(
             "INSERT INTO flavour_defaults
-                 (name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet, net_policy)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+                 (name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet, net_policy, io_bytes_per_s)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
              ON CONFLICT (name) DO UPDATE SET
                  memory_bytes = excluded.memory_bytes, cpu_milli = excluded.cpu_milli, pids = excluded.pids,
                  root_policy = excluded.root_policy, net_port = excluded.net_port, net_internet = excluded.net_internet,
-                 net_policy = excluded.net_policy",
+                 net_policy = excluded.net_policy, io_bytes_per_s = excluded.io_bytes_per_s",
         )
         .bind(name.as_str())
         .bind(row::bytes_column(defaults.limits.memory))
@@ -65,6 +65,7 @@ impl Farm {
         .bind(defaults.net.port)
         .bind(defaults.net.internet)
         .bind(row::net_column(&defaults.net)?)
+        .bind(defaults.limits.io.map(row::bytes_column))
         .execute(&mut *write.tx)
         .await
         .map_err(|e| FarmError::store("set a flavour's defaults", e))?;
@@ -94,7 +95,7 @@ impl Farm {
 
     async fn all_defaults(&self) -> Result<HashMap<String, FlavourDefaults>, FarmError> {
         sqlx::query(
-            "SELECT name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet, net_policy
+            "SELECT name, memory_bytes, cpu_milli, pids, root_policy, io_bytes_per_s, net_port, net_internet, net_policy
              FROM flavour_defaults",
         )
         .fetch_all(self.pool())

@@ -1,9 +1,9 @@
 //! Between rows and types. A row that does not fit its type was written by
 //! somebody else: that is an error of the store, not of the caller.
 
-use std::{net::Ipv4Addr, str::FromStr};
+use std::{collections::BTreeSet, net::Ipv4Addr, str::FromStr};
 
-use qvd_core::{Bytes, DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
+use qvd_core::{Bytes, Calls, DesktopId, Device, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
 use sqlx::{Row, sqlite::SqliteRow};
 
 use crate::{Desktop, FarmError, FlavourDefaults, SessionInfo, SessionKind, User};
@@ -70,8 +70,25 @@ pub(crate) fn limits(row: &SqliteRow) -> Result<Limits> {
         memory: Bytes::new(unsigned(row, "memory_bytes")?),
         cpu: MilliCpu(unsigned(row, "cpu_milli")?),
         pids: unsigned(row, "pids")?,
-        ..Limits::default()
+        io: match row.try_get::<Option<i64>, _>("io_bytes_per_s")? {
+            None => None,
+            Some(_) => Some(Bytes::new(unsigned(row, "io_bytes_per_s")?)),
+        },
     })
+}
+
+fn devices(row: &SqliteRow) -> Result<BTreeSet<Device>> {
+    let words = row.try_get::<&str, _>("devices")?.split_ascii_whitespace();
+    decode("devices", words.map(str::parse).collect())
+}
+
+fn calls(row: &SqliteRow) -> Result<Option<Calls>> {
+    decode("calls", row.try_get::<Option<&str>, _>("calls")?.map(str::parse).transpose())
+}
+
+/// Kinds of devices, as their column has them.
+pub(crate) fn devices_column(devices: &BTreeSet<Device>) -> String {
+    devices.iter().map(|device| device.as_str()).collect::<Vec<_>>().join(" ")
 }
 
 fn net(row: &SqliteRow) -> Result<NetPolicy> {
@@ -110,6 +127,8 @@ pub(crate) fn desktop(row: &SqliteRow) -> Result<Desktop> {
         limits: limits(row)?,
         root: word(row, "root_policy")?,
         net: net(row)?,
+        devices: devices(row)?,
+        calls: calls(row)?,
         address: decode("address", address.map(str::parse::<Ipv4Addr>).transpose())?,
         blocked: row.try_get("blocked")?,
         created_unix_s: unsigned(row, "created_unix_s")?,

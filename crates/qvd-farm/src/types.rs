@@ -1,7 +1,8 @@
-use std::net::Ipv4Addr;
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use qvd_core::{
-    DesktopId, Digest, FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, TenantName, UserName, Virtualizer,
+    Calls, DesktopId, Device, Digest, FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, TenantName, UserName,
+    Virtualizer,
 };
 use qvd_node::DesktopStatus;
 use serde::{Deserialize, Serialize};
@@ -88,6 +89,12 @@ pub struct NewDesktop {
     /// What it may reach.
     #[serde(default)]
     pub net: Option<NetPolicy>,
+    /// Which of the host's devices it has, beside those that its image names.
+    #[serde(default)]
+    pub devices: BTreeSet<Device>,
+    /// Which system calls its programs may make; `None` is what its image says.
+    #[serde(default)]
+    pub calls: Option<Calls>,
     /// An address of its own; `None` lets the node choose at each start.
     #[serde(default)]
     pub address: Option<Ipv4Addr>,
@@ -106,6 +113,8 @@ impl NewDesktop {
             limits: None,
             root: None,
             net: None,
+            devices: BTreeSet::new(),
+            calls: None,
             address: None,
         }
     }
@@ -132,6 +141,12 @@ pub struct Desktop {
     pub root: RootPolicy,
     /// What it may reach.
     pub net: NetPolicy,
+    /// Which of the host's devices it has, beside those that its image names.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub devices: BTreeSet<Device>,
+    /// Which system calls its programs may make; `None` is what its image says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calls: Option<Calls>,
     /// Its fixed address.
     pub address: Option<Ipv4Addr>,
     /// Whether it is closed for maintenance: nobody may start or open it.

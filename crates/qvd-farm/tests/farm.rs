@@ -324,6 +324,23 @@ async fn what_makes_no_sense_is_refused_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn what_a_desktop_has_beside_its_flavour_is_kept() {
+    let world = World::with_user().await;
+    let plain = world.farm.create_desktop(NewDesktop::new(user("ada"), icewm())).await.unwrap();
+    assert_eq!((plain.devices.len(), plain.calls, plain.limits.io), (0, None, None));
+    let mut new = NewDesktop::new(user("ada"), icewm());
+    new.devices = [qvd_core::Device::Fuse, qvd_core::Device::Camera].into();
+    new.calls = Some(qvd_core::Calls::Application);
+    new.limits = Some(qvd_core::Limits { io: Some(Bytes::mib(20)), ..Default::default() });
+    let made = world.farm.create_desktop(new.clone()).await.unwrap();
+    assert_eq!((&made.devices, made.calls, Some(made.limits)), (&new.devices, new.calls, new.limits));
+    assert_eq!(world.farm.desktop(made.id).await.unwrap(), made);
+    let defaults = FlavourDefaults { limits: made.limits, ..FlavourDefaults::default() };
+    world.farm.set_flavour_defaults(&icewm(), defaults.clone()).await.unwrap();
+    assert_eq!(world.farm.flavour(&icewm()).await.unwrap().defaults, defaults);
+}
+
+#[tokio::test]
 async fn a_taken_address_says_by_whom() {
     let world = World::with_user().await;
     let new = NewDesktop { address: Some("10.77.0.9".parse().unwrap()), ..NewDesktop::new(user("ada"), icewm()) };

@@ -2,12 +2,11 @@
 //! taken apart in the reverse order.
 
 use std::{
-    collections::BTreeSet,
     error::Error as StdError,
     fmt,
     os::fd::{BorrowedFd, OwnedFd},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,6 +21,7 @@ use crate::{
     guest::Guest,
     machine::{Failure, InContainer, InVm, Machine, MachineRecord, Machines},
     network::Networks,
+    ranges::Ranges,
     record::{Record, Records},
     rest::Rest,
 };
@@ -163,7 +163,7 @@ pub(crate) struct Parts {
     pub(crate) records: Records,
     /// The init program, sealed: one copy in memory for all desktops.
     pub(crate) init: OwnedFd,
-    slots: Mutex<BTreeSet<u32>>,
+    pub(crate) ranges: Ranges,
 }
 
 pub(crate) fn failed<E>(kind: HostErrorKind, what: impl fmt::Display) -> impl FnOnce(E) -> HostError
@@ -196,7 +196,7 @@ impl Parts {
             HostErrorKind::Failed,
             format!("cannot open the records below `{}`", config.run.display()),
         ))?;
-        let parts = Self { store, runtime, machines, networks, records, init, slots: Mutex::default() };
+        let parts = Self { store, runtime, machines, networks, records, init, ranges: Ranges::default() };
         let adopted = parts.adopt_all()?;
         Ok((parts, adopted))
     }
@@ -247,7 +247,7 @@ impl Parts {
                 Some(self.networks.with(&spec.tenant, adopt)?)
             }
         };
-        if !lock(&self.slots).insert(uid_slot) {
+        if !self.ranges.claim(uid_slot) {
             return Err("its range of ids is another's".into());
         }
         let (rest, linger) = rest_of(&image);
@@ -304,7 +304,7 @@ impl Parts {
         if !errors.is_empty() {
             return Err(Left(errors));
         }
-        self.free_slot(desktop.uid_slot);
+        self.ranges.free(desktop.uid_slot);
         if let Some(verdict) = desktop.verdict {
             return Ok(verdict.to_owned());
         }
@@ -367,18 +367,6 @@ impl Parts {
         let commit = self.store.repository().follow(flavour, tag, &who);
         Ok(commit.map_err(storage(format!("cannot find what follows `{tag}` of {flavour}")))?.digest())
     }
-
-    pub(crate) fn take_slot(&self) -> Result<u32, HostError> {
-        let mut slots = lock(&self.slots);
-        let free = (0..UidRange::COUNT).find(|slot| !slots.contains(slot));
-        let slot = free.ok_or_else(|| HostError::new(HostErrorKind::Busy, "all ranges of user ids are taken"))?;
-        slots.insert(slot);
-        Ok(slot)
-    }
-
-    pub(crate) fn free_slot(&self, slot: u32) {
-        lock(&self.slots).remove(&slot);
-    }
 }
 
 /// The user namespace of a range of ids. A refusal says what this host lacks.
@@ -397,10 +385,6 @@ pub(crate) fn user_namespace(slot: u32, what: &str) -> Result<OwnedFd, HostError
         };
         HostError::new(HostErrorKind::Unsupported, format!("{what}: {why}"))
     })
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A failed undo must not hide the failure that it follows.

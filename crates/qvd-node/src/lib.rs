@@ -15,6 +15,7 @@ mod net_watch;
 mod network;
 mod node;
 mod probe;
+mod ranges;
 mod record;
 mod rest;
 mod start;

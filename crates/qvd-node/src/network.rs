@@ -166,14 +166,14 @@ impl Networks {
 
     /// Keeps no address for a desktop that will not come again.
     pub(crate) fn forget(&self, id: DesktopId) -> Result<(), HostError> {
-        let mut open = lock(&self.open);
-        let open = open.as_mut().ok_or_else(closing)?;
-        let known: Vec<_> =
-            self.pools.iter().flat_map(|pools| lock(pools).tenants().cloned().collect::<Vec<_>>()).collect();
-        let closed = known.iter().filter(|tenant| !open.contains_key(tenant));
-        let mut closed = closed.map(|tenant| forget_address(&self.addresses_of(tenant), id));
-        let forgotten =
-            open.values().map(|there| there.network.forget(id)).chain(&mut closed).collect::<Result<(), _>>();
+        let open = lock(&self.open);
+        // Once this host has shut down, only what is kept on disk is left of them.
+        let open: Vec<_> = open.iter().flatten().collect();
+        let mut known = vec![TenantName::default()];
+        known.extend(self.pools.iter().flat_map(|pools| lock(pools).tenants().cloned().collect::<Vec<_>>()));
+        let closed = known.iter().filter(|tenant| open.iter().all(|(there, _)| there != tenant));
+        let closed = closed.map(|tenant| forget_address(&self.addresses_of(tenant), id));
+        let forgotten = open.iter().map(|(_, there)| there.network.forget(id)).chain(closed).collect::<Result<(), _>>();
         forgotten.map_err(net(format!("cannot give back the address of desktop {id}")))
     }
 

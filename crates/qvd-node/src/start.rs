@@ -3,7 +3,7 @@
 
 use std::{os::fd::AsFd as _, time::Instant};
 
-use qvd_core::{Bytes, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
+use qvd_core::{Bytes, Calls, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
 use qvd_guest::{BootConfig, HOME_SERIAL, Identity, InitConfig, ROOT_SERIAL, SessionConfig, VERSION, Writable};
 use qvd_net::{Port, PortSpec, TapSpec, loopback_up};
 use qvd_storage::{Disk, Home, HomeId, Image, RootId};
@@ -71,8 +71,8 @@ impl Parts {
         let what = format!("cannot start desktop {id}");
         let image = self.store.image(spec.image).map_err(storage(&what))?;
         let mut undo = Undo::default();
-        let uid_slot = self.take_slot()?;
-        undo.step(move || self.free_slot(uid_slot));
+        let uid_slot = self.ranges.take()?;
+        undo.step(move || self.ranges.free(uid_slot));
         let ids = UidRange::of_slot(uid_slot).map_err(failed(HostErrorKind::Busy, &what))?;
         let guest = Guest::at(self.records.socket(id));
         let start = Start { spec, image: &image, ids, uid_slot, began, what: &what };
@@ -126,7 +126,13 @@ impl Parts {
         let mut container = ContainerSpec::new(id, root_mount, *ids, program);
         container.hostname.clone_from(&spec.hostname);
         container.limits = spec.limits;
-        container.profile.devices.clone_from(&image.config().defaults.devices);
+        let defaults = &image.config().defaults;
+        container.profile.devices = defaults.devices.union(&spec.devices).copied().collect();
+        container.profile.calls = spec.calls.unwrap_or(defaults.calls);
+        if container.profile.calls == Calls::System {
+            let reason = format!("{what}: the system calls of `system` are for images whose own init runs");
+            return Err(HostError::new(HostErrorKind::Unsupported, reason));
+        }
         container.mounts = vec![ContainerMount { target: image.config().user.home().into(), mount: home }];
         container.fds = vec![
             InheritedFd { number: qvd_guest::fds::CONTROL, fd: control },
@@ -167,6 +173,10 @@ impl Parts {
         let mut timings = Timings::default();
         if let Some(home) = &spec.home {
             let reason = format!("{what}: a machine keeps its home on a disk of its own, not in `{}`", home.display());
+            return Err(HostError::new(HostErrorKind::Unsupported, reason));
+        }
+        if !spec.devices.is_empty() || spec.calls.is_some() {
+            let reason = format!("{what}: a machine has devices and system calls of its own, not its host's");
             return Err(HostError::new(HostErrorKind::Unsupported, reason));
         }
         let base = self.store.guest_base(image).map_err(storage(what))?;

@@ -1,8 +1,10 @@
 //! What is said over the API, both ways. Fields are only ever added.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
-use qvd_core::{FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, TenantName, UserName, Virtualizer};
+use qvd_core::{
+    Calls, Device, FlavourName, Limits, NetPolicy, RootPolicy, StartStep, Tag, TenantName, UserName, Virtualizer,
+};
 use qvd_farm::{NewDesktop, Secret};
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -148,6 +150,12 @@ pub struct CreateDesktop {
     /// What it may reach.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<NetPolicy>,
+    /// Which of the host's devices it has, beside those that its image names.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub devices: BTreeSet<Device>,
+    /// Which system calls its programs may make.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calls: Option<Calls>,
     /// An address of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Ipv4Addr>,
@@ -166,6 +174,8 @@ impl CreateDesktop {
             limits: None,
             root: None,
             net: None,
+            devices: BTreeSet::new(),
+            calls: None,
             address: None,
         }
     }
@@ -180,6 +190,8 @@ impl CreateDesktop {
             limits: self.limits,
             root: self.root,
             net: self.net,
+            devices: self.devices,
+            calls: self.calls,
             address: self.address,
         }
     }

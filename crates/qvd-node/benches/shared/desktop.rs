@@ -16,6 +16,8 @@ pub(crate) fn spec(image: Digest, number: u32, net: NetPolicy) -> Outcome<Deskto
         root: RootPolicy::Volatile,
         limits: Limits::default(),
         net,
+        devices: std::collections::BTreeSet::new(),
+        calls: None,
         address: None,
         home: None,
     })

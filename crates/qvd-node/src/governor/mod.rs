@@ -289,6 +289,8 @@ mod tests {
             root: RootPolicy::Volatile,
             limits: Limits { memory, ..Limits::default() },
             net: NetPolicy::none(),
+            devices: [].into(),
+            calls: None,
             address: None,
             home: None,
         }

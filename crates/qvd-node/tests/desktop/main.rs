@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod commit;
+mod confine;
 mod machine;
 mod tenants;
 
@@ -53,6 +54,8 @@ impl Host {
             root: RootPolicy::Volatile,
             limits: Limits::default(),
             net: NetPolicy::host_only(),
+            devices: std::collections::BTreeSet::new(),
+            calls: None,
             address: None,
             home: None,
         }

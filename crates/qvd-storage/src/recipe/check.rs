@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use qvd_core::Calls;
 use toml::Spanned;
 
 use super::{DEFAULT_LOCALE, FileSpec, SessionSpec, UserConfig, text};
@@ -92,6 +93,14 @@ pub(super) fn word(text: &str, what: &str) -> Result<(), String> {
         Ok(())
     } else {
         Err(format!("`{}` is not a {what}", text.escape_default()))
+    }
+}
+
+/// An image's own init is never what runs in a desktop.
+pub(super) fn calls(calls: Calls) -> Result<(), String> {
+    match calls {
+        Calls::System => Err("calls `system` are for an image's own init: use `desktop` or `application`".to_owned()),
+        _ => Ok(()),
     }
 }
 

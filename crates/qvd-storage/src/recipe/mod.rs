@@ -5,7 +5,7 @@ mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use qvd_core::{Bytes, Device, FlavourName, Geometry, Limits, NetPolicy, RestPolicy, RootPolicy};
+use qvd_core::{Bytes, Calls, Device, FlavourName, Geometry, Limits, NetPolicy, RestPolicy, RootPolicy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use toml::Spanned;
@@ -157,6 +157,9 @@ pub struct Defaults {
     /// Which of the host's devices its programs may use.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
     pub devices: BTreeSet<Device>,
+    /// Which system calls its programs may make.
+    #[serde(skip_serializing_if = "Calls::is_usual")]
+    pub calls: Calls,
 }
 
 /// The distribution that packages are taken from.
@@ -225,6 +228,9 @@ impl Recipe {
         if let Some(session) = &raw.session {
             checked(text, session, check_session)?;
         }
+        if let Some(defaults) = &raw.defaults {
+            checked(text, defaults, |defaults| check::calls(defaults.calls))?;
+        }
         for service in &raw.services {
             checked(text, service, |argv| check_argv(argv, "service"))?;
         }
@@ -246,7 +252,7 @@ impl Recipe {
                 user: raw.user.into_inner(),
                 session: raw.session.map(Spanned::into_inner),
                 services: raw.services.into_iter().map(Spanned::into_inner).collect(),
-                defaults: raw.defaults,
+                defaults: raw.defaults.map(Spanned::into_inner).unwrap_or_default(),
             },
             remove: remove.collect::<Result<_, _>>()?,
             files: files.collect::<Result<_, _>>()?,

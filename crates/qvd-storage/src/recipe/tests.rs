@@ -134,6 +134,9 @@ fn hostile_recipes_are_refused_with_the_place_of_the_mistake() {
         ("run = [[\"\"]]", "needs a program"),
         ("run = [[\"sh\", \"a\\u0000b\"]]", "NUL"),
         ("services = [[]]", "needs a program"),
+        ("defaults = { calls = \"system\" }", "own init"),
+        ("defaults = { calls = \"all\" }", "unknown variant"),
+        ("defaults = { devices = [\"tape\"] }", "unknown variant"),
         ("name = \"again\"", "duplicate key"),
         ("session = { command = [\"x\"], env = { \"A=B\" = \"c\" } }", "environment"),
     ] {

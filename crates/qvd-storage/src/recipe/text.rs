@@ -25,8 +25,7 @@ pub(super) struct Recipe {
     pub(super) services: Vec<Spanned<Vec<String>>>,
     #[serde(default)]
     pub(super) run: Vec<Spanned<Vec<String>>>,
-    #[serde(default)]
-    pub(super) defaults: Defaults,
+    pub(super) defaults: Option<Spanned<Defaults>>,
     pub(super) locale: Option<Spanned<String>>,
     #[serde(default)]
     pub(super) limits: Limits,
