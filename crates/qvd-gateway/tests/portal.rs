@@ -9,7 +9,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use qvd_core::DesktopState;
 use qvd_gateway::{ConnectionLimits, Gateway, GatewayConfig, GatewayError, TlsSource};
 use qvd_node::fake::GREETING;
-use support::{Answer, PASSWORD, PATIENCE, Site, qvd};
+use support::{Answer, PASSWORD, PATIENCE, Site, basic, qvd};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
@@ -307,6 +307,33 @@ async fn the_api_knows_its_caller_by_cookie_or_token() {
     assert_eq!(site.ask(&stop("", &cookie)).await.status, 403, "neither origin nor token");
     assert_eq!(site.ask(&stop("", &format!("{cookie}X-CSRF-Token: {csrf}\r\n"))).await.status, 204);
     assert_eq!(site.ask(&stop("Origin: https://localhost\r\n", &cookie)).await.status, 204);
+}
+
+#[tokio::test]
+async fn nobody_runs_a_program_in_anothers_desktop_or_makes_an_image_of_it() {
+    let site = Site::new().await;
+    let (own, bobs) = (site.desktop.number(), site.desktop.number() + 1);
+    let exec = |root: bool| format!(r#"{{"argv":["id"],"env":{{}},"root":{root},"tty":null}}"#);
+    let commit = r#"{"author":"ada","message":"mine now","publish":true}"#;
+    for (desktop, what, body, status, code) in [
+        (bobs, "exec", exec(false), 403, "not_yours"),
+        (bobs, "exec", exec(true), 403, "not_yours"),
+        (bobs, "commit", commit.to_owned(), 403, "forbidden"),
+        (own, "exec", exec(true), 403, "forbidden"),
+        (own, "commit", commit.to_owned(), 403, "forbidden"),
+        // What is hers she may, as far as it goes.
+        (own, "exec", exec(false), 409, "not_running"),
+        (bobs + 1, "exec", exec(false), 404, "unknown_desktop"),
+    ] {
+        let (login, length) = (basic("ada", PASSWORD), body.len());
+        let request = format!(
+            "POST /api/v1/desktops/{desktop}/{what} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n\
+             Upgrade: qvd-exec/1\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{login}\r\n{body}"
+        );
+        let answer = site.ask(&request).await;
+        let found = (answer.status, answer.json()["error"]["code"].as_str().unwrap_or_default().to_owned());
+        assert_eq!(found, (status, code.to_owned()), "{what} in {desktop}: {answer:?}");
+    }
 }
 
 #[tokio::test]

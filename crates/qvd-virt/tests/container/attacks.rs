@@ -102,7 +102,14 @@ const ATTACKS: [(u8, &str, Tried); 34] = [
             ("qvd-storage/src/repository/wire/mod.rs", "questions_are_read_back_and_bounded"),
         ],
     ),
-    (27, "CVE-2026-55621", &[("qvd-gateway/tests/api.rs", "users_see_and_use_what_is_theirs")]),
+    (
+        27,
+        "CVE-2026-55621",
+        &[
+            ("qvd-gateway/tests/api.rs", "users_see_and_use_what_is_theirs"),
+            ("qvd-gateway/tests/portal.rs", "nobody_runs_a_program_in_anothers_desktop_or_makes_an_image_of_it"),
+        ],
+    ),
     (28, "CVE-2017-5985", &[(LIFECYCLE, "a_process_that_is_not_the_recorded_one_is_not_adopted")]),
     (
         29,
