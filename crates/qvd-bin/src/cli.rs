@@ -99,6 +99,9 @@ pub(crate) struct Up {
     /// The site's name server, for desktops that may ask no other; one per family
     #[arg(long, value_name = "ADDR")]
     pub(crate) name_server: Vec<IpAddr>,
+    /// Longest packet of the desktops' network, where the way out takes no longer ones
+    #[arg(long, value_name = "OCTETS")]
+    pub(crate) mtu: Option<u16>,
     /// File with the most that any desktop may reach, in TOML
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) tenant_policy: Option<PathBuf>,

@@ -56,6 +56,7 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
             IpAddr::V6(server) => config.network.name_server6 = Some(server),
         }
     }
+    config.network.mtu_octets = args.mtu.unwrap_or(config.network.mtu_octets);
     if let Some(file) = &args.tenant_policy {
         config.tenants.all = read_policy(file)?;
     }

@@ -14,7 +14,7 @@ use crate::{
     Error, Mac, NetConfig, Subnet6,
     links::{self, LinkFacts},
     netlink::Netlink,
-    network::{Inner, find, gone, group, lock, no_ipv6_address},
+    network::{Inner, find, gone, group_of_bridges, lock, no_ipv6_address},
     rules::Protection,
     sysctl,
 };
@@ -109,6 +109,37 @@ impl Inner {
         Ok(index)
     }
 
+    /// Which bridge is not as the rules know it, if any: in its group.
+    pub(crate) fn bridges_differ(&self) -> Result<Option<String>, Error> {
+        let wanted = group_of_bridges(self.config.instance);
+        let all = lock(&self.bridges).indices();
+        for index in all {
+            let name = self.bridge_name(index);
+            let answers = match self.route().batch(vec![links::show(index)]) {
+                // Its ports tell that better.
+                Err(error) if error.is(Errno::NODEV) => continue,
+                other => other.map_err(Error::netlink("read back the bridge", &*name))?,
+            };
+            if answers.iter().find_map(links::facts).is_some_and(|link| link.group != wanted) {
+                return Ok(Some(format!("{name} is not in its group")));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Puts all into their group again.
+    pub(crate) fn regroup_bridges(&self) -> Result<(), Error> {
+        let wanted = group_of_bridges(self.config.instance);
+        let all = lock(&self.bridges).indices();
+        for index in all {
+            match self.route().batch(vec![links::set_group(index, wanted)]) {
+                Err(error) if error.is(Errno::NODEV) => {}
+                other => drop(other.map_err(Error::netlink("group the bridge", self.bridge_name(index)))?),
+            }
+        }
+        Ok(())
+    }
+
     /// A port's room is free again.
     pub(crate) fn give_room_back(&self, bridge: u32) {
         if let Some(bridge) = lock(&self.bridges).0.iter_mut().find(|other| other.index == bridge) {
@@ -137,12 +168,12 @@ pub(crate) fn all(instance: Instance, route: &mut Netlink) -> Result<Vec<LinkFac
 
 /// Makes a bridge, or gives an existing one its settings, and raises it.
 fn make(config: &NetConfig, place: usize, route: &mut Netlink, without: &[Protection]) -> Result<u32, Error> {
-    let NetConfig { instance, subnet, subnet6, backend, .. } = *config;
+    let NetConfig { instance, subnet, subnet6, backend, mtu_octets, .. } = *config;
     let name = name_of(instance, place);
     let refused = |op| Error::netlink(op, name.clone());
     let mac = Mac::of(instance, subnet.gateway());
     let reserved = if without.contains(&Protection::ReservedGroups) { 0 } else { links::RESERVED_GROUPS_TO_RULES };
-    let made = links::ensure_bridge(&name, mac, group(instance), reserved, backend);
+    let made = links::ensure_bridge(&name, mac, group_of_bridges(instance), mtu_octets, reserved, backend);
     route.batch(vec![made]).map_err(refused("make the bridge"))?;
     let bridge = find(route, &name)?.ok_or_else(|| gone(&name))?.index;
     no_ipv6_address(route, bridge).map_err(refused("switch off IPv6 on"))?;

@@ -68,6 +68,11 @@ impl Element {
     fn is(&self, shown: &Shown) -> bool {
         self.key == shown.key && self.goto == shown.goto
     }
+
+    /// Whether that is the name, with its end, of the chain that decides.
+    fn leads_to(&self, chain: Option<&[u8]>) -> bool {
+        chain.map(|name| name.strip_suffix(b"\0").unwrap_or(name)) == self.goto.as_deref().map(str::as_bytes)
+    }
 }
 
 /// Most bytes of elements in one message: the length of a list has 16 bits.
@@ -152,17 +157,22 @@ pub(crate) fn missing(netlink: &mut Netlink, table: &str, elements: &[Element]) 
 }
 
 fn missing_of_many(netlink: &mut Netlink, table: &str, elements: &[Element]) -> Result<Option<usize>, NetlinkError> {
-    let mut sets: BTreeMap<&str, HashMap<Vec<u8>, Option<String>>> = BTreeMap::new();
-    for element in elements {
-        if !sets.contains_key(element.set) {
-            let all = all_shown(netlink, table, element.family, element.set)?.unwrap_or_default();
-            sets.insert(element.set, all.into_iter().map(|shown| (shown.key, shown.goto)).collect());
+    let mut sets: BTreeMap<&str, (Family, HashMap<&[u8], usize>)> = BTreeMap::new();
+    for (place, element) in elements.iter().enumerate() {
+        let (_, wanted) = sets.entry(element.set).or_insert_with(|| (element.family, HashMap::new()));
+        wanted.insert(&element.key, place);
+    }
+    for (set, (family, wanted)) in &mut sets {
+        for answer in dump(netlink, table, *family, set)?.unwrap_or_default() {
+            for (key, goto) in raw_elements(&answer) {
+                let is_meant = |place: usize| elements.get(place).is_some_and(|element| element.leads_to(goto));
+                if wanted.get(key).is_some_and(|&place| is_meant(place)) {
+                    wanted.remove(key);
+                }
+            }
         }
     }
-    let is_there = |element: &Element| {
-        sets.get(element.set).is_some_and(|set| set.get(&element.key).is_some_and(|goto| *goto == element.goto))
-    };
-    Ok(elements.iter().position(|element| !is_there(element)))
+    Ok(sets.values().flat_map(|(_, wanted)| wanted.values().copied()).min())
 }
 
 /// The keys of all elements of a set; `None` when there is no such set.
@@ -181,10 +191,19 @@ fn all_shown(
     family: Family,
     set: &str,
 ) -> Result<Option<Vec<Shown>>, NetlinkError> {
-    // The crate's parser takes time by the square of a message's length: seconds
-    // for the elements of some hundred ports.
+    let own = |(key, goto): (&[u8], Option<&[u8]>)| Shown {
+        key: key.to_vec(),
+        goto: goto.map(|chain| String::from_utf8_lossy(chain).trim_end_matches('\0').to_owned()),
+    };
+    let answers = dump(netlink, table, family, set)?;
+    Ok(answers.map(|answers| answers.iter().flat_map(|answer| raw_elements(answer)).map(own).collect()))
+}
+
+/// A set as the kernel writes it: the crate's parser takes time by the square of a
+/// message's length, seconds for the elements of some hundred ports.
+fn dump(netlink: &mut Netlink, table: &str, family: Family, set: &str) -> Result<Option<Vec<Vec<u8>>>, NetlinkError> {
     match netlink.dump_raw(nf_tables(family, NfTablesMessage::GetSetElement(list(table, set, &[])))) {
-        Ok(answers) => Ok(Some(answers.iter().flat_map(|answer| raw_elements(answer)).collect())),
+        Ok(answers) => Ok(Some(answers)),
         Err(error) if error.is(Errno::NOENT) => Ok(None),
         Err(error) => Err(error),
     }
@@ -222,11 +241,8 @@ pub(crate) fn all_counted(
     family: Family,
     set: &str,
 ) -> Result<Vec<(Vec<u8>, u64)>, NetlinkError> {
-    match netlink.dump_raw(nf_tables(family, NfTablesMessage::GetSetElement(list(table, set, &[])))) {
-        Ok(answers) => Ok(answers.iter().flat_map(|answer| raw_counts(answer)).collect()),
-        Err(error) if error.is(Errno::NOENT) => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
+    let answers = dump(netlink, table, family, set)?.unwrap_or_default();
+    Ok(answers.iter().flat_map(|answer| raw_counts(answer)).collect())
 }
 
 /// Removes our table of `family` and all in it. What is not there is removed.
@@ -279,12 +295,17 @@ struct Shown {
     goto: Option<String>,
 }
 
-/// The value of the first attribute of `kind` in `attributes`.
-fn attribute(attributes: &[u8], kind: u16) -> Option<&[u8]> {
-    NlasIterator::new(attributes).filter_map(Result::ok).find(|nla| nla.kind() & NLA_TYPE == kind).map(|nla| {
-        let (start, length) = (NLA_HEADER_LEN, nla.value_length());
-        nla.into_inner().get(start..start + length).unwrap_or_default()
+/// Kind and value of each attribute.
+fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    NlasIterator::new(bytes).filter_map(Result::ok).map(|nla| {
+        let (kind, length) = (nla.kind() & NLA_TYPE, nla.value_length());
+        (kind, nla.into_inner().get(NLA_HEADER_LEN..NLA_HEADER_LEN + length).unwrap_or_default())
     })
+}
+
+/// The value of the first attribute of `kind`.
+fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(bytes).find_map(|(of, value)| (of == kind).then_some(value))
 }
 
 /// Source of the numbers, here and below: Linux `include/uapi/linux/netfilter/nf_tables.h`.
@@ -305,24 +326,23 @@ fn raw_counts(message: &[u8]) -> Vec<(Vec<u8>, u64)> {
         let packets = attribute(counter, COUNTER_PACKETS)?.first_chunk().map(|&count| u64::from_be_bytes(count))?;
         Some((key, packets))
     };
-    NlasIterator::new(elements).filter_map(Result::ok).filter_map(|nla| element(nla.value())).collect()
+    attributes(elements).filter_map(|(_, value)| element(value)).collect()
 }
 
-/// The elements in a message of the kernel, behind netlink's header.
-fn raw_elements(message: &[u8]) -> Vec<Shown> {
+/// The elements in a message of the kernel, behind netlink's header: each a key and
+/// the name of the chain that it leads to.
+fn raw_elements(message: &[u8]) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
     const SET_ELEM_DATA: u16 = 2;
     const DATA_VERDICT: u16 = 2;
     const VERDICT_CHAIN: u16 = 2;
     let behind_header = message.get(4..).unwrap_or_default();
     let elements = attribute(behind_header, SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
-    let element = |element: &[u8]| {
-        let key = attribute(attribute(element, SET_ELEM_KEY)?, DATA_VALUE)?.to_vec();
+    let element = |element| {
+        let key = attribute(attribute(element, SET_ELEM_KEY)?, DATA_VALUE)?;
         let verdict = attribute(element, SET_ELEM_DATA).and_then(|data| attribute(data, DATA_VERDICT));
-        let chain = verdict.and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
-        let goto = chain.map(|chain| String::from_utf8_lossy(chain).trim_end_matches('\0').to_owned());
-        Some(Shown { key, goto })
+        Some((key, verdict.and_then(|verdict| attribute(verdict, VERDICT_CHAIN))))
     };
-    NlasIterator::new(elements).filter_map(Result::ok).filter_map(|nla| element(nla.value())).collect()
+    attributes(elements).filter_map(move |(_, value)| element(value))
 }
 
 fn shown(message: &NetfilterMessage) -> Vec<Shown> {

@@ -92,21 +92,18 @@ impl Identity {
         self.addresses4().map(IpAddr::from).chain(self.addresses6().map(IpAddr::from))
     }
 
-    /// Its elements of the sets, those of its policy among them.
-    pub(crate) fn elements(&self, access: &Access) -> Vec<Element> {
+    /// Its elements of the sets, those of its policy among them. `index` is its
+    /// link's, `gateway` the MAC that its packets go to.
+    pub(crate) fn elements(&self, access: &Access, index: u32, gateway: Mac) -> Vec<Element> {
         let bridge = |set, key| Element::new(Family::Bridge, set, key);
         let (link, mac) = (&*self.link, self.mac);
         let mut elements = vec![bridge(rules::LINK, rules::link_key(link, mac))];
-        // No address is the sender of who asks for one, or whether it is in
-        // use (RFC 2131, RFC 5227, RFC 4862).
-        for ipv4 in self.addresses4().chain([Ipv4Addr::UNSPECIFIED]) {
+        for ipv4 in self.addresses4() {
+            elements.push(bridge(rules::WAY, rules::way_key(index, gateway, mac, ipv4)));
             elements.push(bridge(rules::IDENTITY, rules::identity_key(link, mac, ipv4)));
-            elements.push(bridge(rules::ARP_IDENTITY, rules::arp_key(link, mac, ipv4)));
         }
         for ipv6 in self.addresses6() {
-            elements.push(bridge(rules::TARGET, rules::target_key(link, mac, ipv6)));
-        }
-        for ipv6 in self.senders6() {
+            elements.push(bridge(rules::WAY6, rules::way6_key(index, gateway, mac, ipv6)));
             elements.push(bridge(rules::IDENTITY6, rules::identity6_key(link, mac, ipv6)));
         }
         elements.extend(self.in_groups());

@@ -63,7 +63,14 @@ fn link(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
 pub(crate) const RESERVED_GROUPS_TO_RULES: u16 = 0xfff8;
 
 /// Makes the bridge, or gives an existing one these settings.
-pub(crate) fn ensure_bridge(name: &str, mac: Mac, group: u32, group_forward_mask: u16, backend: Backend) -> Request {
+pub(crate) fn ensure_bridge(
+    name: &str,
+    mac: Mac,
+    group: u32,
+    mtu_octets: u16,
+    group_forward_mask: u16,
+    backend: Backend,
+) -> Request {
     let mut settings = vec![
         InfoBridge::StpState(BridgeStpState::Disabled),
         InfoBridge::MulticastSnooping(false),
@@ -79,6 +86,7 @@ pub(crate) fn ensure_bridge(name: &str, mac: Mac, group: u32, group_forward_mask
         vec![
             LinkAttribute::IfName(name.to_owned()),
             LinkAttribute::Address(mac.octets().to_vec()),
+            LinkAttribute::Mtu(mtu_octets.into()),
             LinkAttribute::Group(group),
             LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge), LinkInfo::Data(data)]),
         ],
@@ -88,12 +96,20 @@ pub(crate) fn ensure_bridge(name: &str, mac: Mac, group: u32, group_forward_mask
 
 /// Makes a pair of links: `name` here, on the bridge and down; the other end
 /// born in `netns`. Moving it there afterwards would cost an RCU grace period.
-pub(crate) fn create_pair(name: &str, bridge: u32, group: u32, mac: Mac, netns: BorrowedFd<'_>) -> Request {
+pub(crate) fn create_pair(
+    name: &str,
+    bridge: u32,
+    group: u32,
+    mac: Mac,
+    mtu_octets: u16,
+    netns: BorrowedFd<'_>,
+) -> Request {
     let peer = link(
         0,
         vec![
             LinkAttribute::IfName(INSIDE_NAME.to_owned()),
             LinkAttribute::Address(mac.octets().to_vec()),
+            LinkAttribute::Mtu(mtu_octets.into()),
             LinkAttribute::NetNsFd(netns.as_raw_fd()),
         ],
     );
@@ -102,6 +118,7 @@ pub(crate) fn create_pair(name: &str, bridge: u32, group: u32, mac: Mac, netns: 
         vec![
             LinkAttribute::IfName(name.to_owned()),
             LinkAttribute::Controller(bridge),
+            LinkAttribute::Mtu(mtu_octets.into()),
             LinkAttribute::Group(group),
             LinkAttribute::LinkInfo(vec![
                 LinkInfo::Kind(InfoKind::Veth),
@@ -113,8 +130,13 @@ pub(crate) fn create_pair(name: &str, bridge: u32, group: u32, mac: Mac, netns: 
 }
 
 /// Puts a link that exists on the bridge, into the group.
-pub(crate) fn place(index: u32, bridge: u32, group: u32) -> Vec<Request> {
-    vec![set(index, LinkAttribute::Controller(bridge)), set_group(index, group)]
+pub(crate) fn place(index: u32, bridge: u32, group: u32, mtu_octets: u16) -> Vec<Request> {
+    vec![set_mtu(index, mtu_octets), set(index, LinkAttribute::Controller(bridge)), set_group(index, group)]
+}
+
+/// The longest packet of a link.
+pub(crate) fn set_mtu(index: u32, mtu_octets: u16) -> Request {
+    set(index, LinkAttribute::Mtu(mtu_octets.into()))
 }
 
 /// Gives a port of a bridge its flags. A request of its own: in the one that
@@ -284,12 +306,37 @@ pub(crate) fn default_route(index: u32, gateway: impl Into<IpAddr>) -> Request {
     Request::new(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
+/// Asks where a packet goes that comes `from` somebody behind a bridge.
+pub(crate) fn ask_way(bridge: u32, from: IpAddr, to: IpAddr) -> Request {
+    let length = if to.is_ipv4() { 32 } else { 128 };
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(to);
+    (message.header.destination_prefix_length, message.header.source_prefix_length) = (length, length);
+    message.attributes = vec![
+        RouteAttribute::Destination(route_address(to)),
+        RouteAttribute::Source(route_address(from)),
+        RouteAttribute::Iif(bridge),
+    ];
+    Request::new(RouteNetlinkMessage::GetRoute(message), 0)
+}
+
+/// What kind of route an answer to that describes, and its link.
+pub(crate) fn way_facts(answer: &RouteNetlinkMessage) -> Option<(RouteType, Option<u32>)> {
+    let RouteNetlinkMessage::NewRoute(message) = answer else { return None };
+    let link = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    });
+    Some((message.header.kind, link))
+}
+
 /// What is wanted of a link's description.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct LinkFacts {
     pub(crate) index: u32,
     pub(crate) name: String,
     pub(crate) group: u32,
+    pub(crate) mtu_octets: u32,
     /// Bridge that it is a port of.
     pub(crate) bridge: Option<u32>,
     /// Index of the other end of a pair, in its namespace.
@@ -306,6 +353,7 @@ pub(crate) fn facts(answer: &RouteNetlinkMessage) -> Option<LinkFacts> {
         match attribute {
             LinkAttribute::IfName(name) => facts.name.clone_from(name),
             LinkAttribute::Group(group) => facts.group = *group,
+            LinkAttribute::Mtu(octets) => facts.mtu_octets = *octets,
             LinkAttribute::Controller(bridge) => facts.bridge = Some(*bridge),
             LinkAttribute::Link(peer) => facts.peer = Some(*peer),
             LinkAttribute::LinkInfo(info) => {

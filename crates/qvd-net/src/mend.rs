@@ -22,7 +22,7 @@ pub(crate) struct Record {
 
 impl Record {
     const fn confined(&self) -> Confined<'_> {
-        Confined { identity: &self.identity, access: &self.access }
+        Confined { identity: &self.identity, index: self.index, access: &self.access }
     }
 }
 
@@ -72,8 +72,7 @@ impl Network {
     /// as they are.
     pub fn unblock(&self, ports: &[&Port]) -> Result<(), Error> {
         let confined: Vec<_> = ports.iter().map(|port| port.confined()).collect();
-        self.inner().filter.add(&confined)?;
-        if let Some((place, differs)) = self.inner().filter.missing(&confined)? {
+        if let Some((place, differs)) = self.inner().filter.confine(&confined)? {
             let object = ports.get(place).map_or_else(|| self.bridge_name(), |port| port.link().to_owned());
             return Err(Error::NotConfined { object, differs });
         }
@@ -105,6 +104,7 @@ impl Inner {
         };
         *was_cut = true;
         self.set_links(&records, links::lower)?;
+        self.regroup_bridges()?;
         self.load()?;
         self.filter.add(&confined)?;
         if let Some(differs) = self.what_differs(&confined)? {
@@ -115,8 +115,13 @@ impl Inner {
         Ok(Mended { differed: Some(differed), cut: records.len() })
     }
 
+    /// What differs of what does not depend on ports.
+    pub(crate) fn fixed_differs(&self) -> Result<Option<String>, Error> {
+        self.bridges_differ()?.map_or_else(|| self.filter.differs(), |differs| Ok(Some(differs)))
+    }
+
     fn what_differs(&self, ports: &[Confined<'_>]) -> Result<Option<String>, Error> {
-        if let Some(differs) = self.filter.differs()? {
+        if let Some(differs) = self.fixed_differs()? {
             return Ok(Some(differs));
         }
         let missing = self.filter.missing(ports)?;

@@ -16,7 +16,7 @@ use qvd_core::{DesktopId, Instance, NetPolicy};
 use qvd_sys::netns;
 
 pub use self::config::NetConfig;
-pub(crate) use self::known::{find, forget_address, gone, no_ipv6_address, refuse_own};
+pub(crate) use self::known::{find, forget_address, gone, no_ipv6_address, refuse_own, way};
 use self::{
     forwarding::{FORWARDING6, forward_ipv6},
     known::refuse_clash,
@@ -77,6 +77,12 @@ pub(crate) fn group(instance: Instance) -> u32 {
     0x5156_0000 | number(instance)
 }
 
+/// Group of an installation's bridges, by which rules know them: `QX` and its
+/// number.
+pub(crate) fn group_of_bridges(instance: Instance) -> u32 {
+    0x5158_0000 | number(instance)
+}
+
 /// Group of links about to be deleted together: `QW` and the number.
 fn trash(instance: Instance) -> u32 {
     0x5157_0000 | number(instance)
@@ -112,6 +118,7 @@ impl Network {
     }
 
     fn open_with(config: NetConfig, leases: Leases, without: &[Protection]) -> Result<Self, Error> {
+        config.check()?;
         let name = config.instance.bridge_name();
         let io = |op| Error::io(op, name.clone());
         let mut route = Netlink::route().map_err(io("open routing netlink for"))?;
@@ -333,6 +340,7 @@ impl Inner {
         let config = &self.config;
         let gateway_mac = Mac::of(config.instance, config.subnet.gateway());
         let mut site = Site::new(config.subnet, gateway_mac);
+        site.mtu_octets = config.mtu_octets;
         site.gateway_ipv6 = config.subnet6.map(|_| gateway_mac.link_local());
         // The gateway stands for the site's servers.
         let four = config.name_server.map(|_| config.subnet.gateway().into());

@@ -14,12 +14,13 @@ use rustix::io::Errno;
 use crate::{
     Error, Mac, NetConfig, NetlinkError, TeardownErrors,
     access::Access,
+    explain::Way,
     filter::Confined,
     identity::Identity,
     links,
     mend::Record,
     netlink::Netlink,
-    network::{Inner, forget_address, lock, refuse_own},
+    network::{Inner, forget_address, lock, refuse_own, way},
 };
 
 /// Which desktop to connect, and how.
@@ -253,6 +254,12 @@ impl Port {
         others.flat_map(|record| record.identity.routed()).collect()
     }
 
+    /// Where the host sends what this port sends to an address.
+    pub(crate) fn way(&self, to: IpAddr) -> Way {
+        let from = if to.is_ipv4() { Some(self.identity.ipv4.into()) } else { self.identity.ipv6.map(IpAddr::V6) };
+        from.map_or(Way::Nowhere, |from| way(&mut self.network.route(), self.bridge, from, to))
+    }
+
     /// The addresses of all open ports beside those of the subnets.
     pub(crate) fn extra_of_all(&self) -> Vec<IpAddr> {
         lock(&self.network.open).values().flat_map(|record| record.identity.extra.iter().copied()).collect()
@@ -278,7 +285,7 @@ impl Port {
     /// [`Error::NotConfined`] says what is missing; opening the network anew
     /// and adopting the port puts it back, closing the port is safe.
     pub fn verify(&self) -> Result<(), Error> {
-        if let Some(differs) = self.network.filter.differs()? {
+        if let Some(differs) = self.network.fixed_differs()? {
             return Err(self.not_confined(&differs));
         }
         self.index.map_or_else(|| Err(Error::NoPort(self.desktop)), |index| self.read_back(index))
@@ -291,8 +298,8 @@ impl Port {
         answers.map_err(Error::netlink("ask about", &*self.identity.link))
     }
 
-    pub(crate) const fn confined(&self) -> Confined<'_> {
-        Confined { identity: &self.identity, access: &self.access }
+    pub(crate) fn confined(&self) -> Confined<'_> {
+        Confined { identity: &self.identity, index: self.index.unwrap_or_default(), access: &self.access }
     }
 
     fn not_confined(&self, differs: &str) -> Error {

@@ -38,6 +38,22 @@ impl Subnets {
     }
 }
 
+/// Where the host sends a packet that comes from a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// It is for the host itself.
+    Host,
+    /// Back to a bridge for desktops: this network's, or another tenant's.
+    Desktops,
+    /// To another network.
+    Out,
+    /// The host knows no way there.
+    Nowhere,
+}
+
+/// Asks the host's routes.
+pub(super) type Ways<'a> = &'a dyn Fn(IpAddr) -> Way;
+
 /// What of a packet decides.
 #[derive(Debug, Clone, Copy)]
 struct Packet {
@@ -74,7 +90,7 @@ fn parse(frame: &[u8]) -> Option<Packet> {
 
 /// Whether somebody gets a packet that the port lets through, and why. A packet
 /// of a connection that others began, and rates, are not looked at.
-pub(super) fn ruled(beyond: &Beyond, frame: &[u8]) -> Ruled {
+pub(super) fn ruled(beyond: &Beyond, ways: Ways<'_>, frame: &[u8]) -> Ruled {
     let Some(packet) = parse(frame) else { return Ok("the host resolves its gateway's addresses") };
     let policy = &beyond.policy;
     let multicast = packet.to.is_multicast() || packet.to == IpAddr::V4(Ipv4Addr::BROADCAST);
@@ -87,15 +103,15 @@ pub(super) fn ruled(beyond: &Beyond, frame: &[u8]) -> Ruled {
     let asks_names = packet.transport.is_some() && packet.port == 53;
     let gateway = match packet.to {
         IpAddr::V4(to) => to == beyond.gateway4,
-        IpAddr::V6(to) => beyond.gateways6.contains(&to) || to.is_unicast_link_local(),
+        IpAddr::V6(to) => beyond.gateways6.contains(&to),
     };
+    let local = matches!(packet.to, IpAddr::V6(to) if to.is_unicast_link_local());
     if gateway {
         // The gateway stands for the server of the same family, at its address
         // that is routed.
         let server = beyond.name_servers.iter().find(|server| server.is_ipv4() == packet.to.is_ipv4());
-        let local = matches!(packet.to, IpAddr::V6(to) if to.is_unicast_link_local());
         match server {
-            Some(&server) if asks_names && !local => return outward(beyond, Packet { to: server, ..packet }),
+            Some(&server) if asks_names && !local => return outward(beyond, ways, Packet { to: server, ..packet }),
             _ => {}
         }
         if packet.echo {
@@ -108,7 +124,8 @@ pub(super) fn ruled(beyond: &Beyond, frame: &[u8]) -> Ruled {
         demand(served || is_neighbour_message(frame), "of the host's services only those of the policy")?;
         return Ok("a service of the host that the policy allows");
     }
-    outward(beyond, packet)
+    demand(!local, "what is of the link alone is not routed")?;
+    outward(beyond, ways, packet)
 }
 
 /// Decided at the port already.
@@ -118,8 +135,11 @@ fn is_neighbour_message(frame: &[u8]) -> bool {
         && frame.get(54).is_some_and(|kind| matches!(kind, 135 | 136))
 }
 
-fn outward(beyond: &Beyond, packet: Packet) -> Ruled {
+fn outward(beyond: &Beyond, ways: Ways<'_>, packet: Packet) -> Ruled {
     let Beyond { policy, near, name_servers, subnets, .. } = beyond;
+    let way = ways(packet.to);
+    demand(way != Way::Host, "of the host's addresses only the gateway's")?;
+    demand(way != Way::Nowhere, "the host knows no way there")?;
     if !policy.names.is_any() && packet.transport.is_some() && matches!(packet.port, 53 | 853) {
         let ours = packet.port == 53 && name_servers.contains(&packet.to);
         demand(ours, "names are asked of the site's servers only")?;
@@ -129,6 +149,7 @@ fn outward(beyond: &Beyond, packet: Packet) -> Ruled {
         return Ok("a neighbour of the same group");
     }
     demand(!subnets.contain(packet.to), "of other desktops only those of the same group")?;
+    demand(way != Way::Desktops, "no desktop of another tenant")?;
     if policy.internet {
         return Ok("the policy lets it out to other networks");
     }

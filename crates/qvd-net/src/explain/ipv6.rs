@@ -42,9 +42,8 @@ pub(super) fn ruled(party: &Party, mac: [u8; 6], bytes: &[u8]) -> Ruled {
     demand(nobody || own(packet.from), "the source address is the port's own, or none yet")?;
     let to_gateway = mac == party.gateway_mac && !packet.to.is_multicast();
     let to_group = |group: Ipv6Addr| packet.to == group && mac == group_mac(group);
-    let high = packet.to.to_bits() >> 32;
-    // Neither unspecified, loopback nor IPv4 in disguise.
-    let for_one_other_host = to_gateway && high != 0 && high != 0xffff;
+    // Neither unspecified, loopback nor IPv4 in disguise, nor what is reserved for such.
+    let for_one_other_host = to_gateway && packet.to.to_bits() >> 96 != 0;
     let whole = |octets| demand(packet.payload.len() >= octets, "a packet is as long as what it begins with");
     let outward = || {
         demand(!nobody, "nobody without an address speaks")?;

@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::beyond::{Beyond, Subnets};
+pub(crate) use self::beyond::{Beyond, Subnets, Way};
 use crate::{Mac, Port};
 
 const ARP: u16 = 0x0806;
@@ -85,7 +85,8 @@ impl Party {
 
 impl Port {
     /// What becomes of `frame`, which begins with its Ethernet header, if the
-    /// desktop sends it, and which rule decides. Nothing is sent.
+    /// desktop sends it, and which rule decides. Nothing is sent; the host is asked
+    /// where it would route the packet.
     #[must_use]
     pub fn explain(&self, frame: &[u8]) -> Decision {
         let config = self.config();
@@ -109,16 +110,16 @@ impl Port {
             near: self.near(),
             subnets: Subnets { four: config.subnet, six: config.subnet6, extra: self.extra_of_all() },
         };
-        explain(&party, &beyond, frame)
+        explain(&party, &beyond, &|to| self.way(to), frame)
     }
 }
 
 /// The same, of the whole way.
-pub(crate) fn explain(party: &Party, beyond: &Beyond, frame: &[u8]) -> Decision {
+fn explain(party: &Party, beyond: &Beyond, ways: beyond::Ways<'_>, frame: &[u8]) -> Decision {
     match ruled(party, frame) {
         Err(rule) => Decision { passes: false, rule: rule.into(), arrives: false, beyond: rule.into() },
         Ok(rule) => {
-            let (arrives, beyond) = match beyond::ruled(beyond, frame) {
+            let (arrives, beyond) = match beyond::ruled(beyond, ways, frame) {
                 Ok(beyond) => (true, beyond),
                 Err(beyond) => (false, beyond),
             };

@@ -81,6 +81,8 @@ pub(crate) struct Notes {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Confined<'a> {
     pub(crate) identity: &'a Identity,
+    /// Index of its link; zero of one that was never made.
+    pub(crate) index: u32,
     /// What it may reach.
     pub(crate) access: &'a Access,
 }
@@ -107,6 +109,12 @@ pub(crate) trait Filter: fmt::Debug + Send + Sync {
     /// What the kernel does not show of the rules of the first port that lacks
     /// something.
     fn missing(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error>;
+
+    /// [`Filter::add`] and [`Filter::missing`], for who wants both.
+    fn confine(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error> {
+        self.add(ports)?;
+        self.missing(ports)
+    }
 
     /// Removes the rules of all ports but `kept`. Returns their addresses.
     fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<IpAddr>, Error>;

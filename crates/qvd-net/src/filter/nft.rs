@@ -45,6 +45,14 @@ struct Loaded {
     without: Vec<Protection>,
 }
 
+/// What ports have in the sets.
+#[derive(Debug, Default)]
+struct PortElements {
+    elements: Vec<Element>,
+    /// Where those of each port end.
+    ends: Vec<usize>,
+}
+
 /// Also after a panic elsewhere: each call leaves these whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -74,11 +82,54 @@ impl Nft {
         fingerprint(&mut self.netfilter(), &self.table).map_err(Error::netlink("read back the rules of", &self.table))
     }
 
+    /// What a port has in the sets.
+    fn elements(&self, port: &Confined<'_>) -> Vec<Element> {
+        let gateway = Mac::of(self.config.instance, self.config.subnet.gateway());
+        port.identity.elements(port.access, port.index, gateway)
+    }
+
+    /// The elements of some ports, and the places where those of each end.
+    fn all_elements(&self, ports: &[Confined<'_>]) -> PortElements {
+        let mut all = PortElements::default();
+        for port in ports {
+            all.elements.extend(self.elements(port));
+            all.ends.push(all.elements.len());
+        }
+        all
+    }
+
+    fn put(&self, ports: &[Confined<'_>], all: &PortElements) -> Result<(), Error> {
+        let mut begin = 0;
+        for (port, &end) in ports.iter().zip(&all.ends) {
+            self.take_back(port.identity, all.elements.get(begin..end).unwrap_or_default())?;
+            begin = end;
+        }
+        elements::add(&mut self.netfilter(), &self.table, &all.elements)
+            .map_err(Error::netlink("add the rules of", self.of(ports)))
+    }
+
+    fn lacking(&self, ports: &[Confined<'_>], all: &PortElements) -> Result<Option<(usize, String)>, Error> {
+        let missing = elements::missing(&mut self.netfilter(), &self.table, &all.elements);
+        let missing = missing.map_err(Error::netlink("read back the rules of", self.of(ports)))?;
+        let lacks = missing.and_then(|at| {
+            Some((
+                all.ends.partition_point(|&end| end <= at),
+                format!("set {} lacks its element", all.elements.get(at)?.set),
+            ))
+        });
+        Ok(lacks)
+    }
+
+    /// Whom a message is about.
+    fn of<'a>(&'a self, ports: &[Confined<'a>]) -> &'a str {
+        ports.first().map_or(&*self.table, |port| &*port.identity.link)
+    }
+
     /// Every element of our sets.
     fn every_element(&self) -> Result<Vec<Element>, Error> {
         let mut every = Vec::new();
         let mut netfilter = self.netfilter();
-        for (family, set) in rules::PORT_SETS.into_iter().chain(rules::ADDRESS_SETS) {
+        for (family, set) in rules::PORT_SETS.into_iter().chain(rules::WAY_SETS).chain(rules::ADDRESS_SETS) {
             let all = elements::every(&mut netfilter, &self.table, family, set);
             every.extend(all.map_err(Error::netlink("list the rules of", &self.table))?);
         }
@@ -89,14 +140,24 @@ impl Nft {
     /// `wanted`: another identity, a way out.
     fn take_back(&self, identity: &Identity, wanted: &[Element]) -> Result<(), Error> {
         let mut inherited = lock(&self.inherited);
+        if inherited.is_empty() {
+            return Ok(());
+        }
         let addresses: Vec<_> = identity.addresses().collect();
+        let of_link = |element: &Element| rules::port_of_key(&element.key) == Some(&*identity.link);
+        let links_own = inherited.iter().filter(|element| element.set == rules::LINK && of_link(element));
+        let mut macs: Vec<_> = links_own.filter_map(|element| rules::mac_of_key(element.key.get(16..)?)).collect();
+        macs.push(identity.mac);
         let concerns = |element: &Element| {
             if rules::ADDRESS_SETS.contains(&(element.family, element.set)) {
                 return address_of_element(element).is_some_and(|address| addresses.contains(&address));
             }
+            if rules::WAY_SETS.contains(&(element.family, element.set)) {
+                return rules::mac_of_way_key(&element.key).is_some_and(|mac| macs.contains(&mac));
+            }
             // Of this link, or of another that had this MAC and address.
             let behind_port = |element: &Element| element.key.get(16..).map(<[u8]>::to_vec);
-            rules::port_of_key(&element.key) == Some(&*identity.link)
+            of_link(element)
                 || wanted.iter().any(|own| own.set == element.set && behind_port(own) == behind_port(element))
         };
         let surplus: Vec<_> =
@@ -202,34 +263,25 @@ impl Filter for Nft {
     }
 
     fn add(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
-        let mut all = Vec::new();
         self.load_classes(ports)?;
-        for port in ports {
-            let elements = port.identity.elements(port.access);
-            self.take_back(port.identity, &elements)?;
-            all.extend(elements);
-        }
-        let of = ports.first().map_or(&*self.table, |port| &*port.identity.link);
-        elements::add(&mut self.netfilter(), &self.table, &all).map_err(Error::netlink("add the rules of", of))
+        self.put(ports, &self.all_elements(ports))
     }
 
     fn remove(&self, ports: &[Confined<'_>]) -> Result<(), Error> {
-        let all: Vec<_> = ports.iter().flat_map(|port| port.identity.elements(port.access)).collect();
-        let of = ports.first().map_or(&*self.table, |port| &*port.identity.link);
-        elements::remove(&mut self.netfilter(), &self.table, &all).map_err(Error::netlink("remove the rules of", of))
+        let all = self.all_elements(ports).elements;
+        elements::remove(&mut self.netfilter(), &self.table, &all)
+            .map_err(Error::netlink("remove the rules of", self.of(ports)))
     }
 
     fn missing(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error> {
-        let (mut places, mut all) = (Vec::new(), Vec::new());
-        for (place, port) in ports.iter().enumerate() {
-            all.extend(port.identity.elements(port.access));
-            places.resize(all.len(), place);
-        }
-        let of = ports.first().map_or(&*self.table, |port| &*port.identity.link);
-        let missing = elements::missing(&mut self.netfilter(), &self.table, &all);
-        let missing = missing.map_err(Error::netlink("read back the rules of", of))?;
-        let lacks = missing.and_then(|at| Some((*places.get(at)?, all.get(at)?.set)));
-        Ok(lacks.map(|(place, set)| (place, format!("set {set} lacks its element"))))
+        self.lacking(ports, &self.all_elements(ports))
+    }
+
+    fn confine(&self, ports: &[Confined<'_>]) -> Result<Option<(usize, String)>, Error> {
+        self.load_classes(ports)?;
+        let all = self.all_elements(ports);
+        self.put(ports, &all)?;
+        self.lacking(ports, &all)
     }
 
     fn sweep(&self, kept: &BTreeSet<String>) -> Result<Vec<IpAddr>, Error> {
@@ -253,6 +305,8 @@ impl Filter for Nft {
             .filter(|element| {
                 if of_port(element) {
                     !is_kept(element)
+                } else if rules::WAY_SETS.contains(&(element.family, element.set)) {
+                    rules::mac_of_way_key(&element.key).is_none_or(|mac| !kept_macs.contains(&mac))
                 } else {
                     address_of_element(element).is_none_or(|address| !kept_addresses.contains(&address))
                 }

@@ -2,10 +2,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use qvd_core::Instance;
 
-use crate::{Backend, Subnet, Subnet6};
+use crate::{Backend, Error, Subnet, Subnet6, responder::Site};
 
 /// Half of what makes adding a port take half as long again.
 const PORTS_PER_BRIDGE: u16 = 256;
+
+/// What links can have: IPv6's least, and the most of a tap (Linux
+/// `drivers/net/tun.c`, `MAX_MTU`: 65535 without an Ethernet header).
+const MTU_OCTETS: std::ops::RangeInclusive<u16> = 1280..=65521;
 
 /// What a network is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +29,9 @@ pub struct NetConfig {
     pub name_server6: Option<Ipv6Addr>,
     /// What filters.
     pub backend: Backend,
+    /// The longest packet of its links: bridges, ports and what machines are told.
+    /// At least 1280, which IPv6 demands (RFC 8200, section 5).
+    pub mtu_octets: u16,
     /// How many ports are put on a bridge before there is a further one: adding a
     /// port takes longer the more there are. At most 1023.
     pub ports_per_bridge: u16,
@@ -43,8 +50,19 @@ impl NetConfig {
             name_server: None,
             name_server6: None,
             backend: Backend::default(),
+            mtu_octets: Site::MTU_OCTETS,
             ports_per_bridge: PORTS_PER_BRIDGE,
         }
+    }
+
+    /// # Errors
+    /// Links cannot be as the settings say.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if MTU_OCTETS.contains(&self.mtu_octets) {
+            return Ok(());
+        }
+        let (least, most) = MTU_OCTETS.into_inner();
+        Err(Error::Invalid(format!("an MTU of {} octets: from {least} to {most} can be", self.mtu_octets)))
     }
 
     /// Whether an address is one of those that the network gives away.

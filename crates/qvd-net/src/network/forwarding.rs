@@ -20,7 +20,7 @@ pub(super) fn restore(route: &mut Netlink, filter: &dyn Filter) -> Result<(), Er
     let other = links
         .iter()
         .filter_map(links::facts)
-        .find(|link| group_is_ours(link.group) && link.kind == Some(InfoKind::Bridge));
+        .find(|link| is_group_of_bridges(link.group) && link.kind == Some(InfoKind::Bridge));
     if let Some(other) = other {
         tracing::info!(network = other.name, "forwarding stays on for another network");
         return Ok(());
@@ -46,6 +46,7 @@ pub(super) fn forward_ipv6() -> Result<(), Error> {
     sysctl::write(FORWARDING6, "1")
 }
 
-const fn group_is_ours(group: u32) -> bool {
-    group & 0xffff_0000 == 0x5156_0000
+/// Whether a link of this group is a bridge of any installation here.
+pub(super) const fn is_group_of_bridges(group: u32) -> bool {
+    group & 0xffff_0000 == 0x5158_0000
 }

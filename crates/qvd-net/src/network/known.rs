@@ -2,11 +2,13 @@
 
 use std::net::IpAddr;
 
+use netlink_packet_route::route::RouteType;
 use rustix::io::Errno;
 
-use super::Inner;
+use super::{Inner, forwarding::is_group_of_bridges};
 use crate::{
     Error, NetConfig,
+    explain::Way,
     links::{self, LinkFacts},
     netlink::Netlink,
 };
@@ -28,6 +30,22 @@ pub(crate) fn no_ipv6_address(route: &mut Netlink, index: u32) -> Result<(), cra
         // The kernel or this namespace has no IPv6.
         Err(error) if error.is(Errno::AFNOSUPPORT) => Ok(()),
         other => other.map(drop),
+    }
+}
+
+/// Where the host sends what comes over a bridge.
+pub(crate) fn way(route: &mut Netlink, bridge: u32, from: IpAddr, to: IpAddr) -> Way {
+    // Whatever the kernel has against the packet, it goes nowhere then.
+    let Ok(answers) = route.batch(vec![links::ask_way(bridge, from, to)]) else { return Way::Nowhere };
+    let Some((kind, link)) = answers.iter().find_map(links::way_facts) else { return Way::Nowhere };
+    match kind {
+        RouteType::Local | RouteType::Broadcast | RouteType::Anycast => Way::Host,
+        RouteType::Unicast => {
+            let link = link.and_then(|index| route.batch(vec![links::show(index)]).ok());
+            let link = link.and_then(|answers| answers.iter().find_map(links::facts));
+            if link.is_some_and(|link| is_group_of_bridges(link.group)) { Way::Desktops } else { Way::Out }
+        }
+        _ => Way::Nowhere,
     }
 }
 

@@ -34,6 +34,9 @@ impl Port {
         let found = found.ok_or(Error::NoPort(self.desktop))?;
         let index = found.index;
         self.index = Some(index);
+        // What runs inside keeps its own until it is started anew.
+        let mtu = links::set_mtu(index, self.network.config.mtu_octets);
+        self.network.route().batch(vec![mtu]).map_err(Error::netlink("set the MTU of", &*self.identity.link))?;
         self.bridge = found.bridge.filter(|&bridge| self.network.is_ours(bridge)).unwrap_or(self.bridge);
         if found.kind == Some(InfoKind::Tun) {
             self.answer()?;
@@ -64,6 +67,7 @@ impl Port {
                 self.bridge,
                 group(network.config.instance),
                 self.identity.mac,
+                network.config.mtu_octets,
                 netns,
             )
         };
@@ -92,7 +96,12 @@ impl Port {
             .map_err(Error::io("make the tap", link))?;
         let mut route = network.route();
         let made = find(&mut route, link)?.ok_or_else(|| self.not_confined("the link is gone"))?;
-        let placed = route.batch(links::place(made.index, self.bridge, group(network.config.instance)));
+        let placed = route.batch(links::place(
+            made.index,
+            self.bridge,
+            group(network.config.instance),
+            network.config.mtu_octets,
+        ));
         placed.map_err(Error::netlink("put on the bridge", link))?;
         Ok((tap, made.index))
     }

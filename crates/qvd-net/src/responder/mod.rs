@@ -46,7 +46,7 @@ pub struct Site {
 
 impl Site {
     /// Longest packet of an Ethernet.
-    const MTU_OCTETS: u16 = 1500;
+    pub(crate) const MTU_OCTETS: u16 = 1500;
     /// Short enough that a changed name server is used within the hour.
     const LEASE: Duration = Duration::from_secs(3600);
 

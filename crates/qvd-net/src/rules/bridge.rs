@@ -1,8 +1,6 @@
 //! The *bridge* family: what leaves a port at all, decided where it enters.
 
-use super::{
-    ARP_IDENTITY, GROUPS, GROUPS6, IDENTITY, IDENTITY6, LINK, Lines, Protection, REPORTERS, Rules, SET_MAX, TARGET,
-};
+use super::{GROUPS, GROUPS6, IDENTITY, IDENTITY6, LINK, Lines, Protection, REPORTERS, Rules, SET_MAX, WAY, WAY6};
 
 /// Groups of IPv6 that a host of ours takes part in or is asked by: all nodes,
 /// all routers, listener reports, DHCP.
@@ -35,11 +33,11 @@ impl Rules<'_> {
         let ports = self.ports();
         let set = |name, key| format!("set {name} {{ {key}; size {SET_MAX}; }}");
         let mut lines = Lines::default();
-        lines.push(set(IDENTITY, "type ifname . ether_addr . ipv4_addr"));
-        lines.push(set(ARP_IDENTITY, "type ifname . ether_addr . ether_addr . ipv4_addr"));
-        lines.push(set(IDENTITY6, "type ifname . ether_addr . ipv6_addr"));
         // Fields that have no name in `nft` of every age are told by place.
-        lines.push(set(TARGET, "typeof iifname . ether saddr . @th,64,128"));
+        lines.push(set(WAY, "typeof iif . @ll,0,112 . @nh,96,32"));
+        lines.push(set(WAY6, "typeof iif . @ll,0,112 . @nh,64,128"));
+        lines.push(set(IDENTITY, "type ifname . ether_addr . ipv4_addr"));
+        lines.push(set(IDENTITY6, "typeof iifname . ether saddr . @nh,64,128"));
         lines.push(set(LINK, "typeof iifname . @th,208,48"));
         lines.push(set(GROUPS, "type ifname . ether_addr . ipv4_addr"));
         lines.push(set(GROUPS6, "type ifname . ether_addr . ipv6_addr"));
@@ -48,6 +46,7 @@ impl Rules<'_> {
         self.dropped(&mut lines, "iifname", "ifname");
 
         lines.base_chain("from_port", "prerouting priority -300; policy drop");
+        self.ways(&mut lines);
         lines.push(format!("iifname != {ports} accept"));
         let ip6 = if self.subnet6.is_some() { ", ip6 : goto from_port_ip6" } else { "" };
         lines.push(format!("ether type vmap {{ ip : goto from_port_ip, arp : goto from_port_arp{ip6} }}"));
@@ -64,8 +63,10 @@ impl Rules<'_> {
 
         lines.base_chain("to_host", "input priority -300; policy accept");
         if self.on(Protection::Multicast) {
+            // Almost all, and quicker to tell than where it comes from.
+            lines.push(format!("ether daddr {} accept", self.gateway_mac()));
             lines.push(format!("iifname != {ports} accept"));
-            lines.push(format!("ether daddr {{ {}, ff:ff:ff:ff:ff:ff, {OF_THE_LINK6} }} accept", self.gateway_mac()));
+            lines.push(format!("ether daddr {{ ff:ff:ff:ff:ff:ff, {OF_THE_LINK6} }} accept"));
             lines.push(format!("{SOLICITED_MAC} accept"));
             lines.push(format!("iifname . ether daddr . ip daddr @{GROUPS} accept"));
             lines.push(format!("iifname . ether daddr . ip6 daddr @{GROUPS6} accept"));
@@ -82,32 +83,36 @@ impl Rules<'_> {
         lines.0
     }
 
-    fn internet4(&self, lines: &mut Lines) {
-        let (gateway, broadcast) = (self.gateway_mac(), self.subnet.broadcast());
-        lines.chain("from_port_ip");
-        let known = self.part(Protection::Identity, "iifname . ether saddr . ip saddr @identity ");
-        lines.push(format!("{known}goto from_port_known"));
-        lines.push(format!("{OWN_MAC} {}", SourceAddress.verdict()));
-        lines.push(SourceMac.verdict());
-        lines.end();
+    /// Packets of a port to the gateway: told by one look, before anything else.
+    fn ways(&self, lines: &mut Lines) {
+        let (ports, gateway) = (self.ports(), self.gateway_mac());
+        let whoever = |ethertype| format!("iifname {ports} ether type {ethertype} ether daddr {gateway}");
+        let known = |protection, look: &str, ethertype| {
+            if self.on(protection) { look.to_owned() } else { whoever(ethertype) }
+        };
+        let own = known(Protection::Identity, "iif . @ll,0,112 . @nh,96,32 @way", "ip");
+        lines.push(format!("{own} goto from_port_way"));
+        if self.subnet6.is_some() {
+            let own = known(Protection::Identity6, "iif . @ll,0,112 . @nh,64,128 @way6", "ip6");
+            lines.push(format!("{own} goto from_port_way6"));
+        }
+    }
 
-        lines.chain("from_port_known");
-        // The length of the header in 32-bit words.
-        lines.when(self.on(Protection::Options), "@nh,4,4 != 5 goto from_port_report");
-        // More fragments, or an offset.
-        lines.when(self.on(Protection::Fragments), format!("ip frag-off & 0x3fff != 0 {}", Fragment.verdict()));
-        // What is no question there is to be dropped, unless tests want to see it.
-        let ask = if self.on(Protection::ToGateway) { "goto" } else { "jump" };
-        lines.push(format!("ether daddr ff:ff:ff:ff:ff:ff ip daddr 255.255.255.255 {ask} from_port_dhcp"));
-        lines.push(format!("ip saddr 0.0.0.0 {}", SourceAddress.verdict()));
-        lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} goto from_port_group"));
-        lines.when(
-            self.on(Protection::Destinations),
-            format!(
-                "ip daddr {{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, {broadcast}, 224.0.0.0-255.255.255.255 }} {}",
-                Destination.verdict()
-            ),
-        );
+    fn internet4(&self, lines: &mut Lines) {
+        let broadcast = self.subnet.broadcast();
+        // The length of the header in 32-bit words; more fragments, or an offset.
+        let (other_header, fragment) = ("@nh,4,4 != 5", "ip frag-off & 0x3fff != 0");
+        lines.chain("from_port_way");
+        lines.when(self.on(Protection::Options), format!("{other_header} {}", Option.verdict()));
+        lines.when(self.on(Protection::Fragments), format!("{fragment} {}", Fragment.verdict()));
+        if self.on(Protection::Destinations) {
+            let end = Destination.verdict();
+            // The first octet: this network, loopback, groups and what is reserved.
+            let groups = (224..=255).map(|octet| format!(", {octet}")).collect::<String>();
+            lines.push(format!("@nh,128,8 {{ 0, 127{groups} }} {end}"));
+            lines.push(format!("ip daddr & 255.255.0.0 == 169.254.0.0 {end}"));
+            lines.push(format!("ip daddr {broadcast} {end}"));
+        }
         // `meta l4proto` and ports are known of whole packets alone: of a
         // length that is true, with a header that is there.
         lines.push(if self.on(Protection::DhcpServer) { "udp sport != 67 accept" } else { "meta l4proto udp accept" });
@@ -119,8 +124,23 @@ impl Rules<'_> {
         lines.push(Protocol.verdict());
         lines.end();
 
+        lines.chain("from_port_ip");
+        let known = self.part(Protection::Identity, "iifname . ether saddr . ip saddr @identity ");
+        // Tests want to see where a packet to anybody comes.
+        let beside = if self.on(Protection::ToGateway) { "from_port_beside" } else { "from_port_way" };
+        // No address is the sender of who asks for one (RFC 2131).
+        lines.push(format!("ip saddr 0.0.0.0 {OWN_MAC} ether daddr ff:ff:ff:ff:ff:ff goto from_port_beside"));
+        lines.push(format!("{known}goto {beside}"));
+        lines.push(format!("{OWN_MAC} {}", SourceAddress.verdict()));
+        lines.push(SourceMac.verdict());
+        lines.end();
+
+        // Not to the gateway.
+        lines.chain("from_port_beside");
+        lines.when(self.on(Protection::Options), format!("{other_header} goto from_port_report"));
+        lines.when(self.on(Protection::Fragments), format!("{fragment} {}", Fragment.verdict()));
+        lines.push("ether daddr ff:ff:ff:ff:ff:ff ip daddr 255.255.255.255 goto from_port_dhcp");
         let member = self.part(Protection::Groups, "iifname . ether daddr . ip daddr @groups");
-        lines.chain("from_port_group");
         lines.push(format!("{member} udp sport != 67 accept"));
         lines.push(Destination.verdict());
         lines.end();
@@ -143,81 +163,101 @@ impl Rules<'_> {
             self.part(Protection::DhcpQuestion, "@th,64,24 0x010106"),
             self.part(Protection::DhcpSelf, "iifname . @th,288,48 @link"),
         ));
-        lines.when(self.on(Protection::ToGateway), Dhcp.verdict());
+        lines.push(Dhcp.verdict());
         lines.end();
     }
 
     fn address_resolution(&self, lines: &mut Lines) {
         lines.chain("from_port_arp");
-        lines.push(format!(
-            "arp htype 1 arp ptype ip arp operation {{ request, reply }} {} {} accept",
-            self.part(Protection::ArpWhole, "arp daddr ip != 0.0.0.0"),
-            self.part(Protection::ArpIdentity, "iifname . ether saddr . arp saddr ether . arp saddr ip @arp_identity"),
-        ));
+        let whole = self.part(Protection::ArpWhole, "arp daddr ip != 0.0.0.0");
+        let arp = format!("arp htype 1 arp ptype ip arp operation {{ request, reply }} {whole}");
+        if self.on(Protection::ArpIdentity) {
+            // The MAC that it tells is the port's as well. No address is the sender
+            // of who asks whether one is in use (RFC 5227).
+            let told = "iifname . @nh,64,48 @link";
+            lines.push(format!("{arp} iifname . ether saddr . arp saddr ip @identity {told} accept"));
+            lines.push(format!("{arp} arp saddr ip 0.0.0.0 {OWN_MAC} {told} accept"));
+        } else {
+            lines.push(format!("{arp} accept"));
+        }
         lines.push(format!("{OWN_MAC} {}", Arp.verdict()));
         lines.push(SourceMac.verdict());
         lines.end();
     }
 
     fn internet6(&self, lines: &mut Lines) {
-        let gateway = self.gateway_mac();
-        lines.chain("from_port_ip6");
-        let known = self.part(Protection::Identity6, "iifname . ether saddr . ip6 saddr @identity6 ");
-        lines.push(format!("{known}goto from_port_known6"));
-        lines.push(format!("{OWN_MAC} {}", SourceAddress.verdict()));
-        lines.push(SourceMac.verdict());
+        // The kernel looks where a header would be, also behind the length that
+        // the packet claims. The protocol is named twice: in the first header, so
+        // that it is not behind others, and as found in a packet whose length is
+        // true.
+        let eight = self.part(Protection::Length6, "ip6 length >= 8");
+        let twenty = self.part(Protection::Length6, "ip6 length >= 20");
+        lines.chain("from_port_way6");
+        if self.on(Protection::Destinations6) {
+            lines.push(format!("@nh,192,8 0xff {}", Destination.verdict()));
+            // Nobody, the host itself, and IPv4 in disguise.
+            lines.push(format!("@nh,192,32 0 {}", Destination.verdict()));
+        }
+        lines.push(format!("ip6 nexthdr tcp {twenty} meta l4proto tcp accept"));
+        let no_server = self.part(Protection::Dhcp6Server, "udp sport != 547");
+        lines.push(format!("ip6 nexthdr udp {eight} {no_server} accept"));
+        lines.push("ip6 nexthdr icmpv6 goto from_port_icmp6");
+        lines.when(!self.on(Protection::NextHeaders), "ip6 nexthdr != { icmpv6, udp, tcp } accept");
+        lines.push(format!("ip6 nexthdr 44 {}", Fragment.verdict()));
+        lines.push(format!("ip6 nexthdr != {{ udp, tcp }} {}", Option.verdict()));
+        lines.push(Protocol.verdict());
         lines.end();
 
-        lines.chain("from_port_known6");
-        lines.push("ip6 nexthdr icmpv6 jump from_port_nd");
-        lines.push(format!(
-            "ip6 nexthdr 0 ip6 hoplimit 1 ip6 saddr {{ ::, fe80::/10 }} ether daddr 33:33:00:00:00:16 ip6 daddr ff02::16 \
-             {ROUTER_ALERT} {} meta l4proto icmpv6 {} accept",
-            self.part(Protection::Length6, "ip6 length >= 16"),
-            self.part(Protection::MldReport, "@th,0,8 143"),
-        ));
-        lines.push(format!("ip6 saddr :: {}", SourceAddress.verdict()));
-        // The kernel looks where a header would be, also behind the length that
-        // the packet claims.
-        let eight = self.part(Protection::Length6, "ip6 length >= 8");
-        lines.push(format!(
-            "ip6 nexthdr udp {eight} ip6 saddr fe80::/10 ether daddr 33:33:00:01:00:02 ip6 daddr ff02::1:2 \
-             udp sport 546 udp dport 547 accept",
-        ));
-        lines.when(self.on(Protection::ToGateway), format!("ether daddr != {gateway} goto from_port_group6"));
-        lines.when(self.on(Protection::Destinations6), {
-            format!("ip6 daddr {{ ::/96, ::ffff:0:0/96, ff00::/8 }} {}", Destination.verdict())
-        });
-        // The protocol is named twice: in the first header, so that it is not
-        // behind others, and as found in a packet whose length is true.
+        lines.chain("from_port_icmp6");
         let kinds = "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem, \
                      echo-request, echo-reply }";
         let kinds = if self.on(Protection::Icmp6Kinds) { kinds } else { "meta l4proto icmpv6" };
-        lines.push(format!("ip6 nexthdr icmpv6 {eight} {kinds} accept"));
-        lines
-            .push(format!("ip6 nexthdr udp {eight} {} accept", self.part(Protection::Dhcp6Server, "udp sport != 547")));
-        let twenty = self.part(Protection::Length6, "ip6 length >= 20");
-        lines.push(format!("ip6 nexthdr tcp {twenty} meta l4proto tcp accept"));
-        lines.when(!self.on(Protection::NextHeaders), "ip6 nexthdr != { icmpv6, udp, tcp } accept");
-        lines.push(format!("ip6 nexthdr 44 {}", Fragment.verdict()));
-        lines.push(format!("ip6 nexthdr != {{ icmpv6, udp, tcp }} {}", Option.verdict()));
+        lines.push(format!("{eight} {kinds} accept"));
+        lines.push("jump from_port_nd");
         lines.push(format!("icmpv6 type 133-137 {}", NeighbourMessage.verdict()));
         lines.push(Protocol.verdict());
         lines.end();
 
+        lines.chain("from_port_ip6");
+        let known = self.part(Protection::Identity6, "iifname . ether saddr . @nh,64,128 @identity6 ");
+        let beside = if self.on(Protection::ToGateway) { "from_port_beside6" } else { "from_port_way6" };
+        lines.push(format!("ip6 saddr :: {OWN_MAC} goto from_port_probe"));
+        lines.push(format!("{known}goto {beside}"));
+        lines.push(format!("{OWN_MAC} {}", SourceAddress.verdict()));
+        lines.push(SourceMac.verdict());
+        lines.end();
+
+        // Not to the gateway.
+        let report = self.report6();
+        lines.chain("from_port_beside6");
+        lines.push("ip6 nexthdr icmpv6 jump from_port_nd");
+        lines.push(format!("ip6 saddr fe80::/10 {report} accept"));
+        lines.push(format!(
+            "ip6 nexthdr udp {eight} ip6 saddr fe80::/10 ether daddr 33:33:00:01:00:02 ip6 daddr ff02::1:2 \
+             udp sport 546 udp dport 547 accept",
+        ));
         let member = self.part(Protection::Groups, "iifname . ether daddr . ip6 daddr @groups6");
-        lines.chain("from_port_group6");
         lines.push(format!("ip6 nexthdr udp {eight} {member} udp sport != 547 accept"));
         lines.push(format!("icmpv6 type 133-137 {}", NeighbourMessage.verdict()));
         lines.push(Destination.verdict());
         lines.end();
     }
 
+    /// The one report of groups behind an option.
+    fn report6(&self) -> String {
+        format!(
+            "ip6 nexthdr 0 ip6 hoplimit 1 ether daddr 33:33:00:00:00:16 ip6 daddr ff02::16 {ROUTER_ALERT} {} \
+             meta l4proto icmpv6 {}",
+            self.part(Protection::Length6, "ip6 length >= 16"),
+            self.part(Protection::MldReport, "@th,0,8 143"),
+        )
+    }
+
     /// Neighbour messages, each in the one form that a host sends it.
     fn neighbour_discovery(&self, lines: &mut Lines) {
         let gateway = self.gateway_mac();
         let near = self.part(Protection::NdNear, "ip6 hoplimit 255");
-        let own_target = self.part(Protection::NdTarget, "iifname . ether saddr . @th,64,128 @target");
+        let own_target = self.part(Protection::NdTarget, "iifname . ether saddr . @th,64,128 @identity6");
         let own_link = |place| match place {
             Place::BehindTarget => self.part(Protection::NdLink, "iifname . @th,208,48 @link"),
             Place::BehindReserved => self.part(Protection::NdLink, "iifname . @th,80,48 @link"),
@@ -226,7 +266,6 @@ impl Rules<'_> {
         let (bare, with_option) = (length(24), length(32));
 
         lines.chain("from_port_nd");
-        lines.push("ip6 saddr :: goto from_port_probe");
         lines.push(format!("icmpv6 type nd-neighbor-solicit {near} {SOLICITED_MAC} {SOLICITED} goto from_port_ask"));
         lines.push(format!(
             "icmpv6 type nd-neighbor-solicit {near} ether daddr {gateway} ip6 daddr != ff00::/8 goto from_port_ask"
@@ -248,13 +287,16 @@ impl Rules<'_> {
         lines.push(format!("{with_option} @th,192,16 0x0101 {} accept", own_link(Place::BehindTarget)));
         lines.end();
 
-        // Whether an address is in use, with a nonce or without (RFC 7527).
+        // Who has no address yet: whether one is in use, with a nonce or without
+        // (RFC 7527), and what RFC 4861 and RFC 3810 let it ask and report.
         lines.chain("from_port_probe");
         let probe = format!("icmpv6 type nd-neighbor-solicit {near} {SOLICITED_MAC} {SOLICITED} {own_target}");
         lines.push(format!("{probe} {bare} accept"));
         lines.push(format!("{probe} {with_option} @th,192,16 0x0e01 accept"));
         lines.push(format!("icmpv6 type nd-router-solicit {near} {routers} ip6 length 8 accept"));
-        lines.push(NeighbourMessage.verdict());
+        lines.push(format!("{} accept", self.report6()));
+        lines.push(format!("ip6 nexthdr icmpv6 {}", NeighbourMessage.verdict()));
+        lines.push(SourceAddress.verdict());
         lines.end();
     }
 }

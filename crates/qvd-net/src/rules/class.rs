@@ -104,15 +104,14 @@ impl Rules<'_> {
             // In clear, and over TLS and QUIC (RFC 7858, RFC 9250).
             chain.push(format!("meta l4proto {{ tcp, udp }} th dport {{ 53, 853 }} {}", DropReason::Names.verdict()));
         }
-        for bridge in self.bridges() {
-            if let Some(group) = access.group() {
-                // The mark stays on what never leaves these bridges.
-                let near = format!("oifname {bridge} meta mark set {group:#x}");
-                chain.push(format!("{near} meta mark . ip daddr @{NEAR} accept"));
-                chain.push(format!("{near} meta mark . ip6 daddr @{NEAR6} accept"));
-            }
-            chain.push(format!("oifname {bridge} {}", DropReason::Neighbour.verdict()));
+        let back = format!("oifgroup {}", self.bridges_group());
+        if let Some(group) = access.group() {
+            // The mark stays on what never leaves these bridges.
+            let near = format!("{back} meta mark set {group:#x}");
+            chain.push(format!("{near} meta mark . ip daddr @{NEAR} accept"));
+            chain.push(format!("{near} meta mark . ip6 daddr @{NEAR6} accept"));
         }
+        chain.push(format!("{back} {}", DropReason::Neighbour.verdict()));
         chain.push(super::CLAMP);
         if policy.internet {
             chain.push("accept");

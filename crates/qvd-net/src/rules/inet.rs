@@ -48,8 +48,12 @@ impl Rules<'_> {
         self.host(&mut lines);
 
         lines.base_chain("routed", "forward priority -10; policy accept");
+        // A group is a number: names of links are among the slowest things to compare.
+        let group = self.bridges_group();
+        lines.push(format!("iifgroup {group} goto outward"));
         lines.when(self.on(Protection::PortAlone), format!("iifname {ports} drop"));
         bridges.iter().for_each(|bridge| lines.push(format!("iifname {bridge} goto outward")));
+        lines.push(format!("oifgroup {group} goto inward"));
         bridges.iter().for_each(|bridge| lines.push(format!("oifname {bridge} goto inward")));
         lines.end();
 
@@ -65,9 +69,8 @@ impl Rules<'_> {
         lines.end();
 
         lines.chain("outward_free");
-        for bridge in &bridges {
-            lines.when(self.on(Protection::Hairpin), format!("oifname {bridge} {}", DropReason::Neighbour.verdict()));
-        }
+        let back = format!("oifgroup {} {}", self.bridges_group(), DropReason::Neighbour.verdict());
+        lines.when(self.on(Protection::Hairpin), back);
         lines.push(CLAMP);
         lines.push(if self.internet { "meta nfproto { ipv4, ipv6 } accept" } else { "drop" });
         lines.push("drop");

@@ -29,14 +29,25 @@ pub(crate) fn identity6_key(link: &str, mac: Mac, address: Ipv6Addr) -> Vec<u8> 
     [&port_key(link)[..], &mac_key(mac), &address.octets()].concat()
 }
 
-/// Key of [`TARGET`](super::TARGET).
-pub(crate) fn target_key(link: &str, mac: Mac, address: Ipv6Addr) -> Vec<u8> {
-    identity6_key(link, mac, address)
+/// An Ethernet header behind a link's index, which is of the host's own order.
+fn header_key(index: u32, gateway: Mac, own: Mac, ethertype: u16) -> Vec<u8> {
+    let header = [&gateway.octets()[..], &own.octets(), &ethertype.to_be_bytes(), &[0, 0]];
+    [&index.to_ne_bytes()[..], &header.concat()].concat()
 }
 
-/// Key of [`ARP_IDENTITY`](super::ARP_IDENTITY).
-pub(crate) fn arp_key(link: &str, mac: Mac, sender: Ipv4Addr) -> Vec<u8> {
-    [&port_key(link)[..], &mac_key(mac), &mac_key(mac), &sender.octets()].concat()
+/// Key of [`WAY`](super::WAY).
+pub(crate) fn way_key(index: u32, gateway: Mac, own: Mac, address: Ipv4Addr) -> Vec<u8> {
+    [header_key(index, gateway, own, 0x0800), address.octets().to_vec()].concat()
+}
+
+/// Key of [`WAY6`](super::WAY6).
+pub(crate) fn way6_key(index: u32, gateway: Mac, own: Mac, address: Ipv6Addr) -> Vec<u8> {
+    [header_key(index, gateway, own, 0x86dd), address.octets().to_vec()].concat()
+}
+
+/// The desktop's MAC in a key of these.
+pub(crate) fn mac_of_way_key(key: &[u8]) -> Option<Mac> {
+    mac_of_key(key.get(10..)?)
 }
 
 /// Key of [`LINK`](super::LINK).
@@ -118,7 +129,8 @@ mod tests {
         assert_eq!(key.len(), 28);
         assert_eq!(port_of_key(&key), Some("qvd1a2b-7"));
         assert_eq!(v4_of_key(&key), Some(address));
-        assert_eq!(arp_key("qvd1a2b-7", mac, address).len(), 36);
+        let way = way_key(7, Mac::of(instance, Ipv4Addr::new(10, 66, 0, 1)), mac, address);
+        assert_eq!((way.len(), mac_of_way_key(&way)), (24, Some(mac)));
         let key = identity6_key("qvd1a2b-7", mac, mac.link_local());
         assert_eq!((key.len(), v6_of_key(&key)), (40, Some(mac.link_local())));
         assert_eq!(link_key("qvd1a2b-7", mac).len(), 24);

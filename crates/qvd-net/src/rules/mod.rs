@@ -36,24 +36,27 @@ use std::{
 use qvd_core::Instance;
 
 pub(crate) use self::keys::{
-    address_key, arp_key, dropped_behind_key, dropped_key, identity_key, identity6_key, link_key, mac_of_key,
-    mark_of_key, near_key, port_of_key, reporter_key, target_key, told_key, v4_of_key, v6_of_key,
+    address_key, dropped_behind_key, dropped_key, identity_key, identity6_key, link_key, mac_of_key, mac_of_way_key,
+    mark_of_key, near_key, port_of_key, reporter_key, told_key, v4_of_key, v6_of_key, way_key, way6_key,
 };
 use crate::{
     Mac, NetConfig, Subnet, Subnet6,
     drops::{DROPPED, SAMPLED},
     elements::Family,
     filter::Notes,
+    network::group_of_bridges,
 };
 
-/// Set of (port, source MAC, source IPv4) that may send.
+/// Set of (index of a port, Ethernet header, source IPv4) of whole headers that go
+/// from a port to the gateway: one look tells almost all about almost every packet.
+pub(crate) const WAY: &str = "way";
+/// The same of IPv6.
+pub(crate) const WAY6: &str = "way6";
+/// Set of (port, source MAC, IPv4) that may send, or be the sender of ARP.
 pub(crate) const IDENTITY: &str = "identity";
-/// Set of (port, source MAC, ARP sender MAC, ARP sender IPv4) that may send.
-pub(crate) const ARP_IDENTITY: &str = "arp_identity";
-/// Set of (port, source MAC, source IPv6) that may send.
+/// Set of (port, source MAC, IPv6) that may send, or be what a neighbour message
+/// is about.
 pub(crate) const IDENTITY6: &str = "identity6";
-/// Set of (port, source MAC, IPv6) that a neighbour message may be about.
-pub(crate) const TARGET: &str = "target";
 /// Set of (port, MAC) that a message may tell as its sender's.
 pub(crate) const LINK: &str = "link";
 /// Set of (port, MAC of the group, multicast group of IPv4) that a port sends to
@@ -98,12 +101,13 @@ pub(crate) const FORWARDING_WAS_OFF: &str = "forwarding_was_off";
 /// The same of IPv6.
 pub(crate) const FORWARDING6_WAS_OFF: &str = "forwarding6_was_off";
 
+/// Sets whose keys begin with the index of a port's link. Those of a link that is
+/// gone are told by the MAC in them.
+pub(crate) const WAY_SETS: [(Family, &str); 2] = [(Family::Bridge, WAY), (Family::Bridge, WAY6)];
 /// Sets whose keys begin with a port.
-pub(crate) const PORT_SETS: [(Family, &str); 8] = [
+pub(crate) const PORT_SETS: [(Family, &str); 6] = [
     (Family::Bridge, IDENTITY),
-    (Family::Bridge, ARP_IDENTITY),
     (Family::Bridge, IDENTITY6),
-    (Family::Bridge, TARGET),
     (Family::Bridge, LINK),
     (Family::Bridge, GROUPS),
     (Family::Bridge, GROUPS6),
@@ -300,6 +304,11 @@ impl<'a> Rules<'a> {
     fn bridges(&self) -> [String; 2] {
         let name = self.instance.bridge_name();
         [format!("\"{name}\""), format!("\"{name}.*\"")]
+    }
+
+    /// The group that bridges are in: a number, which is compared quicker than names.
+    fn bridges_group(&self) -> String {
+        format!("{:#x}", group_of_bridges(self.instance))
     }
 
     fn ports(&self) -> String {

@@ -36,6 +36,8 @@ fn changes() -> Vec<(Backend, &'static str, Vec<String>)> {
         nft(format!("insert rule bridge {table} from_port accept")),
         nft(format!("chain bridge {table} from_port {{ policy accept ; }}")),
         nft(format!("add table bridge {table} {{ flags dormant ; }}")),
+        // The rules know bridges by their group.
+        (Backend::Nft, "ip", words("link set qvd7e57 group 0".to_owned())),
         older("iptables", "-t raw -F PREROUTING"),
         older("ip6tables", "-F qvd7e57-host"),
         older("ebtables", "-t nat -F qvd7e57-7"),

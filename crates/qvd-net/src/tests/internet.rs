@@ -19,7 +19,7 @@ pub(super) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// Another address there.
 pub(super) const NAMES: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 53);
 pub(super) const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2);
-const UPLINK6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
+pub(super) const UPLINK6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
 pub(super) const UPLINK: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const PORT: u16 = 4000;
 
@@ -34,7 +34,9 @@ impl Outside {
         let mut route = Netlink::route().unwrap();
         let mac = Mac::of(INSTANCE, OUTSIDE);
         // Bridge 0 is none.
-        route.batch(vec![links::create_pair("uplink", 0, 0, mac, netns.as_fd()), links::show_name("uplink")]).unwrap();
+        route
+            .batch(vec![links::create_pair("uplink", 0, 0, mac, 1500, netns.as_fd()), links::show_name("uplink")])
+            .unwrap();
         let uplink = crate::network::find(&mut route, "uplink").unwrap().unwrap();
         let setup = vec![
             links::add_address(uplink.index, UPLINK, 24),

@@ -41,12 +41,12 @@ fn element_counts() -> Option<[usize; 2]> {
             .map(|&(family, set)| elements::all(&mut netlink, &table, family, set).unwrap().map(|all| all.len()))
             .sum::<Option<usize>>()
     };
-    Some([count(&rules::PORT_SETS)?, count(&rules::ADDRESS_SETS)?])
+    Some([count(&rules::PORT_SETS)? + count(&rules::WAY_SETS)?, count(&rules::ADDRESS_SETS)?])
 }
 
-/// What a port has: one MAC, two senders each of IPv4 and ARP, three of IPv6,
-/// two targets.
-const OF_PORT: usize = 10;
+/// What a port has: one MAC, one address of IPv4 and two of IPv6, each as a sender
+/// and as a sender to the gateway.
+const OF_PORT: usize = 7;
 
 fn reaches_gateway(network: &Network, desktop: &Desktop) {
     let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();

@@ -77,12 +77,12 @@ impl Others {
         const BRIDGE: &str = "others";
         let mut route = Netlink::route().unwrap();
         let mac = |number| Mac::of(INSTANCE, Ipv4Addr::new(192, 0, 2, number));
-        route.batch(vec![links::ensure_bridge(BRIDGE, mac(1), 0, 0, Backend::Nft)]).unwrap();
+        route.batch(vec![links::ensure_bridge(BRIDGE, mac(1), 0, 1500, 0, Backend::Nft)]).unwrap();
         let bridge = crate::network::find(&mut route, BRIDGE).unwrap().unwrap().index;
         route.batch(vec![links::raise(bridge)]).unwrap();
         let inside = [2, 3].map(|number| {
             let (netns, name) = (netns::create().unwrap(), format!("other{number}"));
-            route.batch(vec![links::create_pair(&name, bridge, 0, mac(number), netns.as_fd())]).unwrap();
+            route.batch(vec![links::create_pair(&name, bridge, 0, mac(number), 1500, netns.as_fd())]).unwrap();
             let made = crate::network::find(&mut route, &name).unwrap().unwrap();
             route.batch(vec![links::raise(made.index)]).unwrap();
             netns::in_netns(netns.as_fd(), || Netlink::route().unwrap().batch(vec![links::raise(made.peer.unwrap())]))

@@ -43,7 +43,7 @@ fn index(name: &str) -> u32 {
 fn machine(name: &str, mac: Mac) -> OwnedFd {
     let inside = netns::create().unwrap();
     let mut route = Netlink::route().unwrap();
-    route.batch(vec![links::create_pair(name, index(BRIDGE), 0, mac, inside.as_fd())]).unwrap();
+    route.batch(vec![links::create_pair(name, index(BRIDGE), 0, mac, 1500, inside.as_fd())]).unwrap();
     route.batch(vec![links::raise(index(name)), links::forward_to(index(name), mac)]).unwrap();
     let socket = netns::in_netns(inside.as_fd(), || {
         Netlink::route().unwrap().batch(vec![links::raise(index("eth0"))]).unwrap();
@@ -77,7 +77,7 @@ fn a_real_client_is_told_its_own_address_and_a_stranger_nothing() {
             let (own, gateway) = (Ipv4Addr::new(10, 66, 0, 7), subnet().gateway());
             let (mac, gateway_mac) = (Mac::of(INSTANCE, own), Mac::of(INSTANCE, gateway));
             let mut route = Netlink::route().unwrap();
-            route.batch(vec![links::ensure_bridge(BRIDGE, gateway_mac, 0, 0, crate::Backend::Nft)]).unwrap();
+            route.batch(vec![links::ensure_bridge(BRIDGE, gateway_mac, 0, 1500, 0, crate::Backend::Nft)]).unwrap();
             route.batch(vec![links::raise(index(BRIDGE))]).unwrap();
             let known = machine("known", mac);
             let stranger = machine("stranger", Mac::of(INSTANCE, Ipv4Addr::new(10, 66, 0, 8)));

@@ -57,7 +57,10 @@ fn no_desktop_reaches_another_tenants() {
                     let addresses = [IpAddr::V4(to.port.address()), IpAddr::V6(to.port.ipv6().unwrap())];
                     for (number, address) in (0_u8..).zip(addresses) {
                         let mark = [&b"qvd-mark-of"[..], &[number]].concat();
-                        from_socket.send(&packet(from, of, address, &mark)).unwrap();
+                        let frame = packet(from, of, address, &mark);
+                        let told = from.port.explain(&frame);
+                        assert!(told.passes && !told.arrives && told.beyond.contains("another tenant"), "{told}");
+                        from_socket.send(&frame).unwrap();
                         let control = [&b"qvd-control"[..], &[number]].concat();
                         let frame =
                             frames::ethernet(to.port.mac().octets(), [2, 0, 0, 0, 0, 1], frames::IPV4, &control);

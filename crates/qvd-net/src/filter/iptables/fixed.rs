@@ -140,8 +140,7 @@ impl Text {
         // The word at 4 holds length, first next header and hop limit.
         let to = owned([
             "-d ff00::/8 -j DROP",
-            "-d ::/96 -j DROP",
-            "-d ::ffff:0:0/96 -j DROP",
+            "-d ::/32 -j DROP",
             "-p udp ! --sport 547 -m u32 --u32 \"4>>8&0xFF=17 && 4>>16=8:0xFFFF\" -j ACCEPT",
             "-m u32 --u32 \"4>>8&0xFF=6 && 4>>16=20:0xFFFF\" -j ACCEPT",
             "-m u32 --u32 \"4>>8&0xFF=58 && 4>>16=8:0xFFFF && 40>>24=1:4,128:129\" -j ACCEPT",
