@@ -14,4 +14,5 @@ mod lifecycle;
 mod limits;
 mod many;
 mod races;
+mod system;
 mod v2;
