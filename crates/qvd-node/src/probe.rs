@@ -57,6 +57,12 @@ const ADVICE: &[Advice] = &[
         remedy: "use Linux 5.19 or later, and ext4, xfs or btrfs for the state directory",
     },
     Advice {
+        name: "mounting images",
+        required: true,
+        cost: "no desktop can run here as a container",
+        remedy: "use Linux 6.5 or later with EROFS and overlayfs, and with loop devices before 6.12 (`modprobe loop`)",
+    },
+    Advice {
         name: "volatile roots",
         required: false,
         cost: "a desktop that stops may wait for the disk",

@@ -1,12 +1,18 @@
 //! Questions about a host that several back ends ask, each answered by trying.
 
-use std::{io, os::fd::AsFd, path::Path};
+use std::{fs, io, os::fd::AsFd, path::Path, time::SystemTime};
 
 use qvd_core::{Missing, Support, UidRange};
 use qvd_sys::mount::{self, Restrictions};
-use rustix::{fs::ioctl_ficlone, io::Errno};
+use rustix::{
+    fs::{Mode, OFlags, ioctl_ficlone, openat},
+    io::Errno,
+};
 
-use crate::{Error, fsio};
+use crate::{
+    Error, ImageConfig, fsio,
+    repository::{NewCommit, Repository},
+};
 
 /// Whether files under `dir` can share extents, found by sharing one.
 pub(crate) fn reflink(dir: &Path) -> io::Result<Support> {
@@ -43,6 +49,46 @@ pub(crate) fn bind(dir: &Path, id_mapped: bool) -> Result<Support, Error> {
             Some(Errno::INVAL) if id_mapped => Ok(Support::No(Missing::Filesystem("id-mapped mounts".to_owned()))),
             _ => Err(Error::io("probe mounts of", dir)(error)),
         },
+    }
+}
+
+/// Whether an image of a repository below `dir` can be mounted and read, found by doing it.
+pub(crate) fn images(dir: &Path) -> Result<Support, Error> {
+    // More than an image keeps beside a file's name.
+    const CONTENT: &[u8] = &[1; 4096];
+    let io = |error| Error::io("probe images below", dir)(error);
+    let scratch = tempfile::Builder::new().prefix(".probe-").tempdir_in(dir).map_err(io)?;
+    let source = scratch.path().join("source");
+    fs::create_dir(&source).and_then(|()| fs::write(source.join("file"), CONTENT)).map_err(io)?;
+    let repository = Repository::open(&scratch.path().join("repository"))?;
+    let staging = repository.stage()?;
+    let new = NewCommit {
+        config: ImageConfig::plain("probe".parse().map_err(|_| io(io::ErrorKind::InvalidInput.into()))?),
+        author: "probe".to_owned(),
+        message: String::new(),
+        time: SystemTime::UNIX_EPOCH,
+        recipe: None,
+        publish: false,
+    };
+    let id = repository.commit_tree(&staging, &staging.scan(&source, &|_| false)?, new)?;
+    let mount = match repository.base(id)?.open() {
+        Ok(mount) => mount,
+        Err(Error::Unsupported { missing, .. }) => return Ok(Support::No(missing)),
+        Err(Error::Mount { source, .. }) => {
+            let missing = match Errno::from_io_error(source.io()) {
+                Some(Errno::PERM | Errno::ACCESS) => Missing::Privilege("mount file systems".to_owned()),
+                _ => Missing::Kernel(format!("what images need: {source}")),
+            };
+            return Ok(Support::No(missing));
+        }
+        Err(error) => return Err(error),
+    };
+    let file = openat(&mount, "file", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let content = file.map_err(io::Error::from).and_then(|file| io::read_to_string(fs::File::from(file)));
+    match content {
+        Ok(content) if content.as_bytes() == CONTENT => Ok(Support::Yes),
+        Ok(_) => Ok(Support::No(Missing::Kernel("layers of content that show as they are".to_owned()))),
+        Err(error) => Ok(Support::No(Missing::Kernel(format!("layers of content that can be read: {error}")))),
     }
 }
 

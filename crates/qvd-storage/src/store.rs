@@ -339,6 +339,7 @@ impl Store {
         Ok(vec![
             (name, backend.get(Capability::Roots)),
             ("id-mapped layers", backend.get(Capability::IdMapped)),
+            ("mounting images", probe::images(&self.root)?),
             ("volatile roots", backend.get(Capability::Volatile)),
             ("image building (mmdebstrap)", build::support()),
             ("reflink", probe::reflink(&self.root).map_err(Error::io("probe reflink below", &self.root))?),

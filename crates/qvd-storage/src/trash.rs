@@ -26,8 +26,16 @@ use crate::{Error, backend::delete_subvolume_at, fsio, lvm::Volume};
 pub(crate) struct Trash {
     path: PathBuf,
     shared: Arc<Shared>,
-    wake: Option<mpsc::Sender<()>>,
+    tell: Option<mpsc::Sender<Work>>,
     worker: Option<thread::JoinHandle<()>>,
+}
+
+/// What the thread in the background is told to do.
+#[derive(Debug)]
+enum Work {
+    Empty,
+    /// Mounts to close, which waits for every processor.
+    Close(Vec<OwnedFd>),
 }
 
 #[derive(Debug)]
@@ -49,22 +57,33 @@ impl Trash {
         let subvolumes = qvd_sys::btrfs::is_btrfs(dir.as_fd()).map_err(Error::io("open", path))?;
         let (stop, next, emptying) = (AtomicBool::new(false), AtomicU64::new(0), Mutex::new(()));
         let shared = Arc::new(Shared { dir, subvolumes, stop, next, emptying });
-        let (wake, woken) = mpsc::channel();
+        let (tell, told) = mpsc::channel();
         let worker = {
             let shared = Arc::clone(&shared);
             let work = move || {
+                // Woken, it would take the processor from who woke it, and keep it for a whole file.
+                if let Err(error) = qvd_sys::thread::work_in_background() {
+                    tracing::debug!(%error, "the trash is emptied as hurriedly as anything");
+                }
+                let mut work = Work::Empty;
                 while !shared.stop.load(Ordering::Acquire) {
-                    if let Err(error) = shared.empty() {
-                        tracing::warn!(%error, "cannot delete what is in the trash; trying again at the next removal");
+                    match work {
+                        Work::Empty => {
+                            if let Err(error) = shared.empty() {
+                                tracing::warn!(%error, "cannot delete what is in the trash; trying again at the next removal");
+                            }
+                        }
+                        Work::Close(mounts) => drop(mounts),
                     }
-                    if woken.recv().is_err() {
-                        break;
+                    match told.recv() {
+                        Ok(next) => work = next,
+                        Err(_) => break,
                     }
                 }
             };
             thread::Builder::new().name("trash".to_owned()).spawn(work).map_err(Error::io("delete below", path))?
         };
-        Ok(Self { path: path.to_path_buf(), shared, wake: Some(wake), worker: Some(worker) })
+        Ok(Self { path: path.to_path_buf(), shared, tell: Some(tell), worker: Some(worker) })
     }
 
     /// Deletes everything in it, in this thread, and says whether that worked.
@@ -100,36 +119,45 @@ impl Trash {
 
     /// As [`Trash::discard`], for a name in an open directory.
     pub(crate) fn discard_at(&self, dir: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
-        self.set_aside_at(dir, name)?;
-        self.wake();
+        if self.set_aside_at(dir, name)? {
+            self.tell(Work::Empty);
+        }
         Ok(())
+    }
+
+    /// Closes these detached mounts later: who needs them no more does not wait for
+    /// the kernel to be sure that nobody looks into them (`synchronize_rcu_expedited`
+    /// in Linux `fs/namespace.c`, `namespace_unlock`).
+    pub(crate) fn close_later(&self, mounts: Vec<OwnedFd>) {
+        self.tell(Work::Close(mounts));
     }
 
     /// As [`Trash::discard`], with the name `entry` in the trash, which says what
     /// else belongs to it: a thin volume, which is removed before the directory.
     pub(crate) fn discard_as(&self, path: &Path, entry: &str) -> Result<(), Error> {
         match renameat_with(CWD, path, &self.shared.dir, entry, RenameFlags::NOREPLACE) {
-            Ok(()) => self.wake(),
+            Ok(()) => self.tell(Work::Empty),
             Err(Errno::NOENT) => {}
             Err(error) => return Err(Error::io("remove", path)(error)),
         }
         Ok(())
     }
 
-    fn wake(&self) {
-        if let Some(wake) = &self.wake
-            && wake.send(()).is_err()
+    fn tell(&self, work: Work) {
+        if let Some(tell) = &self.tell
+            && tell.send(work).is_err()
         {
             tracing::warn!(path = %self.path.display(), "nobody empties the trash");
         }
     }
 
     /// As [`Trash::discard_at`], but to be deleted with what is discarded next:
-    /// who has more to do in the same directories does not compete with that.
-    pub(crate) fn set_aside_at(&self, dir: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<()> {
+    /// who has more to do in the same directories does not compete with that. Says
+    /// whether anything was there.
+    pub(crate) fn set_aside_at(&self, dir: impl AsFd, name: impl rustix::path::Arg + Copy) -> io::Result<bool> {
         match self.shared.take_in(dir.as_fd(), name) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            done => done,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            done => done.map(|()| true),
         }
     }
 }
@@ -138,7 +166,7 @@ impl Drop for Trash {
     fn drop(&mut self) {
         // The worker ends after the file it is at; the rest waits for the next open.
         self.shared.stop.store(true, Ordering::Release);
-        self.wake = None;
+        self.tell = None;
         if let Some(worker) = self.worker.take()
             && worker.join().is_err()
         {

@@ -41,6 +41,7 @@ enum Fault {
     TakesLimits,
     SaysNothing,
     BoastsOfSnapshots,
+    BoastsOfSharing,
     ShowsMounts,
     IgnoresIdMap,
     DeclaresTooMuch,
@@ -66,6 +67,7 @@ const FAULTS: &[(Fault, &str)] = &[
     (Fault::TakesLimits, "limits-not-offered-are-refused"),
     (Fault::SaysNothing, "capabilities-are-answered"),
     (Fault::BoastsOfSnapshots, "capabilities-are-answered"),
+    (Fault::BoastsOfSharing, "memory-is-shared-as-offered"),
     (Fault::ShowsMounts, "mounts-stay-private"),
     (Fault::IgnoresIdMap, "owners-id-mapped"),
     (Fault::DeclaresTooMuch, "files-without-a-name"),
@@ -111,6 +113,7 @@ impl RootBackend for Faulty {
             Some(Fault::BoastsOfBytes) => found.set(Capability::QuotaBytes, Support::Yes),
             Some(Fault::BoastsOfInodes) => found.set(Capability::QuotaInodes, Support::Yes),
             Some(Fault::BoastsOfSnapshots) => found.set(Capability::Snapshots, Support::Yes),
+            Some(Fault::BoastsOfSharing) => found.set(Capability::SharedCache, Support::Yes),
             Some(Fault::SaysNothing) => {
                 found = Capabilities::new();
                 found.set(Capability::Roots, Support::Yes)

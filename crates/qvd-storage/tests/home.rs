@@ -2,13 +2,12 @@
 //! limited, made whole or not at all.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod scratch;
+
 use std::{
     fs, io,
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
-    path::{Path, PathBuf},
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::Path,
     time::Duration,
 };
 
@@ -16,6 +15,7 @@ use qvd_core::{Bytes, DesktopId, UidRange};
 use qvd_storage::{ErrorKind, Home, HomeId, HomeKind, HomeOptions, Image, Quota, Recipe, Store};
 use qvd_sys::process::traced::{self, Counted, End};
 use qvd_testkit::{Census, Need, Scope, privileged};
+use scratch::{TINY, path, tiny};
 
 const NEEDS: &[Need] = &[Need::Root, Need::UserNamespaces, Need::Program("mkfs.ext4")];
 const LIMIT: Duration = Duration::from_secs(60);
@@ -28,15 +28,7 @@ fn fill(tree: &Path) -> io::Result<()> {
 
 fn store(dir: &Path) -> (Store, Image) {
     let store = Store::open(&dir.join("store")).unwrap();
-    let recipe = Recipe::parse(
-        r#"
-        name = "tiny"
-        packages = []
-        base = { distribution = "debian", suite = "bookworm" }
-        user = { name = "user", uid = 1000, gid = 1000 }
-        "#,
-    );
-    let image = store.import(recipe.unwrap().config().clone(), &mut fill).unwrap();
+    let image = store.import(tiny().config().clone(), &mut fill).unwrap();
     (store, image)
 }
 
@@ -46,10 +38,6 @@ fn whose() -> HomeId {
 
 fn looped(mib: u64) -> HomeOptions {
     HomeOptions { kind: HomeKind::Loop, quota: Quota { bytes: Some(Bytes::mib(mib)), inodes: Some(64) } }
-}
-
-fn path(mount: &OwnedFd, name: &str) -> PathBuf {
-    format!("/proc/self/fd/{}/{name}", mount.as_raw_fd()).into()
 }
 
 #[test]
@@ -115,12 +103,7 @@ fn a_home_with_a_file_system_of_its_own_is_kept_and_cannot_hold_more_than_it_may
 
 #[test]
 fn a_recipe_says_how_homes_are_kept() {
-    let text = |more: &str| {
-        format!(
-            "name = \"tiny\"\npackages = []\nbase = {{ distribution = \"debian\", suite = \"bookworm\" }}\n\
-             user = {{ name = \"user\", uid = 1000, gid = 1000 }}\n{more}"
-        )
-    };
+    let text = |more: &str| format!("{TINY}{more}");
     let said = "[defaults.home]\nkind = \"loop\"\nquota = { bytes = 16777216, inodes = 64 }\n";
     assert_eq!(Recipe::parse(&text(said)).unwrap().config().defaults.home, looped(16));
     assert!(Recipe::parse(&text("")).unwrap().config().defaults.home.is_plain());

@@ -1,20 +1,23 @@
 //! Homes on a file server: the bed's kernel serves NFS to itself.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod scratch;
+
 use std::{
     fs, io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::AsFd,
         unix::fs::{MetadataExt, chown},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     time::Duration,
 };
 
-use qvd_core::UidRange;
-use qvd_storage::{ErrorKind, Home, Image, Recipe, Store};
+use qvd_core::{Bytes, UidRange};
+use qvd_storage::{ErrorKind, Home, HomeKind, HomeOptions, Image, Quota, Store};
 use qvd_testkit::{Bed, in_bed};
+use scratch::{path, tiny};
 
 /// Flags of an export: any port, at once, without a look at directories above,
 /// known by a number. Source: Linux `include/uapi/linux/nfsd/export.h`.
@@ -58,24 +61,12 @@ fn serve(dir: &str, at: &str) {
 
 fn image(at: &Path) -> (Store, Image) {
     let store = Store::open(&at.join("store")).unwrap();
-    let recipe = Recipe::parse(
-        r#"
-        name = "tiny"
-        packages = []
-        base = { distribution = "debian", suite = "bookworm" }
-        user = { name = "user", uid = 1000, gid = 1000 }
-        "#,
-    );
     let fill = &mut |tree: &Path| -> io::Result<()> {
         fs::create_dir_all(tree.join("etc/skel"))?;
         fs::write(tree.join("etc/skel/.profile"), "umask 077")
     };
-    let image = store.import(recipe.unwrap().config().clone(), fill).unwrap();
+    let image = store.import(tiny().config().clone(), fill).unwrap();
     (store, image)
-}
-
-fn path(mount: &OwnedFd, name: &str) -> PathBuf {
-    format!("/proc/self/fd/{}/{name}", mount.as_raw_fd()).into()
 }
 
 #[test]
@@ -107,5 +98,31 @@ fn a_home_on_a_file_server_is_taken_as_it_is_and_not_shown_with_other_ids() {
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
         assert!(error.to_string().contains("id-mapped mounts") && error.to_string().contains("`loop`"), "{error}");
         assert_eq!(fs::read_dir("/run/at/served").unwrap().count(), 1, "nothing is left beside it");
+
+        in_a_file_system_of_its_own(&image, userns.as_fd());
     });
+}
+
+/// A file on the server with a file system in it, as another host made it: it shows with
+/// the ids of a desktop, which no directory of the server does, and holds what it may.
+fn in_a_file_system_of_its_own(image: &Image, userns: std::os::fd::BorrowedFd<'_>) {
+    let file = Path::new("/run/nfs/two");
+    let size = Bytes::mib(16);
+    fs::File::create(file).unwrap().set_len(size.get()).unwrap();
+    run("mkfs.ext4", &["-q", "-F", "-E", "root_owner=1000:1000", file.to_str().unwrap()]);
+    let options = HomeOptions { kind: HomeKind::Loop, quota: Quota { bytes: Some(size), inodes: None } };
+    for written in ["first", "second"] {
+        let home = Home::open_with(file, image, &options).unwrap();
+        let mount = home.mount(Some(userns)).unwrap();
+        assert_eq!(fs::metadata(path(&mount, "")).unwrap().uid(), UidRange::of_slot(1).unwrap().base() + 1000);
+        if written == "second" {
+            assert_eq!(fs::read_to_string(path(&mount, "file")).unwrap(), "first");
+        }
+        drop(mount);
+        let mount = home.mount(None).unwrap();
+        fs::write(path(&mount, "file"), written).unwrap();
+        let error = fs::write(path(&mount, "much"), vec![1; 20 << 20]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
+        fs::remove_file(path(&mount, "much")).unwrap();
+    }
 }

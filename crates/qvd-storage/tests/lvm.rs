@@ -175,6 +175,19 @@ fn disks(at: &Path) {
     assert_eq!(device.size, Bytes::mib(24));
     File::open(&device.path).unwrap().read_exact_at(&mut text, 5 << 20).unwrap();
     assert_eq!(&text, b"from a machine");
+    // Whole blocks of the pool are given back, and the rest of a range is zeros too.
+    File::options().write(true).open(&device.path).unwrap().write_all_at(&[7; 4 << 20], 8 << 20).unwrap();
+    let before = again.check().unwrap().used;
+    let (at, length) = ((8 << 20) + 4096, (4 << 20) - 8192);
+    again.discard(Bytes::new(at), Bytes::new(length)).unwrap();
+    let after = again.check().unwrap().used;
+    assert!(before.get() - after.get() >= 3 << 20, "{before} and then {after}");
+    let mut shown = vec![0; 4 << 20];
+    File::open(&device.path).unwrap().read_exact_at(&mut shown, 8 << 20).unwrap();
+    let expected = [[7; 4096].as_slice(), &vec![0; (4 << 20) - 8192], &[7; 4096]].concat();
+    assert!(shown == expected, "{:?}", shown.iter().zip(&expected).position(|(one, other)| one != other));
+    let beyond = again.discard(Bytes::mib(23), Bytes::mib(2)).unwrap_err();
+    assert!(beyond.to_string().contains("disk 7 has"), "{beyond}");
     // Another one stands on the image.
     let mut other = backend.create(&base, &"8".parse().unwrap(), &RootPolicy::Volatile.into()).unwrap();
     File::open(other.attach().unwrap().path).unwrap().read_exact_at(&mut text, 5 << 20).unwrap();
@@ -245,9 +258,11 @@ fn suite(limit: Duration, only: &[&str]) {
     in_bed(&Bed::new().memory_mib(1536).disk_mib(1200).disk_mib(256).limit(limit), || {
         set_up(1024);
         give_pool();
-        let suite = Suite::new("lvm", |place| Ok(Box::new(Lvm::new(place)))).patience(Duration::from_secs(300));
+        let began = Instant::now();
+        let suite = Suite::new("lvm", |place| Ok(Box::new(Lvm::new(place))))
+            .patience(Duration::from_secs(300))
+            .watch(move |case| fs::write("/dev/console", format!("{} s {case}\n", began.elapsed().as_secs())).unwrap());
         let report = only.iter().fold(suite, |suite, only| suite.only(*only)).run(Path::new("/run/at")).unwrap();
-        fs::write("/dev/console", format!("{report}\n")).unwrap();
         assert!(report.passed(), "{report}");
         let left = volumes();
         assert!(left.is_empty(), "{left:?}");
@@ -262,10 +277,17 @@ fn the_suite_in_part() {
     suite(Duration::from_secs(300), &[&only[..], &["base-unchanged"]].concat());
 }
 
+/// Those that take most of the time: twenty crashes of each piece of work.
+#[test]
+#[ignore = "takes a quarter of an hour and more"]
+fn the_crashes_of_the_suite() {
+    suite(Duration::from_secs(60 * 60), &["crash-", "leaks", "base-unchanged"]);
+}
+
 /// Each of its some five hundred commands takes a second or more in the bed: for
 /// `cargo nextest run -p qvd-storage --test lvm --run-ignored all`.
 #[test]
 #[ignore = "takes a quarter of an hour and more"]
 fn the_whole_suite() {
-    suite(Duration::from_secs(60 * 60), &[]);
+    suite(Duration::from_secs(100 * 60), &[]);
 }

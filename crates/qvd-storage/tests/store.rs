@@ -1,6 +1,8 @@
 //! A store as its users see it, on small trees made by hand.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod scratch;
+
 use std::{
     fs, io,
     os::{
@@ -18,25 +20,14 @@ use std::{
 
 use qvd_core::{DesktopId, RootPolicy, UidRange};
 use qvd_storage::{
-    BuildOptions, Error, ErrorKind, HomeId, Image, Recipe, RootId, Store,
+    BuildOptions, Error, ErrorKind, HomeId, Image, Recipe, Store,
     repository::{CommitId, Expect, Keep},
 };
 use qvd_sys::mount::{FsContext, Restrictions, attach, in_private_namespace, open_dir_path};
 use qvd_testkit::{Need, privileged};
+use scratch::{id, path, tiny};
 
 const NEEDS: &[Need] = &[Need::Root, Need::UserNamespaces, Need::Filesystem("overlay")];
-
-fn recipe() -> Recipe {
-    Recipe::parse(
-        r#"
-        name = "tiny"
-        packages = []
-        base = { distribution = "debian", suite = "bookworm" }
-        user = { name = "user", uid = 1000, gid = 1000 }
-        "#,
-    )
-    .unwrap()
-}
 
 fn fill(tree: &Path) -> io::Result<()> {
     fs::create_dir_all(tree.join("etc/skel/.config"))?;
@@ -46,21 +37,21 @@ fn fill(tree: &Path) -> io::Result<()> {
     symlink("/etc/shadow", tree.join("etc/skel/link"))?;
     fs::create_dir_all(tree.join("home/user"))?;
     fs::write(tree.join("home/mine"), "")?;
-    chown(tree.join("home/mine"), Some(1000), Some(1000))
+    chown(tree.join("home/mine"), Some(1000), Some(1000))?;
+    // Made in another second, it is the same tree.
+    let time = rustix::fs::Timespec { tv_sec: 1_000_000_000, tv_nsec: 0 };
+    let times = rustix::fs::Timestamps { last_access: time, last_modification: time };
+    for entry in walkdir::WalkDir::new(tree).contents_first(true) {
+        let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+        rustix::fs::utimensat(rustix::fs::CWD, entry?.path(), &times, flags)?;
+    }
+    Ok(())
 }
 
 fn store_with_image(dir: &Path) -> (Store, Image) {
     let store = Store::open(dir).unwrap();
-    let image = store.import(recipe().config().clone(), &mut fill).unwrap();
+    let image = store.import(tiny().config().clone(), &mut fill).unwrap();
     (store, image)
-}
-
-fn id(name: &str) -> RootId {
-    name.parse().unwrap()
-}
-
-fn path(mount: &OwnedFd, name: &str) -> PathBuf {
-    format!("/proc/self/fd/{}/{name}", mount.as_raw_fd()).into()
 }
 
 fn userns(range: UidRange) -> OwnedFd {
@@ -152,7 +143,7 @@ fn a_persistent_root_keeps_what_was_written() {
         let mount = root.mount(Some(userns(UidRange::of_slot(9).unwrap()).as_fd())).unwrap();
         assert_eq!(fs::read_to_string(path(&mount, "etc/f")).unwrap(), "kept");
         // Another image has other files below: the root does not move there by itself.
-        let other = store.import(recipe().config().clone(), &mut |tree| fs::write(tree.join("other"), "")).unwrap();
+        let other = store.import(tiny().config().clone(), &mut |tree| fs::write(tree.join("other"), "")).unwrap();
         let error = store.root(&other, &id("1"), RootPolicy::Persistent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
     });
@@ -255,7 +246,7 @@ fn a_damaged_image_is_named() {
             put(&record, text.as_bytes());
             let error = store.image(image.digest()).unwrap_err().to_string();
             assert!(error.contains(reason) && error.contains(&image.digest().hex()), "{error}");
-            assert!(store.flavour(recipe().flavour()).is_err());
+            assert!(store.flavour(tiny().flavour()).is_err());
         }
         put(&record, sound.as_bytes());
         store.verify(image.digest()).unwrap();
@@ -271,7 +262,7 @@ fn a_damaged_image_is_named() {
         fs::remove_file(tree).unwrap();
         assert!(matches!(store.image(image.digest()), Err(Error::Damaged { .. })));
         // Making it again repairs it.
-        let again = store.import(recipe().config().clone(), &mut fill).unwrap();
+        let again = store.import(tiny().config().clone(), &mut fill).unwrap();
         again.verify().unwrap();
         store.image(image.digest()).unwrap();
     });
@@ -299,15 +290,15 @@ fn what_roots_stand_on_is_kept() {
         let (store, one) = store_with_image(dir.path());
         let mut volatile = store.root(&one, &id("1"), RootPolicy::Volatile).unwrap();
         let mount = volatile.mount(None).unwrap();
-        let two = store.import(recipe().config().clone(), &mut |tree| fs::write(tree.join("two"), "2")).unwrap();
+        let two = store.import(tiny().config().clone(), &mut |tree| fs::write(tree.join("two"), "2")).unwrap();
         drop(store.root(&two, &id("2"), RootPolicy::Persistent).unwrap());
-        let three = store.import(recipe().config().clone(), &mut |tree| fs::write(tree.join("three"), "3")).unwrap();
+        let three = store.import(tiny().config().clone(), &mut |tree| fs::write(tree.join("three"), "3")).unwrap();
         assert_ne!(two.digest(), three.digest());
         let repository = store.repository();
         // Nothing but the roots needs any of them.
         for tag in ["head", "default"] {
             let (tag, by) = (tag.parse().unwrap(), ("ana", "gone"));
-            repository.move_tag(recipe().flavour(), &tag, Expect::Anything, None, by).unwrap();
+            repository.move_tag(tiny().flavour(), &tag, Expect::Anything, None, by).unwrap();
         }
         let collect = || {
             let keep = Keep { reflog: Duration::ZERO, commits: store.in_use().unwrap() };
@@ -336,12 +327,12 @@ fn what_is_built_again_is_the_same_commit() {
             copied.success().then_some(()).ok_or_else(|| io::ErrorKind::Other.into())
         };
         let store = Store::open(dir.path()).unwrap();
-        let image = store.import(recipe().config().clone(), &mut copy).unwrap();
-        let again = store.import(recipe().config().clone(), &mut copy).unwrap();
+        let image = store.import(tiny().config().clone(), &mut copy).unwrap();
+        let again = store.import(tiny().config().clone(), &mut copy).unwrap();
         assert_eq!(again.digest(), image.digest());
-        let other = store.import(recipe().config().clone(), &mut |tree| fs::write(tree.join("f"), "")).unwrap();
+        let other = store.import(tiny().config().clone(), &mut |tree| fs::write(tree.join("f"), "")).unwrap();
         assert_eq!(other.commit().parents, [CommitId::new(image.digest())]);
-        assert_eq!(store.flavour(recipe().flavour()).unwrap().digest(), other.digest());
+        assert_eq!(store.flavour(tiny().flavour()).unwrap().digest(), other.digest());
     });
 }
 
@@ -356,7 +347,7 @@ fn a_full_disk_is_said_and_nothing_is_left() {
             attach(small.as_fd(), open_dir_path(dir.path()).unwrap().as_fd()).unwrap();
             let store = Store::open(&dir.path().join("store")).unwrap();
             let error = store
-                .import(recipe().config().clone(), &mut |tree| fs::write(tree.join("big"), vec![1; 4 << 20]))
+                .import(tiny().config().clone(), &mut |tree| fs::write(tree.join("big"), vec![1; 4 << 20]))
                 .unwrap_err();
             assert!(matches!(error, Error::NoSpace { .. }), "{error}");
             assert!(!error.to_string().contains('\n'), "{error}");
@@ -369,7 +360,7 @@ fn a_full_disk_is_said_and_nothing_is_left() {
                 }
                 thread::park_timeout(Duration::from_millis(5));
             }
-            store.import(recipe().config().clone(), &mut fill).unwrap();
+            store.import(tiny().config().clone(), &mut fill).unwrap();
         };
         in_private_namespace(work).unwrap();
     });
@@ -401,8 +392,8 @@ fn what_a_killed_build_left_is_swept() {
 fn what_is_not_there_is_not_found() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    assert_eq!(store.flavour(recipe().flavour()).unwrap_err().kind(), ErrorKind::NotFound);
-    assert_eq!(store.image(recipe().key()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(store.flavour(tiny().flavour()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(store.image(tiny().key()).unwrap_err().kind(), ErrorKind::NotFound);
     assert!(store.flavours().unwrap().is_empty());
 }
 
@@ -496,7 +487,7 @@ fn machines_share_a_base_and_have_disks_of_their_own() {
 
         // A base goes when its image has gone.
         for tag in ["head", "default"] {
-            let (flavour, tag) = (recipe().flavour().clone(), tag.parse().unwrap());
+            let (flavour, tag) = (tiny().flavour().clone(), tag.parse().unwrap());
             store.repository().move_tag(&flavour, &tag, Expect::Anything, None, ("ana", "gone")).unwrap();
         }
         store.repository().gc(&Keep { reflog: Duration::ZERO, commits: Vec::new() }, false).unwrap();

@@ -115,13 +115,33 @@ pub struct MountError {
     op: String,
     /// What the kernel wrote to the context's log, one line each.
     log: Vec<String>,
+    /// What the kernel has to have for it.
+    lacks: Option<&'static str>,
     source: io::Error,
 }
 
 impl MountError {
     /// An error of one step; `op` is a verb and its object.
     pub fn new(op: impl Into<String>, source: io::Error) -> Self {
-        Self { op: op.into(), log: vec![], source }
+        Self { op: op.into(), log: vec![], lacks: None, source }
+    }
+
+    /// It failed because the kernel lacks `what`.
+    #[must_use]
+    pub fn lacking(self, what: &'static str) -> Self {
+        Self { lacks: Some(what), ..self }
+    }
+
+    /// What the kernel lacks, where that is known.
+    #[must_use]
+    pub const fn lacks(&self) -> Option<&'static str> {
+        self.lacks
+    }
+
+    /// It was tried for `what`.
+    #[must_use]
+    pub fn about(self, what: &str) -> Self {
+        Self { op: format!("{} for {what}", self.op), ..self }
     }
 
     /// The error number.
@@ -150,9 +170,7 @@ impl FsContext {
     pub fn open(name: &'static str) -> Result<Self, MountError> {
         match fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC) {
             Ok(fd) => Ok(Self { name, fd }),
-            Err(source) => {
-                Err(MountError { op: format!("open file system {name}"), log: vec![], source: source.into() })
-            }
+            Err(source) => Err(MountError::new(format!("open file system {name}"), source.into())),
         }
     }
 
@@ -190,7 +208,8 @@ impl FsContext {
     }
 
     fn error(&self, verb: &str, source: rustix::io::Errno) -> MountError {
-        MountError { op: format!("{verb} file system {}", self.name), log: self.log(), source: source.into() }
+        let error = MountError::new(format!("{verb} file system {}", self.name), source.into());
+        MountError { log: self.log(), ..error }
     }
 
     /// Reads the messages that the kernel keeps with the context: one a read,

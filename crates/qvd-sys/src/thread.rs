@@ -95,6 +95,19 @@ pub fn confine_to_sockets() -> io::Result<()> {
     if loaded == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// From now on the calling thread takes no processor away from one that runs: what
+/// it does can wait, but is done even where others never rest.
+///
+/// # Errors
+/// The kernel refused.
+pub fn work_in_background() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the call reads `parameters`, which outlives it. By number, since a C
+    // library may take it for one about the whole process.
+    let set = unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_BATCH, &raw const parameters) };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 fn drop_capabilities() -> io::Result<()> {
     /// Source: Linux `include/uapi/linux/capability.h`, `_LINUX_CAPABILITY_VERSION_3`.
     const VERSION: u32 = 0x2008_0522;
@@ -109,6 +122,18 @@ fn drop_capabilities() -> io::Result<()> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_in_the_background_is_alone_in_that() {
+        // SAFETY: no pointers are passed.
+        let policy = || unsafe { libc::sched_getscheduler(0) };
+        let before = policy();
+        let there = std::thread::spawn(move || {
+            work_in_background().unwrap();
+            policy()
+        });
+        assert_eq!((there.join().unwrap(), policy()), (libc::SCHED_BATCH, before));
+    }
 
     #[test]
     fn a_confined_thread_waits_and_allocates_and_opens_nothing() {

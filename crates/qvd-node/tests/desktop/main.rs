@@ -3,6 +3,7 @@
 
 mod commit;
 mod confine;
+mod home;
 mod machine;
 mod tenants;
 

@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     process::Command,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -20,6 +20,9 @@ const BASE_BYTES: u64 = 512 << 20;
 const DATA_BYTES: u64 = 64 << 20;
 /// What a full disk was written with before it is removed.
 const WRITTEN_BYTES: u64 = 256 << 20;
+
+/// Between making and removing.
+const REST: Duration = Duration::from_millis(50);
 
 /// File systems on loop devices, mounted where only this process sees them,
 /// each with the same base.
@@ -153,6 +156,8 @@ pub(crate) fn turn(subject: &dyn Subject) -> Outcome<Turn> {
     let ((path, format), us) = timed(|| subject.make())?;
     turn.insert(Measure::Create, us);
     turn.insert(Measure::Used, kib(&path)?);
+    // Who has just copied has had its share of the processor: removing would wait for the others' turns.
+    std::thread::sleep(REST);
     turn.insert(Measure::RemoveNew, timed(|| subject.remove())?.1);
     subject.settle()?;
 

@@ -23,6 +23,8 @@ use crate::{
 /// Size of the file that is read and written, in bytes.
 const IO_BYTES: usize = 32 << 20;
 const BLOCK: usize = 4096;
+/// Between unmounting and removing.
+const REST: Duration = Duration::from_millis(50);
 /// Random accesses of each kind.
 const ACCESSES: usize = 4000;
 
@@ -54,6 +56,8 @@ pub(crate) fn turn(subject: &dyn Subject) -> Outcome<Turn> {
     let began = Instant::now();
     made.unmount();
     turn.insert(Measure::Unmount, micros(began.elapsed()));
+    // As between a session's end and its root's: unmounting has had its share of the processor.
+    std::thread::sleep(REST);
     turn.insert(Measure::Remove, micros(made.remove()?));
     Ok(turn)
 }

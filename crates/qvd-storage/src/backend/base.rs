@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use qvd_core::Digest;
+use qvd_core::{Digest, Missing};
 
 use super::layer;
 use crate::Error;
@@ -23,7 +23,7 @@ pub struct BaseTree {
 pub enum Layer {
     /// A directory that holds its files as they are.
     Dir(PathBuf),
-    /// A file with an EROFS, mounted without a loop device.
+    /// A file with an EROFS, mounted without a loop device where the kernel can.
     Erofs(PathBuf),
     /// A directory of content: its files show only where a layer above
     /// redirects to them ("data-only" in overlayfs). Below all others.
@@ -71,8 +71,12 @@ impl BaseTree {
     /// # Errors
     /// A layer is not there, or the kernel cannot stack them.
     pub fn open(&self) -> Result<OwnedFd, Error> {
-        layer::stack(&self.layers, None)
-            .map_err(|source| Error::Mount { what: format!("base `{}`", self.path().display()), source })
+        layer::stack(&self.layers, None).map_err(|source| match source.lacks() {
+            Some(what) => {
+                Error::Unsupported { op: "mount images", missing: Missing::Kernel(format!("{what}: {source}")) }
+            }
+            None => Error::Mount { what: format!("base `{}`", self.path().display()), source },
+        })
     }
 
     /// What names it to a person: its uppermost layer.

@@ -199,7 +199,7 @@ impl RootBackend for Btrfs {
 
     fn remove(&self, id: &RootId) -> Result<(), Error> {
         let dir = self.volumes.dir(id);
-        exclusive::check_unused(id, &dir, self.volumes.place.trash())?;
+        exclusive::check_before_removal(id, &dir, self.volumes.place.trash())?;
         self.volumes.delete(&dir)
     }
 
@@ -257,7 +257,7 @@ impl Root for Snapshot {
     fn close(&mut self) -> Result<(), Error> {
         if !self.closed && self.options.policy == RootPolicy::Volatile {
             let dir = self.volumes.dir(&self.id);
-            exclusive::check_unused(&self.id, &dir, self.volumes.place.trash())?;
+            exclusive::check_before_removal(&self.id, &dir, self.volumes.place.trash())?;
             self.volumes.delete(&dir)?;
         }
         self.closed = true;

@@ -105,6 +105,11 @@ pub(super) fn check_unused(id: &RootId, dir: &Path, trash: &Trash) -> Result<(),
     overlayfs::check_unused(id, dir, OPTIONS, trash)
 }
 
+/// As [`check_unused`], for a root that is removed next.
+pub(super) fn check_before_removal(id: &RootId, dir: &Path, trash: &Trash) -> Result<(), Error> {
+    overlayfs::check_before_removal(id, dir, OPTIONS, trash)
+}
+
 /// Takes away what the kernel noted in a copy about where its original was:
 /// it would refuse to mount it as an exclusive one.
 pub(super) fn forget_origin(dir: &Path) -> Result<(), Error> {

@@ -60,6 +60,8 @@ pub(super) const DEPTH: usize = 60;
 pub(super) const SPARSE_BYTES: u64 = 8 << 20;
 pub(super) const ISLAND_AT: u64 = 4 << 20;
 pub(super) const LARGE_BYTES: usize = 1 << 20;
+/// A file of that size in a part that no desktop has to be able to write to.
+pub(super) const LIBRARY: &str = "usr/part/library";
 /// The seconds and nanoseconds of every file's time of modification.
 pub(super) const MODIFIED: (i64, i64) = (1_000_000_000, 123_456_789);
 
@@ -188,7 +190,9 @@ fn fill(at: &Path, long_name: &str) -> io::Result<()> {
     fs::hard_link(var.join("hard-1"), var.join("hard-2"))?;
     symlink("file", var.join("link"))?;
     fs::write(var.join(long_name), TEXT)?;
-    fs::write(var.join("large"), vec![7; LARGE_BYTES])?;
+    for large in [var.join("large"), at.join(LIBRARY)] {
+        fs::write(large, vec![7; LARGE_BYTES])?;
+    }
     let sparse = File::create(var.join("sparse"))?;
     sparse.set_len(SPARSE_BYTES)?;
     sparse.write_all_at(b"island", ISLAND_AT)?;

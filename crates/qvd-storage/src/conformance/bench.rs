@@ -24,6 +24,7 @@ pub(super) struct Bench {
     pub(super) site: Arc<Site>,
     pub(super) effort: Effort,
     pub(super) backend: Box<dyn RootBackend>,
+    place: Place,
     pub(super) capabilities: Capabilities,
 }
 
@@ -79,12 +80,18 @@ impl Bench {
     pub(super) fn set_up(suite: &Suite, dir: &Path) -> Result<Self, Failure> {
         let base = Base::build(&dir.join("base"), suite.form)?;
         let small = Base::small(&dir.join("small"))?;
-        let Opened { backend, .. } =
+        let Opened { backend, place } =
             Opened::new(&*suite.factory, &dir.join("store")).step("the back end can be opened")?;
         let capabilities = backend.capabilities().step("the back end says what it can do")?;
         let site =
             Site { factory: Arc::clone(&suite.factory), dir: dir.to_path_buf(), base, small, patience: suite.patience };
-        Ok(Self { site: Arc::new(site), effort: suite.effort, backend, capabilities })
+        Ok(Self { site: Arc::new(site), effort: suite.effort, backend, place, capabilities })
+    }
+
+    /// Returns when nothing is done in the background any more: a child that is made while
+    /// that holds a lock of this process would wait for it for ever.
+    pub(super) fn rest(&self) -> Result<(), Failure> {
+        self.place.trash().empty().step("the trash can be emptied")
     }
 
     pub(super) fn declared(&self) -> &'static [Deviation] {

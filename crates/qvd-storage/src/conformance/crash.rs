@@ -103,6 +103,7 @@ const DIR: &str = "crash";
 
 fn in_child(bench: &Bench, work: Work, point: Option<u32>, counted: Counted) -> Result<Traced, Failure> {
     work.before(&bench.site, DIR)?;
+    bench.rest()?;
     let site = Arc::clone(&bench.site);
     let run = move || match work.run(&site, DIR) {
         Ok(()) => 0,

@@ -59,6 +59,9 @@ pub enum Effort {
 /// How long the background may take for its work unless somebody says more.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Who is told of each case.
+type Watch = Box<dyn Fn(&Case) + Send + Sync>;
+
 /// The cases, and the back end that they are for.
 pub struct Suite {
     name: String,
@@ -67,6 +70,7 @@ pub struct Suite {
     effort: Effort,
     only: Vec<String>,
     patience: Duration,
+    watch: Option<Watch>,
 }
 
 impl Suite {
@@ -77,7 +81,8 @@ impl Suite {
         factory: impl Fn(Place) -> Result<Box<dyn RootBackend>, Error> + Send + Sync + 'static,
     ) -> Self {
         let (form, effort) = (BaseForm::default(), Effort::default());
-        Self { name: name.into(), factory: Arc::new(factory), form, effort, only: Vec::new(), patience: PATIENCE }
+        let (name, factory, only) = (name.into(), Arc::new(factory), Vec::new());
+        Self { name, factory, form, effort, only, patience: PATIENCE, watch: None }
     }
 
     /// All cases, for one of the back ends of a list.
@@ -116,6 +121,13 @@ impl Suite {
         self
     }
 
+    /// Calls `watch` with what became of each case when it ends: for one who waits.
+    #[must_use]
+    pub fn watch(mut self, watch: impl Fn(&Case) + Send + Sync + 'static) -> Self {
+        self.watch = Some(Box::new(watch));
+        self
+    }
+
     /// Runs the cases in `dir`, which should be empty: there the bases are made,
     /// and the roots. What a back end keeps for roots to come stays there.
     ///
@@ -141,6 +153,9 @@ impl Suite {
             tracing::debug!(case = case.name, back_end = %self.name, "conformance");
             let outcome = judge(&case, bench.declared(), (case.run)(&bench));
             report.add(case.name, outcome);
+            if let (Some(watch), Some(ended)) = (&self.watch, report.cases.last()) {
+                watch(ended);
+            }
             bench.tidy();
         }
         drop((bench, umask));

@@ -12,7 +12,7 @@ use std::{
 };
 
 use qvd_core::UidRange;
-use qvd_storage::{BaseTree, Quota, RootId, RootOptions};
+use qvd_storage::{BaseTree, Quota, Recipe, RootId, RootOptions};
 use qvd_sys::{
     loopdev::LoopDevice,
     mount::{FsContext, Restrictions, attach, in_private_namespace, open_dir_path},
@@ -45,6 +45,18 @@ pub fn on(kind: &'static str, mkfs: &[&str], test: impl FnOnce(&Path) + Send) {
     drop(file);
     // The file below the device is named in the census.
     census.assert_unchanged();
+}
+
+/// The least that a recipe says.
+pub const TINY: &str = r#"
+name = "tiny"
+packages = []
+base = { distribution = "debian", suite = "bookworm" }
+user = { name = "user", uid = 1000, gid = 1000 }
+"#;
+
+pub fn tiny() -> Recipe {
+    Recipe::parse(TINY).unwrap()
 }
 
 pub fn base(at: &Path) -> BaseTree {

@@ -18,7 +18,7 @@ pub use self::options::OverlayOptions;
 use self::{options::Scratch, root::Overlay};
 pub(crate) use self::{
     options::support,
-    root::{check_unused, note_base},
+    root::{check_before_removal, check_unused, note_base},
     stack::{How, UPPER, WORK, mount_overlay},
 };
 use crate::{
@@ -145,7 +145,7 @@ impl RootBackend for Overlayfs {
             Err(error) => return Err(Error::io("read root", &dir)(error)),
             Ok(_) => {}
         }
-        check_unused(id, &dir, self.options()?, self.place.trash())?;
+        check_before_removal(id, &dir, self.options()?, self.place.trash())?;
         self.place.discard(&dir)
     }
 

@@ -106,6 +106,9 @@ impl Scratch {
 
 /// What an error says about the host; an error that says nothing stays one.
 pub(crate) fn support(error: &MountError, dir: &Path) -> Result<Support, Error> {
+    if let Some(what) = error.lacks() {
+        return Ok(Support::No(Missing::Kernel(format!("{what}: {error}"))));
+    }
     let missing = match Errno::from_io_error(error.io()) {
         Some(Errno::PERM | Errno::ACCESS) => Missing::Privilege("mount file systems".to_owned()),
         Some(Errno::NODEV) => Missing::Kernel("overlayfs".to_owned()),

@@ -1,7 +1,7 @@
 //! One root, and the question whether it is in use.
 
 use std::{
-    fs, io,
+    fs, io, iter,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -17,11 +17,14 @@ use rustix::{
 use super::{
     OverlayOptions,
     options::support,
-    stack::{How, UPPER, VOLATILE_MARK, WORK, mount_overlay, unmark_volatile},
+    stack::{How, UPPER, VOLATILE_MARK, WORK, mount_overlay_and_layers, unmark_volatile},
 };
 use crate::{
     Error,
-    backend::{BaseTree, Layer, Place, Root, RootId, layer},
+    backend::{
+        BaseTree, Layer, Place, Root, RootId,
+        layer::{self, Image},
+    },
     trash::Trash,
 };
 
@@ -32,13 +35,14 @@ const BASE: &str = "base";
 /// Notes the uppermost layer of the base of the root in `dir`.
 pub(crate) fn note_base(dir: &Path, base: &Path) -> io::Result<()> {
     let link = dir.join(BASE);
+    match std::os::unix::fs::symlink(base, &link) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        done => return done,
+    }
     if fs::read_link(&link).is_ok_and(|noted| noted == base) {
         return Ok(());
     }
-    match fs::remove_file(&link) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    fs::remove_file(&link)?;
     std::os::unix::fs::symlink(base, link)
 }
 
@@ -60,7 +64,7 @@ pub(super) struct Overlay {
     closed: bool,
     /// Image files that are mounted: who mounts one of them meanwhile gets the
     /// same file system, and shares its page cache.
-    images: Mutex<Vec<Arc<OwnedFd>>>,
+    images: Mutex<Vec<Arc<Image>>>,
 }
 
 impl Overlay {
@@ -114,7 +118,10 @@ impl Root for Overlay {
         let images = layer::images(self.base.layers()).map_err(|error| self.explain(error))?;
         *self.images.lock().unwrap_or_else(PoisonError::into_inner) = images;
         let how = How { options: self.options, volatile, top_of_base: true };
-        mount_overlay(self.base.layers(), own.as_fd(), idmap, how).map_err(|error| self.explain(error))
+        let mounted = mount_overlay_and_layers(self.base.layers(), own.as_fd(), idmap, how);
+        let (mount, layers) = mounted.map_err(|error| self.explain(error))?;
+        self.place.trash().close_later(layers);
+        Ok(mount)
     }
 
     fn close(&mut self) -> Result<(), Error> {
@@ -122,7 +129,7 @@ impl Root for Overlay {
             return Ok(());
         }
         if self.policy == RootPolicy::Volatile {
-            check_unused(&self.id, &self.dir, self.options, self.place.trash())?;
+            check_before_removal(&self.id, &self.dir, self.options, self.place.trash())?;
             self.place.discard(&self.dir)?;
         }
         self.images.lock().unwrap_or_else(PoisonError::into_inner).clear();
@@ -134,16 +141,33 @@ impl Root for Overlay {
 /// Asks the kernel whether a root is mounted anywhere, in whatever process
 /// and mount namespace, by trying to mount it: `index=on` makes that exclusive.
 pub(crate) fn check_unused(id: &RootId, dir: &Path, options: OverlayOptions, trash: &Trash) -> Result<(), Error> {
+    try_to_mount(id, dir, options, trash).map(drop)
+}
+
+/// As [`check_unused`], for a root that is removed next: what was mounted to find out
+/// is in nobody's way then, and is closed when it suits.
+pub(crate) fn check_before_removal(
+    id: &RootId,
+    dir: &Path,
+    options: OverlayOptions,
+    trash: &Trash,
+) -> Result<(), Error> {
+    trash.close_later(try_to_mount(id, dir, options, trash)?);
+    Ok(())
+}
+
+/// Mounts a root that nobody uses, and returns all that was mounted for that.
+fn try_to_mount(id: &RootId, dir: &Path, options: OverlayOptions, trash: &Trash) -> Result<Vec<OwnedFd>, Error> {
     let own = match mount::open_dir_path(dir) {
         Ok(own) => own,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(Error::io("open root", dir)(error)),
     };
     for name in [UPPER, WORK] {
         match rustix::fs::statat(&own, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(_) => {}
             // Nothing can have mounted half a root.
-            Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::NOENT) => return Ok(Vec::new()),
             Err(error) => return Err(Error::io("read root", dir)(error)),
         }
     }
@@ -153,10 +177,15 @@ pub(crate) fn check_unused(id: &RootId, dir: &Path, options: OverlayOptions, tra
     let base = noted_base(dir).unwrap_or_else(|| Layer::Dir(dir.to_path_buf()));
     // Volatile, or else its end would sync the whole file system.
     let how = How { options, volatile: true, top_of_base: false };
-    match mount_overlay(&[base], own.as_fd(), None, how) {
-        Err(error) if Errno::from_io_error(error.io()) == Some(Errno::BUSY) => Err(Error::RootBusy(id.clone())),
-        Ok(_) | Err(_) => clear_volatile_marker(&own, trash).map_err(Error::io("clean root", dir)),
-    }
+    let mounts = match mount_overlay_and_layers(&[base], own.as_fd(), None, how) {
+        Err(error) if Errno::from_io_error(error.io()) == Some(Errno::BUSY) => {
+            return Err(Error::RootBusy(id.clone()));
+        }
+        Err(_) => Vec::new(),
+        Ok((mount, layers)) => iter::once(mount).chain(layers).collect(),
+    };
+    clear_volatile_marker(&own, trash).map_err(Error::io("clean root", dir))?;
+    Ok(mounts)
 }
 
 /// Takes away what a volatile mount leaves, in one step where that can be.
@@ -164,6 +193,6 @@ fn clear_volatile_marker(own: &OwnedFd, trash: &Trash) -> io::Result<()> {
     match trash.set_aside_at(own, VOLATILE_MARK) {
         // The root is a file system of its own, or a subvolume.
         Err(error) if Errno::from_io_error(&error) == Some(Errno::XDEV) => unmark_volatile(own.as_fd()),
-        done => done,
+        done => done.map(drop),
     }
 }

@@ -3,14 +3,13 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
 };
 
 use qvd_sys::mount::{self, FsContext, MountError, Restrictions};
 use rustix::{
     fs::{
         AtFlags, Gid, Mode, OFlags, StatVfsMountFlags, Timespec, Timestamps, Uid, chmodat, chownat, fstat, fstatvfs,
-        mkdirat, openat, statat, unlinkat, utimensat,
+        openat, statat, unlinkat, utimensat,
     },
     io::Errno,
 };
@@ -45,6 +44,17 @@ pub(crate) fn mount_overlay(
     idmap: Option<BorrowedFd<'_>>,
     how: How,
 ) -> Result<OwnedFd, MountError> {
+    mount_overlay_and_layers(base, own, idmap, how).map(|(mount, _)| mount)
+}
+
+/// As [`mount_overlay`], with the mounts of the layers, which the overlay has a copy
+/// of: to be closed when it suits.
+pub(super) fn mount_overlay_and_layers(
+    base: &[Layer],
+    own: BorrowedFd<'_>,
+    idmap: Option<BorrowedFd<'_>>,
+    how: How,
+) -> Result<(OwnedFd, Vec<OwnedFd>), MountError> {
     let How { options, volatile, top_of_base } = how;
     if !volatile {
         // Left by a process that was killed while it asked whether the root is
@@ -67,12 +77,13 @@ pub(crate) fn mount_overlay(
     };
     // What the map makes of root, whose the upper is on disk.
     let root = fstat(&layers.upper).map_err(|e| MountError::new("read the upper layer", e.into()))?;
-    match idmap {
+    let mount = match idmap {
         None => stack(),
         Some(_) => mount::with_fs_ids(root.st_uid, root.st_gid, stack)
             .map_err(|e| MountError::new("become root of the id map", e))
             .flatten(),
-    }
+    }?;
+    Ok((mount, layers.into_mounts()))
 }
 
 pub(super) struct Layers {
@@ -96,6 +107,11 @@ impl Layers {
         };
         let (own, upper, work) = open().map_err(|e| MountError::new("clone the upper layer of an overlay", e))?;
         Ok(Self { lowers, own, upper, work })
+    }
+
+    fn into_mounts(self) -> Vec<OwnedFd> {
+        let lowers = self.lowers.into_iter().map(|layer| layer.mount);
+        lowers.chain([self.own]).collect()
     }
 
     /// Gives an upper layer that was never mounted the owner, mode and times of
@@ -158,38 +174,13 @@ impl Layers {
     /// For older kernels: layers attached in a mount namespace that nobody
     /// else sees, and named by their paths there, which are short.
     pub(super) fn stack_by_path(&self, options: OverlayOptions, volatile: bool) -> Result<OwnedFd, MountError> {
-        // Any directory can be covered: the namespace is ours alone.
-        let stage = Path::new("/sys");
-        let attached = || -> io::Result<String> {
-            let tmpfs = FsContext::open("tmpfs").and_then(|context| context.mount(Restrictions::default()));
-            let tmpfs = tmpfs.map_err(|error| io::Error::from(error.io().kind()))?;
-            mount::attach(tmpfs.as_fd(), mount::open_dir_path(stage)?.as_fd())?;
-            let mut lowerdir = String::new();
-            for (number, layer) in self.lowers.iter().enumerate() {
-                let name = number.to_string();
-                let separator = if lowerdir.is_empty() {
-                    ""
-                } else if layer.data {
-                    "::"
-                } else {
-                    ":"
-                };
-                lowerdir.push_str(&format!("{separator}/sys/{name}"));
-                attach_below(&tmpfs, &name, layer.mount.as_fd())?;
-            }
-            attach_below(&tmpfs, "own", self.own.as_fd())?;
-            Ok(lowerdir)
-        };
-        let by_path = || {
-            let lowerdir = attached().map_err(|e| MountError::new("attach the layers of an overlay", e))?;
+        layer::by_path(&self.lowers, Some(self.own.as_fd()), |lowerdir, own| {
             configure(options, self.has_content(), volatile, |context| {
-                // `lowerdir+` came with Linux 6.8.
-                context.set("lowerdir", &lowerdir)?;
-                context.set("upperdir", &format!("/sys/own/{UPPER}"))?;
-                context.set("workdir", &format!("/sys/own/{WORK}"))
+                context.set("lowerdir", lowerdir)?;
+                context.set("upperdir", &format!("{own}/{UPPER}"))?;
+                context.set("workdir", &format!("{own}/{WORK}"))
             })
-        };
-        mount::in_private_namespace(by_path).map_err(|e| MountError::new("make a private mount namespace", e)).flatten()
+        })
     }
 }
 
@@ -209,12 +200,6 @@ pub(super) fn unmark_volatile(own: BorrowedFd<'_>) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn attach_below(stage: &OwnedFd, name: &str, layer: BorrowedFd<'_>) -> io::Result<()> {
-    mkdirat(stage, name, Mode::RWXU)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    mount::attach(layer, openat(stage, name, flags, Mode::empty())?.as_fd())
 }
 
 fn configure(

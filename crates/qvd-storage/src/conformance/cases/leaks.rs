@@ -29,6 +29,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 fn leaks(bench: &Bench) -> Checked {
     let report = bench.site.dir("leaks.txt");
     let (site, path) = (Arc::clone(&bench.site), report.clone());
+    bench.rest()?;
     let work = move || {
         let text = match in_child(&site) {
             Ok(()) => String::new(),
