@@ -1,6 +1,6 @@
 //! What this crate reports.
 
-use std::{error::Error as StdError, io, time::Duration};
+use std::error::Error as StdError;
 
 use qvd_core::DesktopId;
 
@@ -25,14 +25,9 @@ pub enum Error {
         /// What is wrong about it.
         source: qvd_virt::Error,
     },
-    /// A file or system call failed.
-    #[error("cannot {op}")]
-    Io {
-        /// What was tried: our verb and the object.
-        op: String,
-        /// Why it failed.
-        source: io::Error,
-    },
+    /// What every virtualizer may meet: a file or a system call failed.
+    #[error(transparent)]
+    Host(#[from] qvd_virt::Error),
     /// libvirt refused or failed; its words are the cause.
     #[error("libvirt cannot {op}")]
     Libvirt {
@@ -44,18 +39,4 @@ pub enum Error {
     /// There is a domain of that name that runs.
     #[error("desktop {0} has a domain that runs already")]
     Busy(DesktopId),
-    /// Something took too long.
-    #[error("cannot {op} within {limit:?}")]
-    Timeout {
-        /// What was tried.
-        op: String,
-        /// How long it could have taken.
-        limit: Duration,
-    },
-}
-
-/// Wraps what the standard library and rustix report.
-pub(crate) fn io_error<E: Into<io::Error>>(op: impl Into<String>) -> impl FnOnce(E) -> Error {
-    let op = op.into();
-    move |source| Error::Io { op, source: source.into() }
 }

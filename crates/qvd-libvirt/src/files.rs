@@ -10,9 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use qvd_virt::vm::{Boot, DiskFormat, VmSpec};
+use qvd_virt::{
+    io_error,
+    vm::{Boot, DiskFormat, VmSpec},
+};
 
-use crate::{Error, error::io_error};
+use crate::Error;
 
 /// Names of what a domain consists of.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -85,7 +88,7 @@ impl Files {
         for path in MADE.map(|name| dir.join(name)) {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    failed = Err(io_error(format!("remove `{}`", path.display()))(error));
+                    failed = Err(io_error(format!("remove `{}`", path.display()))(error).into());
                 }
                 _ => {}
             }

@@ -6,8 +6,9 @@ use quick_xml::{
     Writer,
     events::{BytesEnd, BytesStart, BytesText, Event},
 };
+use qvd_virt::io_error;
 
-use crate::{Error, error::io_error};
+use crate::Error;
 
 /// An element.
 #[derive(Debug)]
@@ -50,7 +51,7 @@ impl Node {
     pub(crate) fn write(&self) -> Result<String, Error> {
         let mut bytes = Vec::new();
         self.write_to(&mut Writer::new_with_indent(&mut bytes, b' ', 2)).map_err(io_error("write a domain's XML"))?;
-        String::from_utf8(bytes).map_err(|error| io_error("write a domain's XML")(io::Error::other(error)))
+        String::from_utf8(bytes).map_err(|error| io_error("write a domain's XML")(io::Error::other(error)).into())
     }
 
     fn write_to(&self, writer: &mut Writer<&mut Vec<u8>>) -> io::Result<()> {

@@ -80,8 +80,9 @@ pub enum Error {
     },
 }
 
-/// Wraps what the standard library and rustix report.
-pub(crate) fn io_error<E: Into<io::Error>>(op: impl Into<String>) -> impl FnOnce(E) -> Error {
+/// Wraps what the standard library and rustix report, for virtualizers: `op` is
+/// the verb and the object.
+pub fn io_error<E: Into<io::Error>>(op: impl Into<String>) -> impl FnOnce(E) -> Error {
     let op = op.into();
     move |source| Error::Io { op, source: source.into() }
 }

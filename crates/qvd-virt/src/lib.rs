@@ -40,7 +40,7 @@ pub mod vm;
 pub use cgroup::{Freezer, Pressure, Waiting};
 pub use container::{Container, ContainerRecord, Prepared};
 pub use enforced::{Enforced, Protection};
-pub use error::Error;
+pub use error::{Error, io_error};
 pub use machine::{Failure, Machine};
 pub use probe::probe;
 pub use qvd_sys::process::{Exit, seal};
