@@ -3,6 +3,7 @@
 
 mod report;
 mod round;
+mod sharing;
 
 use std::{
     collections::BTreeMap,
@@ -12,7 +13,7 @@ use std::{
 };
 
 use qvd_core::{Bytes, DesktopId, DesktopSpec, Virtualizer};
-use qvd_virt::memory::{Activity, Guest, HostState, KSM_DIR, Ksm, Request, Shortfall, Tenant, admit};
+use qvd_virt::memory::{Activity, Guest, HostState, KSM_DIR, Ksm, Request, Shortfall, admit};
 
 pub use self::report::{DesktopMemory, MemoryReport};
 use self::round::Round;
@@ -31,13 +32,8 @@ const LONGEST: Duration = Duration::from_secs(60);
 /// Pressure at which nobody waits longer than they have to.
 const PRESSED_PERCENT: u8 = 10;
 
-/// Whose desktops may share pages with one another: those of the tenant `default`.
-/// What is shared can be told by its timing, and who was let share stays so, so
-/// that no other tenant's ever are.
-const TENANT: Tenant = Tenant(0);
-
-/// Whose desktops share pages with nobody.
-const OTHERS: Tenant = Tenant(1);
+/// File in the run-time directory that says whose desktops share pages.
+const SHARING_NOTE: &str = "sharing-tenant";
 
 /// What the memory of a machine is a multiple of.
 pub(crate) const MACHINE_STEP: u64 = 2 << 20;
@@ -125,7 +121,7 @@ impl Governor {
     /// Begins to govern. What cannot be done here is logged, and the rest is done.
     pub(crate) fn open(config: &MemoryConfig, run: &Path) -> Self {
         let ksm = if config.merge { Ksm::open(Path::new(KSM_DIR), &run.join(KSM_NOTE)) } else { Err(not_wanted()) };
-        let round = Round::new(ksm);
+        let round = Round::new(ksm, &run.join(SHARING_NOTE));
         Self {
             config: config.clone(),
             proc: PathBuf::from("/proc"),
@@ -327,6 +323,51 @@ mod tests {
             "is promised 400 MiB, 200 not promised to others; smallest change: stop desktop 1, or ask for 200 MiB less";
         assert_eq!(refused, expected);
         governor.admit(&machine(2, 200)).unwrap();
+    }
+
+    /// Desktops of which only what was noted is known.
+    #[derive(Debug)]
+    struct OutOfReach;
+
+    impl Desktops for OutOfReach {
+        fn all(&self) -> Vec<DesktopId> {
+            Vec::new()
+        }
+        fn with(&self, _: DesktopId, _: &mut dyn FnMut(Reached<'_>)) {}
+    }
+
+    #[test]
+    fn a_start_does_not_wait_for_whoever_goes_round() {
+        let (_proc, governor) = governor(1000, 100, MemoryConfig::default());
+        let round = governor.round.lock().unwrap();
+        governor.look(&OutOfReach, DesktopId::new(1).unwrap());
+        governor.go_round_unless_busy(&OutOfReach);
+        assert!(governor.report().is_none());
+        drop(round);
+        governor.go_round_unless_busy(&OutOfReach);
+        assert!(governor.report().is_some());
+    }
+
+    #[test]
+    fn pages_are_merged_by_need_and_not_again_after_the_end() {
+        let (proc, governor) = governor(1000, 100, MemoryConfig::default());
+        let files = ["run", "pages_to_scan", "sleep_millisecs", "full_scans", "pages_sharing"];
+        files.iter().for_each(|file| std::fs::write(proc.path().join(file), "0").unwrap());
+        let ksm = Ksm::open(proc.path(), &proc.path().join("note"));
+        *lock(&governor.round) = Round::new(ksm, &proc.path().join("sharing"));
+        let runs = || std::fs::read_to_string(proc.path().join("run")).unwrap();
+        for number in 1..=2 {
+            let request = governor.config.request(&spec(number, Virtualizer::Qemu, Bytes::mib(256)));
+            let mut one = Measured::starting(DesktopId::new(number).unwrap(), request);
+            one.guest.mergeable = true;
+            governor.note(one);
+        }
+        governor.go_round(&OutOfReach);
+        assert_eq!(runs(), "1");
+        governor.close().unwrap();
+        assert_eq!(runs(), "0");
+        governor.go_round(&OutOfReach);
+        assert_eq!(runs(), "0");
     }
 
     #[test]

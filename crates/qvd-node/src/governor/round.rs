@@ -2,14 +2,15 @@
 
 use std::{
     collections::HashMap,
-    sync::MutexGuard,
+    path::Path,
+    sync::{MutexGuard, TryLockError},
     time::{Duration, Instant},
 };
 
-use qvd_core::{Bytes, DesktopId, DesktopSpec, TenantName};
-use qvd_virt::memory::{Activity, Decision, Guest, HostState, Ksm, MergeCost, Request, Share, decide};
+use qvd_core::{Bytes, DesktopId};
+use qvd_virt::memory::{Activity, Decision, Guest, HostState, Ksm, MergeCost, Request, Share, Tenant, decide};
 
-use super::{DesktopMemory, Governor, MemoryReport, OTHERS, TENANT, activity, lock};
+use super::{DesktopMemory, Governor, MemoryReport, activity, lock, sharing::Sharing};
 use crate::desktop::Desktop;
 
 /// Least that is worth asking back.
@@ -37,7 +38,7 @@ impl Measured {
         let none = Bytes::new(0);
         let guest = Guest {
             id,
-            tenant: TENANT,
+            tenant: Tenant(0),
             minimum,
             maximum,
             current: none,
@@ -92,22 +93,30 @@ impl Seen {
 #[derive(Debug)]
 pub(crate) struct Round {
     ksm: Result<Ksm, String>,
+    sharing: Sharing,
     seen: HashMap<DesktopId, Seen>,
     /// What was logged of the host last, so that it is not said every time.
     told: Option<String>,
+    /// Whether the host's settings were put back: they stay so.
+    closed: bool,
 }
 
 impl Round {
-    pub(super) fn new(ksm: Result<Ksm, qvd_virt::Error>) -> Self {
+    pub(super) fn new(ksm: Result<Ksm, qvd_virt::Error>, note: &Path) -> Self {
+        let opened = ksm.and_then(|ksm| Ok((ksm, Sharing::open(note)?)));
+        let (ksm, sharing) =
+            opened.map_or_else(|error| (Err(error), Sharing::none(note)), |(ksm, sharing)| (Ok(ksm), sharing));
         let ksm = ksm.map_err(|error| qvd_core::causes(&error).join(": "));
         if let Err(why) = &ksm {
             tracing::info!(why, "equal pages are not merged");
         }
-        Self { ksm, seen: HashMap::new(), told: None }
+        Self { ksm, sharing, seen: HashMap::new(), told: None, closed: false }
     }
 
     pub(super) fn close(&mut self) -> Result<(), qvd_virt::Error> {
-        self.ksm.as_mut().map_or(Ok(()), Ksm::close)
+        self.closed = true;
+        self.ksm.as_mut().map_or(Ok(()), Ksm::close)?;
+        self.sharing.close()
     }
 
     fn cost(&self) -> Option<MergeCost> {
@@ -133,7 +142,17 @@ impl Governor {
     /// Measures, decides and acts. What fails at one desktop is logged and does
     /// not keep the others from theirs.
     pub(crate) fn go_round(&self, desktops: &dyn Desktops) {
-        let mut round = self.round();
+        self.work(self.round(), desktops);
+    }
+
+    /// The same for whoever must not wait: not if somebody goes round already.
+    pub(crate) fn go_round_unless_busy(&self, desktops: &dyn Desktops) {
+        if let Some(round) = self.free_round() {
+            self.work(round, desktops);
+        }
+    }
+
+    fn work(&self, mut round: MutexGuard<'_, Round>, desktops: &dyn Desktops) {
         for id in desktops.all() {
             desktops.with(id, &mut |reached| self.measure(&mut round, reached));
         }
@@ -149,7 +168,7 @@ impl Governor {
         };
         let cost = round.cost();
         host.merging = cost.as_ref().and_then(MergeCost::merging);
-        host.merging_tenant = host.merging.map(|_| TENANT);
+        host.merging_tenant = round.sharing.now();
         // What those take that are coming up is as good as gone.
         let coming: u64 = starting.values().map(|request| request.minimum.get()).sum();
         let seen = HostState { available: Bytes::new(host.available.get().saturating_sub(coming)), ..host };
@@ -162,15 +181,29 @@ impl Governor {
         *lock(&self.report) = Some(report(&host, &all, &round));
     }
 
-    /// Takes note of what a desktop has, on its own.
+    /// Takes note of what a desktop has, on its own; not if somebody goes round,
+    /// who does that too.
     pub(crate) fn look(&self, desktops: &dyn Desktops, id: DesktopId) {
-        let mut round = self.round();
-        desktops.with(id, &mut |reached| self.measure(&mut round, reached));
+        if let Some(mut round) = self.free_round() {
+            desktops.with(id, &mut |reached| self.measure(&mut round, reached));
+        }
     }
 
     /// What is remembered of those that are not gone.
     fn round(&self) -> MutexGuard<'_, Round> {
-        let mut round = lock(&self.round);
+        self.without_gone(lock(&self.round))
+    }
+
+    /// The same, if nobody has it.
+    fn free_round(&self) -> Option<MutexGuard<'_, Round>> {
+        match self.round.try_lock() {
+            Ok(round) => Some(self.without_gone(round)),
+            Err(TryLockError::Poisoned(poisoned)) => Some(self.without_gone(poisoned.into_inner())),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn without_gone<'a>(&self, mut round: MutexGuard<'a, Round>) -> MutexGuard<'a, Round> {
         for id in lock(&self.gone).drain(..) {
             round.seen.remove(&id);
         }
@@ -180,6 +213,7 @@ impl Governor {
     fn measure(&self, round: &mut Round, reached: Reached<'_>) {
         let Reached { desktop, attached, resting } = reached;
         let id = desktop.id();
+        let tenant = round.sharing.number(&desktop.spec.tenant);
         let seen = round.seen.entry(id).or_default();
         // What stands still takes no more than it did.
         let still = resting && seen.resting && seen.reclaimed.get() == 0;
@@ -198,10 +232,9 @@ impl Governor {
         (seen.left, seen.resting) = (usage.left, resting);
         let request = self.config.request(&desktop.spec);
         let (minimum, maximum) = (request.minimum, request.maximum);
-        let shares = shares(&desktop.spec);
         let guest = Guest {
             id,
-            tenant: if shares { TENANT } else { OTHERS },
+            tenant,
             // One at rest is owed what it has: the rest is in swap, or will be read.
             minimum: if resting { minimum.min(usage.resident) } else { minimum },
             maximum,
@@ -209,7 +242,7 @@ impl Governor {
             used: usage.used.min(usage.left.unwrap_or(maximum)),
             activity: activity(attached, resting, seen.busy),
             balloon: usage.left.is_some(),
-            mergeable: shares && desktop.machine.balloon().is_some(),
+            mergeable: desktop.machine.balloon().is_some(),
         };
         seen.profit = desktop.machine.balloon().filter(|_| seen.merges).and_then(|balloon| balloon.merge_profit());
         self.note(Measured { guest, resident: usage.resident });
@@ -227,8 +260,9 @@ impl Round {
 
     /// Starts, steers or stops the kernel's merging.
     fn merge(&mut self, decision: &Decision) {
-        let Ok(ksm) = &mut self.ksm else { return };
-        if let Err(error) = ksm.apply(decision.merge) {
+        let (Ok(ksm), false) = (&mut self.ksm, self.closed) else { return };
+        let chosen = if decision.merge.run { self.sharing.choose(decision.merge.tenant) } else { Ok(()) };
+        if let Err(error) = chosen.and_then(|()| ksm.apply(decision.merge)) {
             self.say(format!("equal pages are not merged as they should: {}", qvd_core::causes(&error).join(": ")));
         }
     }
@@ -244,7 +278,8 @@ impl Round {
         let failed = |what: &str, error: crate::machine::Failure| tracing::info!(desktop = %id, error, "{what}");
         // One that stands still would not answer.
         if let Some(balloon) = desktop.machine.balloon().filter(|_| !resting) {
-            if merge && shares(&desktop.spec) && self.ksm.is_ok() && !seen.merges {
+            let shares = merge && self.ksm.is_ok() && !self.closed && self.sharing.is_with(&desktop.spec.tenant);
+            if shares && !seen.merges {
                 match balloon.merge() {
                     Ok(()) => seen.merges = true,
                     Err(error) => failed("its pages are not merged", error),
@@ -265,11 +300,6 @@ impl Round {
             }
         }
     }
-}
-
-/// Whether a desktop may share pages with others of its tenant.
-fn shares(spec: &DesktopSpec) -> bool {
-    spec.tenant == TenantName::default()
 }
 
 fn report(host: &HostState, all: &[Measured], round: &Round) -> MemoryReport {

@@ -39,7 +39,7 @@ impl Inner {
         }
         let refused = |why| HostError::because(HostErrorKind::Busy, format!("cannot start desktop {}", spec.id), why);
         if self.governor.admit(spec).map_err(refused)?.needs_room {
-            self.governor.go_round(self);
+            self.governor.go_round_unless_busy(self);
         }
         Ok(())
     }
