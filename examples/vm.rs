@@ -218,6 +218,7 @@ impl Bed {
         let boot_ms = ms(began);
         running.wait_session().with_context(|| running.console())?;
         let session_ms = ms(began);
+        let HostMemory { proportional, private } = running.vm.host_memory()?;
         // Nobody holds the line while it is saved.
         drop(running.carrier.take());
         let saving = Instant::now();
@@ -225,7 +226,7 @@ impl Bed {
         let memory_mib = mib(template.memory_used()?.get());
         let line = json!({
             "template": true, "boot_ms": boot_ms, "session_ms": session_ms, "save_ms": ms(saving),
-            "memory_mib": memory_mib,
+            "memory_mib": memory_mib, "pss_mib": mib(proportional.get()), "private_mib": mib(private.get()),
         });
         eprintln!("{line}");
         Ok(template)

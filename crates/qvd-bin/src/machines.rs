@@ -18,6 +18,9 @@ pub(crate) struct Machines {
     /// Size of the disks that a machine's system and home are on; they take the space of what is written
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     pub(crate) vm_disk: Bytes,
+    /// Have machines whose system is forgotten at their stop born from a template, which the first of its kind makes
+    #[arg(long)]
+    pub(crate) vm_templates: bool,
 }
 
 impl Machines {
@@ -30,6 +33,7 @@ impl Machines {
         };
         let mut config = VmConfig::default();
         (config.kernel, config.accel, config.disk) = (self.vm_kernel.clone(), accel, self.vm_disk);
+        config.templates = self.vm_templates;
         config
     }
 }

@@ -82,6 +82,16 @@ pub enum Request {
     /// Becomes another: the machine is a clone from here on. Answered by
     /// [`Reply::Done`]; a container refuses.
     Identify(crate::Identity),
+    /// Ends the session's programs, but not what shows them, and starts none until
+    /// [`Request::Release`]: what a template waits with. Answered by [`Reply::Done`];
+    /// a container refuses.
+    Hold,
+    /// Lets a held session begin, in the home of whoever it is for. Answered by
+    /// [`Reply::Done`] before it has begun.
+    Release {
+        /// Whether the disk [`crate::HOME_SERIAL`] becomes its home first.
+        home: bool,
+    },
     /// Ends everything inside: SIGTERM, then after the grace SIGKILL.
     /// Answered by [`Reply::Stopping`]; then the init exits.
     Stop {

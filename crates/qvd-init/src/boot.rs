@@ -25,8 +25,8 @@ use nix::{
     unistd::Pid,
 };
 use qvd_guest::{
-    BASE_SERIAL, Base, BootConfig, Booted, GuestLink, HOME_SERIAL, Identity, Network, ROOT_SERIAL, Writable,
-    carry_in_guest,
+    BASE_SERIAL, Base, BootConfig, Booted, GuestLink, HOME_SERIAL, Identity, Network, ROOT_SERIAL, SessionConfig,
+    Writable, carry_in_guest,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -56,6 +56,8 @@ const DEVICE_WITHIN: Duration = Duration::from_secs(20);
 ///
 /// Source: Linux `Documentation/admin-guide/ext4.rst`.
 const DISK_OPTIONS: &str = "noinit_itable,discard";
+/// What no file system of the desktop's own lets in.
+const SEALED: MsFlags = MsFlags::MS_NODEV.union(MsFlags::MS_NOSUID);
 /// What every new file system has; nobody's home does.
 const LOST: &str = "lost+found";
 /// Directories nested deeper than this in a skeleton are not one's idea of a home.
@@ -200,7 +202,6 @@ fn make(path: &str) -> Result<(), String> {
 
 /// Puts the root together and makes it the root.
 fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
-    let sealed = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     match config.base {
         Base::Memory => {
             let node =
@@ -224,14 +225,13 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
     make("/disk/work")?;
     place("root", "/root", "overlay", MsFlags::empty(), "lowerdir=/base,upperdir=/disk/upper,workdir=/disk/work")?;
     if let Some(home) = &config.home {
-        // The home's own name comes from the image; nothing runs yet that
-        // could have put a link there since.
-        let target = format!("/root{home}");
-        make(&target)?;
-        place(&find_disk(HOME_SERIAL)?, &target, "ext4", sealed, DISK_OPTIONS)?;
-        if let Some(session) = &config.init.session {
-            fill_home(Path::new("/root/etc/skel"), Path::new(&target), (session.uid, session.gid))
-                .map_err(failed(format_args!("fill the new home {home}")))?;
+        match &config.init.session {
+            Some(session) if session.home == *home => mount_home("/root", session)?,
+            _ => {
+                let target = format!("/root{home}");
+                make(&target)?;
+                place(&find_disk(HOME_SERIAL)?, &target, "ext4", SEALED, DISK_OPTIONS)?;
+            }
         }
     }
     for name in ["dev", "proc", "sys"] {
@@ -245,9 +245,9 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
     let terminals = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     for (target, kind, flags, options) in [
         ("/dev/pts", "devpts", terminals, "mode=620,ptmxmode=666,gid=5"),
-        ("/dev/shm", "tmpfs", sealed, "mode=1777"),
-        ("/tmp", "tmpfs", sealed, "mode=1777"),
-        ("/run", "tmpfs", sealed, "mode=755"),
+        ("/dev/shm", "tmpfs", SEALED, "mode=1777"),
+        ("/tmp", "tmpfs", SEALED, "mode=1777"),
+        ("/run", "tmpfs", SEALED, "mode=755"),
     ] {
         make(target)?;
         place(kind, target, kind, flags, options)?;
@@ -266,6 +266,21 @@ fn become_desktop(config: &BootConfig) -> Result<(OwnedFd, Booted), String> {
     let listener = UnixListener::bind(&control).map_err(failed("listen for the host"));
     rustix::process::umask(Mode::from_raw_mode(0o022));
     Ok((listener?.into(), Booted { uptime_ms: uptime_ms(), direct }))
+}
+
+/// Mounts the home of a session's user below `root`, and fills it if it is new.
+///
+/// Its name comes from the image. Where it is mounted after the session's
+/// programs have run, they have ended, and only what they were given could have
+/// put a link there: that was the template's, which is nobody's.
+pub(crate) fn mount_home(root: &str, session: &SessionConfig) -> Result<(), String> {
+    let home = &session.home;
+    let target = format!("{root}{home}");
+    make(&target)?;
+    place(&find_disk(HOME_SERIAL)?, &target, "ext4", SEALED, DISK_OPTIONS)?;
+    let skeleton = format!("{root}/etc/skel");
+    fill_home(Path::new(&skeleton), Path::new(&target), (session.uid, session.gid))
+        .map_err(failed(format_args!("fill the new home {home}")))
 }
 
 /// Makes a new disk its user's home, from the image's skeleton. One that was

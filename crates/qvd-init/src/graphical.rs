@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, io, process::Stdio};
 
 use qvd_core::Geometry;
 use qvd_guest::SessionConfig;
-use rustix::{io::Errno, process::Signal};
+use rustix::{
+    io::Errno,
+    process::{Pid, Signal},
+};
 
 use crate::{
     desktop::{self, Desktop},
@@ -19,6 +22,14 @@ use crate::{
 /// Shortest life of a head without clients, in seconds: the first one has to
 /// last until the session is up.
 const MIN_LINGER_S: u32 = 5;
+/// The same for the first one in a machine, which an emulator on a busy host may
+/// run at a hundredth of the usual speed: a head that ends meanwhile takes the agent
+/// along, and all begins again.
+const FIRST_IN_MACHINE_S: u32 = 90;
+
+/// How often it is looked whether killed programs are gone, and the pause between.
+const END_LOOKS: u32 = 200;
+const END_LOOK: std::time::Duration = std::time::Duration::from_millis(10);
 
 /// The session with what it is made of.
 #[derive(Debug)]
@@ -33,6 +44,8 @@ pub(crate) struct Graphical {
     pub pids: BTreeMap<Role, u32>,
     /// How often to look again at what is unsettled.
     pub looks: u32,
+    /// Shortest life of the first head without clients, in seconds.
+    first_linger_s: u32,
 }
 
 /// Starts a program that prints to the log.
@@ -41,7 +54,12 @@ pub(crate) fn start(program: &Program<'_>, log: &Log) -> io::Result<u32> {
 }
 
 impl Graphical {
-    pub(crate) fn new(config: SessionConfig, base: &BTreeMap<String, String>) -> Result<Self, String> {
+    /// Makes the session's places; `in_machine` if they are in one.
+    pub(crate) fn new(
+        config: SessionConfig,
+        base: &BTreeMap<String, String>,
+        in_machine: bool,
+    ) -> Result<Self, String> {
         let desktop = Desktop::prepare(&config, Identity::of(&config)).map_err(|e| e.to_string())?;
         let mut env = base.clone();
         env.extend([
@@ -66,6 +84,7 @@ impl Graphical {
             tuned,
             pids: BTreeMap::new(),
             looks: 0,
+            first_linger_s: if in_machine { FIRST_IN_MACHINE_S } else { MIN_LINGER_S },
         })
     }
 
@@ -132,7 +151,8 @@ impl Graphical {
             return Err(io::Error::other(failure.to_string()));
         }
         let socket = self.desktop.rfb_socket().display().to_string();
-        let (geometry, linger) = (geometry.to_string(), self.config.head_linger_s.max(MIN_LINGER_S).to_string());
+        let least = if self.machine.ready_at().is_none() { self.first_linger_s } else { MIN_LINGER_S };
+        let (geometry, linger) = (geometry.to_string(), self.config.head_linger_s.max(least).to_string());
         let display = format!(":{HEAD_DISPLAY}");
         // A port below zero listens on none. It ends by itself when nobody was
         // connected for the time given; GLX would cost 10 MiB.
@@ -183,6 +203,27 @@ impl Graphical {
             Ok(()) | Err(Errno::SRCH) => None,
             Err(e) => Some(format!("cannot signal {role:?}: {e}")),
         }
+    }
+
+    /// Kills all that the user runs but what shows the session, and waits until it
+    /// is gone, for a moment.
+    pub(crate) fn end_programs(&self) -> Result<(), String> {
+        let uid = self.desktop.user().uid;
+        let shows = [Role::Agent, Role::Head, Role::Proxy, Role::Fit];
+        let kept: Vec<u32> = shows.iter().filter_map(|role| self.pids.get(role)).copied().collect();
+        for _ in 0..END_LOOKS {
+            let running = stats::running_as(uid);
+            let left: Vec<u32> = running.into_iter().filter(|pid| !kept.contains(pid)).collect();
+            if left.is_empty() {
+                return Ok(());
+            }
+            for pid in left.into_iter().filter_map(|pid| Pid::from_raw(pid.cast_signed())) {
+                // It may have ended just now.
+                let _gone = rustix::process::kill_process(pid, Signal::KILL);
+            }
+            std::thread::sleep(END_LOOK);
+        }
+        Err("its programs do not end".to_owned())
     }
 
     pub(crate) fn clients(&self) -> u32 {

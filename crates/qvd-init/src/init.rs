@@ -181,7 +181,7 @@ impl Init {
         let mut env = config.env;
         env.entry("PATH".to_owned()).or_insert_with(|| PATH.to_owned());
         env.entry("LANG".to_owned()).or_insert_with(|| "C.UTF-8".to_owned());
-        let graphical = config.session.map(|session| Graphical::new(session, &env)).transpose()?;
+        let graphical = config.session.map(|session| Graphical::new(session, &env, port.is_some())).transpose()?;
         env.insert("HOME".to_owned(), "/root".to_owned());
         let service = |argv| Service { argv, due: Some(Moment::ZERO), ..Service::default() };
         let mut init = Self {
@@ -234,6 +234,28 @@ impl Init {
             let own = ["/proc/self/exe".to_owned()].into_iter().chain(boot::network_arguments(network));
             self.run_aside(&own.collect::<Vec<_>>());
         }
+        Ok(())
+    }
+
+    /// Ends the session's programs and keeps others from starting.
+    fn hold(&mut self) -> Result<(), String> {
+        if self.port.is_none() {
+            return Err("a container cannot become another".to_owned());
+        }
+        self.session(Some(Event::Hold));
+        self.graphical.as_ref().map_or(Ok(()), Graphical::end_programs)
+    }
+
+    /// Lets a session begin that was held.
+    fn release(&mut self, home: bool) -> Result<(), String> {
+        if self.port.is_none() {
+            return Err("a container cannot become another".to_owned());
+        }
+        if home {
+            let graphical = self.graphical.as_ref().ok_or("this image has no session")?;
+            boot::mount_home("", &graphical.config)?;
+        }
+        self.session(Some(Event::Release));
         Ok(())
     }
 
@@ -621,6 +643,14 @@ impl Init {
                     Err(reason) => self.refuse(id, "take another identity", &reason),
                 }
             }
+            (Request::Hold, Purpose::Unknown) => match self.hold() {
+                Ok(()) => self.answer(id, &Reply::Done),
+                Err(reason) => self.refuse(id, "hold the session", &reason),
+            },
+            (Request::Release { home }, Purpose::Unknown) => match self.release(home) {
+                Ok(()) => self.answer(id, &Reply::Done),
+                Err(reason) => self.refuse(id, "let the session begin", &reason),
+            },
             (Request::Stop { grace_ms }, Purpose::Unknown) => {
                 self.answer(id, &Reply::Stopping);
                 self.stop(Duration::from_millis(grace_ms.into()));

@@ -144,6 +144,10 @@ pub(crate) enum Event {
     Resized,
     /// [`Action::Connect`] found nobody listening yet.
     NotConnected,
+    /// The session's programs are to end and none to start.
+    Hold,
+    /// They are to start, as for the first time.
+    Release,
 }
 
 /// What to do.
@@ -256,6 +260,10 @@ pub(crate) struct Session {
     /// is thrown out: it has not said yet that it follows a screen's size.
     resizing: bool,
     managed: bool,
+    /// Whether no window manager is to run.
+    held: bool,
+    /// Whether it was held, and its window manager is not up yet.
+    released: bool,
     autostarted: Option<Moment>,
     unreached: BTreeMap<usize, Unreached>,
     waiting: Option<Waiting>,
@@ -285,6 +293,8 @@ impl Session {
             resize: None,
             resizing: false,
             managed: false,
+            held: false,
+            released: false,
             autostarted: None,
             unreached: BTreeMap::new(),
             waiting: None,
@@ -372,7 +382,26 @@ impl Session {
             Event::ProgramEnded(index, exit) => self.program_ended(now, index, exit),
             Event::Resized => self.resizing = false,
             Event::NotConnected => self.connect_not_before = now + CONNECT_AGAIN,
+            Event::Hold => self.hold(out),
+            Event::Release => {
+                (self.held, self.released) = (false, true);
+                self.manager_backoff = Backoff::default();
+            }
             Event::Ended(role, exit) => self.ended(now, role, exit, out),
+        }
+    }
+
+    /// Ends the session's programs, but not what shows them.
+    fn hold(&mut self, out: &mut Vec<Action>) {
+        self.held = true;
+        self.managed = false;
+        (self.ready_at, self.autostarted) = (None, None);
+        self.unreached.clear();
+        for role in [Role::WindowManager, Role::Watch] {
+            if self.program(role).is_up() {
+                *self.program(role) = Program::Ending { kill: None };
+                out.push(Action::Kill(role));
+            }
         }
     }
 
@@ -477,6 +506,8 @@ impl Session {
             return Front::Head;
         }
         match self.waiting.map(|waiting| waiting.kind) {
+            // Programs may not reach an agent that is shown nowhere.
+            None if self.released && self.front != Front::Native => Front::Head,
             Some(DisplayKind::Nx { .. }) => Front::Native,
             Some(_) => Front::Head,
             None => Front::Nobody,
@@ -602,7 +633,7 @@ impl Session {
 
     /// Looks after the window manager.
     fn manage(&mut self, now: Moment, out: &mut Vec<Action>) {
-        if !self.seen.session_socket {
+        if !self.seen.session_socket || self.held || (self.released && !self.is_shown()) {
             return;
         }
         if self.manager.is_down() && now >= self.manager_backoff.not_before {
@@ -619,6 +650,7 @@ impl Session {
             }
         }
         if self.managed && self.autostarted.is_none() {
+            self.released = false;
             self.autostarted = Some(now);
             self.ready_at = self.ready_at.or(Some(now));
             out.push(Action::Autostart);

@@ -29,6 +29,17 @@ pub(crate) fn processes() -> Vec<u32> {
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).take(MAX_PROCESSES).collect()
 }
 
+/// Processes of this user that have not ended.
+pub(crate) fn running_as(uid: u32) -> Vec<u32> {
+    let is_theirs = |pid: &u32| {
+        let status = read(&format!("/proc/{pid}/status"), MAX_READ).unwrap_or_default();
+        let field =
+            |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.split_ascii_whitespace().next());
+        field("Uid:").is_some_and(|text| text.parse() == Ok(uid)) && field("State:").is_some_and(|state| state != "Z")
+    };
+    processes().into_iter().filter(is_theirs).collect()
+}
+
 /// Proportional set size of one process in bytes, if we may see it.
 pub(crate) fn pss(pid: u32) -> Option<u64> {
     pss_bytes(&read(&format!("/proc/{pid}/smaps_rollup"), MAX_READ)?)

@@ -164,6 +164,8 @@ pub(crate) struct Parts {
     /// The init program, sealed: one copy in memory for all desktops.
     pub(crate) init: OwnedFd,
     pub(crate) ranges: Ranges,
+    /// How long a session may take until its window manager is up.
+    pub(crate) session_limit: Duration,
 }
 
 pub(crate) fn failed<E>(kind: HostErrorKind, what: impl fmt::Display) -> impl FnOnce(E) -> HostError
@@ -196,7 +198,8 @@ impl Parts {
             HostErrorKind::Failed,
             format!("cannot open the records below `{}`", config.run.display()),
         ))?;
-        let parts = Self { store, runtime, machines, networks, records, init, ranges: Ranges::default() };
+        let (ranges, session_limit) = (Ranges::default(), config.session_limit);
+        let parts = Self { store, runtime, machines, networks, records, init, ranges, session_limit };
         let adopted = parts.adopt_all()?;
         Ok((parts, adopted))
     }
@@ -275,7 +278,7 @@ impl Parts {
             }
             MachineRecord::Vm(record) => {
                 let vm = self.machines.qemu()?.adopt(record)?.ok_or(ENDED)?;
-                let disks = self.guest_disks(spec, image)?;
+                let disks = self.guest_disks(spec, image, record.is_clone())?;
                 Ok(Box::new(InVm::adopt(vm, disks, guest.listen()?)?))
             }
         }

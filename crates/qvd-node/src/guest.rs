@@ -14,7 +14,9 @@ use std::{
 };
 
 use qvd_core::DisplayKind;
-use qvd_guest::{Channel, ChannelError, ExecRequest, GuestError, Reply, Request, SessionState, Stats, VERSION};
+use qvd_guest::{
+    Channel, ChannelError, ExecRequest, GuestError, Identity, Reply, Request, SessionState, Stats, VERSION,
+};
 use rustix::{fs::Mode, pipe::PipeFlags};
 
 use crate::{ExecSession, ExecStdio, HostError, HostErrorKind};
@@ -165,6 +167,25 @@ impl Guest {
         let mut channel = self.ask_with(&Request::Exec(request), &theirs)?;
         started(&mut channel)?;
         Ok(ExecSession::new(ExecStdio::Pipes { stdin, stdout, stderr }, channel))
+    }
+
+    /// Has the init end its session's programs and start none.
+    pub(crate) fn hold(&self, limit: Duration) -> Result<(), Error> {
+        self.done(&Request::Hold, limit)
+    }
+
+    /// Has the init become another, and its held session begin in the home that
+    /// is on its disk.
+    pub(crate) fn become_another(&self, identity: Identity, limit: Duration) -> Result<(), Error> {
+        self.done(&Request::Identify(identity), limit)?;
+        self.done(&Request::Release { home: true }, limit)
+    }
+
+    fn done(&self, request: &Request, limit: Duration) -> Result<(), Error> {
+        match self.ask(request)?.recv(limit)?.0 {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(other)),
+        }
     }
 
     /// Asks the init to end everything inside. Its exit tells when it has.

@@ -1,6 +1,7 @@
 //! One host: storage, virtualizers and network composed into desktops.
 #![forbid(unsafe_code)]
 
+mod config;
 mod desktop;
 #[cfg(feature = "fake")]
 pub mod fake;
@@ -23,6 +24,7 @@ mod supervisor;
 mod swap;
 mod version;
 
+pub use config::{NodeConfig, VmConfig};
 pub use governor::{DesktopMemory, MemoryConfig, MemoryReport};
 pub use host::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecControl, ExecSession, ExecStdio, Host, HostError,
@@ -30,7 +32,7 @@ pub use host::{
 };
 pub use limits::raise_limits;
 pub use network::Tenants;
-pub use node::{Node, NodeConfig, VmConfig};
+pub use node::Node;
 pub use probe::{Probe, probe, probe_vms, survey, survey_disks};
 pub use qvd_guest::{ExecRequest, Exit, Stats};
 pub use qvd_net::{Counters, Decision, PortView};

@@ -1,113 +1,40 @@
 //! The host itself: which desktops there are, and who may touch each when.
 
 mod memory;
+mod slot;
 
 use std::{
     collections::HashMap,
     os::fd::AsFd as _,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    path::Path,
+    sync::{Arc, Mutex, Weak},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use qvd_core::{
-    Bytes, DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, Instance, StartStep, Tag,
-};
+use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
 use qvd_guest::{ExecRequest, Stats};
 use qvd_net::PortView;
 use qvd_storage::{
     BuildOptions, Repository,
     repository::{NewVersion, Version},
 };
-use qvd_virt::vm::AccelChoice;
 
+use self::slot::{Face, Slot, State, lock};
 use crate::{
-    Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecSession, Host, HostError, HostErrorKind, ImageSummary,
-    MemoryConfig, MemoryReport, Timings,
+    Attachment, DesktopStatus, EndReason, ExecSession, Host, HostError, HostErrorKind, ImageSummary, MemoryReport,
+    NodeConfig, Timings,
     desktop::{Desktop, Parts, micros, virt},
     gate::Gate,
     governor::Governor,
     guest::Guest,
-    network::Tenants,
-    rest::{Awake, Due, Rest},
+    rest::{Due, Rest},
     supervisor::{Supervisor, Watcher},
 };
 
 /// How many desktops each processor takes apart at once: most of that is the
 /// kernel freeing memory, and some is waiting.
 const CLOSED_AT_ONCE: usize = 32;
-
-/// Where a node keeps things and how long it waits for them.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct NodeConfig {
-    /// Directory of what lasts: images, roots, homes.
-    pub root: PathBuf,
-    /// Directory of what lasts until the next boot: records, sockets.
-    pub run: PathBuf,
-    /// The static program that becomes process 1 of every desktop.
-    pub init: PathBuf,
-    /// What stands in the names of this node's kernel objects.
-    pub instance: Instance,
-    /// The bridge and its addresses.
-    pub network: qvd_net::NetConfig,
-    /// Tenants, and what each of them gets and may reach.
-    pub tenants: Tenants,
-    /// How desktops run that are virtual machines.
-    pub vm: VmConfig,
-    /// How the host's memory is shared out.
-    pub memory: MemoryConfig,
-    /// How long a session may take until its window manager is up.
-    pub session_limit: Duration,
-    /// How long a session may take to open a display.
-    pub attach_limit: Duration,
-    /// How long nobody has to be attached until a desktop rests, unless its
-    /// flavour says otherwise.
-    pub rest_after: Duration,
-}
-
-impl NodeConfig {
-    /// A node with the usual limits and a network without a way out.
-    #[must_use]
-    pub fn new(root: &Path, run: &Path, init: PathBuf, instance: Instance) -> Self {
-        Self {
-            root: root.to_path_buf(),
-            run: run.to_path_buf(),
-            init,
-            instance,
-            network: qvd_net::NetConfig::new(instance),
-            tenants: Tenants::default(),
-            vm: VmConfig::default(),
-            memory: MemoryConfig::default(),
-            session_limit: Duration::from_secs(60),
-            attach_limit: Duration::from_secs(30),
-            // Beyond the few seconds that a browser's head lingers.
-            rest_after: Duration::from_secs(8),
-        }
-    }
-}
-
-/// How a node runs virtual machines.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct VmConfig {
-    /// Directory with a kernel and its modules, as `/` of a host has them, for
-    /// images that have none; the host's own if not said.
-    pub kernel: Option<PathBuf>,
-    /// What executes them.
-    pub accel: AccelChoice,
-    /// Size of the disk that a machine writes to its system on, and of the one
-    /// that its home is on. Both take the space of what is on them.
-    pub disk: Bytes,
-}
-
-impl Default for VmConfig {
-    /// The host's kernel, KVM where it works, disks of 16 GiB.
-    fn default() -> Self {
-        Self { kernel: None, accel: AccelChoice::Auto, disk: Bytes::gib(16) }
-    }
-}
 
 /// A host that runs desktops here, in this kernel.
 ///
@@ -129,67 +56,6 @@ struct Inner {
     exit: Gate,
     /// Who gets how much memory.
     governor: Arc<Governor>,
-}
-
-/// One desktop's place. `live` is held for as long as a start or a stop takes,
-/// so that these wait for one another; `rest` while its processes are stopped
-/// or resumed; `face` only for a moment. Taken in this order.
-#[derive(Debug, Default)]
-struct Slot {
-    live: Mutex<Option<Desktop>>,
-    rest: Mutex<Rest>,
-    face: Mutex<Face>,
-}
-
-/// What others may know of a desktop while somebody works on it.
-#[derive(Debug, Default)]
-struct Face {
-    state: State,
-    timings: Option<Timings>,
-    ended: Option<String>,
-    guest: Option<Guest>,
-    attachment: Option<AttachmentEnd>,
-}
-
-impl Slot {
-    /// The desktop itself, for whoever looks at it. A start or a stop is not waited
-    /// for; a measurement is, which takes a moment.
-    fn live(&self, id: DesktopId) -> Result<MutexGuard<'_, Option<Desktop>>, HostError> {
-        let state = lock(&self.face).state;
-        if matches!(state, State::Starting(_) | State::Stopping) {
-            let what = format!("desktop {id} is starting or stopping");
-            return Err(HostError::new(HostErrorKind::Busy, what));
-        }
-        Ok(lock(&self.live))
-    }
-
-    /// Lets the desktop go on if it stands still, and keeps it awake.
-    fn wake(&self, id: DesktopId) -> Result<Awake, HostError> {
-        let woken = lock(&self.rest).wake();
-        woken.map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot wake desktop {id}"), e))
-    }
-}
-
-impl Face {
-    fn is_attached(&self) -> bool {
-        self.attachment.as_ref().is_some_and(AttachmentEnd::is_open)
-    }
-}
-
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum State {
-    #[default]
-    Stopped,
-    Starting(StartStep),
-    Running,
-    Stopping,
-    Zombie,
-}
-
-/// A panic elsewhere has not broken what these locks protect: every change
-/// under them is one assignment.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Node {
@@ -395,7 +261,7 @@ impl Host for Node {
                 step(StartStep::Session);
                 let desktop = live.insert(desktop);
                 self.watch(desktop)?;
-                let waited = desktop.guest().wait_session(self.inner.config.session_limit);
+                let waited = desktop.guest().wait_session(self.inner.parts.session_limit(spec));
                 waited.map_err(|e| e.into_host_error(format!("the session of desktop {} did not start", spec.id)))?;
                 *lock(&slot.rest) = desktop.rest(self.inner.config.rest_after);
                 let guest = desktop.guest().clone();

@@ -1,23 +1,30 @@
 //! How a desktop comes to run: the steps of a start, undone in reverse when one
 //! of them fails.
 
-use std::{os::fd::AsFd as _, time::Instant};
+mod machine;
 
-use qvd_core::{Bytes, Calls, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
-use qvd_guest::{BootConfig, HOME_SERIAL, Identity, InitConfig, ROOT_SERIAL, SessionConfig, VERSION, Writable};
-use qvd_net::{Port, PortSpec, TapSpec, loopback_up};
-use qvd_storage::{Disk, Home, HomeId, Image, RootId};
-use qvd_virt::{ContainerMount, ContainerSpec, InheritedFd, Program, seal, vm::NicSpec};
+use std::{
+    os::fd::AsFd as _,
+    time::{Duration, Instant},
+};
+
+use qvd_core::{Calls, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
+use qvd_guest::{InitConfig, SessionConfig, VERSION};
+use qvd_net::{Port, PortSpec, loopback_up};
+use qvd_storage::{Home, HomeId, Image, RootId};
+use qvd_virt::{ContainerMount, ContainerSpec, InheritedFd, Program, seal};
 
 use crate::{
     HostError, HostErrorKind, Timings,
     desktop::{Desktop, Parts, failed, micros, net, note, rest_of, storage, user_namespace, virt},
     forks::ForkWatch,
-    governor::MACHINE_STEP,
     guest::Guest,
-    machine::{Boot, Failure, InContainer, InVm, Machine},
+    machine::{Failure, InContainer, Machine},
     record::Record,
 };
+
+/// How many times as long as others' the session of an emulated machine may take.
+const EMULATED: u32 = 5;
 
 /// Undoes the steps of a start, last first, unless the start succeeds.
 #[derive(Default)]
@@ -161,84 +168,10 @@ impl Parts {
         Ok((Box::new(InContainer::new(container, root, *ids)), port, timings))
     }
 
-    fn start_vm<'a>(
-        &'a self,
-        start: &Start<'_>,
-        guest: &Guest,
-        undo: &mut Undo<'a>,
-        step: &mut dyn FnMut(StartStep),
-    ) -> Result<Made, HostError> {
-        let Start { spec, image, ids, began, what, .. } = start;
-        let id = spec.id;
-        let mut timings = Timings::default();
-        if let Some(home) = &spec.home {
-            let reason = format!("{what}: a machine keeps its home on a disk of its own, not in `{}`", home.display());
-            return Err(HostError::new(HostErrorKind::Unsupported, reason));
-        }
-        if !spec.devices.is_empty() || spec.calls.is_some() {
-            let reason = format!("{what}: a machine has devices and system calls of its own, not its host's");
-            return Err(HostError::new(HostErrorKind::Unsupported, reason));
-        }
-        let base = self.store.guest_base(image).map_err(storage(what))?;
-        if spec.root == RootPolicy::Volatile {
-            undo.step(move || note(id, self.store.remove_guest_root(id)));
-        }
-        let disks = self.guest_disks(spec, image).map_err(storage(what))?;
-        timings.root_us = micros(*began);
-
-        step(StartStep::Confinement);
-        self.begin(id, undo, what)?;
-        let listener = guest.listen().map_err(|e| e.into_host_error((*what).to_owned()))?;
-        let planned = self.machines.plan(id, *ids, image, &base, self.records.dir(id));
-        let (qemu, mut machine) = planned.map_err(refused(what))?;
-        machine.limits = spec.limits;
-        machine.limits.memory = Bytes::new(spec.limits.memory.get().next_multiple_of(MACHINE_STEP));
-        for (serial, disk) in [ROOT_SERIAL, HOME_SERIAL].into_iter().zip(&disks) {
-            machine.disks.push(InVm::disk(serial, &**disk).map_err(failed(HostErrorKind::Failed, what))?);
-        }
-
-        step(StartStep::Port);
-        let port_began = Instant::now();
-        let policy = self.networks.allowed(&spec.tenant, &spec.net);
-        let (port, network) = if policy.port {
-            let (port, tap, network) = self.networks.with(&spec.tenant, |network| {
-                let tap = TapSpec { desktop: id, address: spec.address, policy, header: true };
-                let (port, tap) = network.attach_tap(&tap).map_err(net(what))?;
-                let place = port.place();
-                Ok((port, tap, place))
-            })?;
-            machine.nics.push(NicSpec { tap, mac: port.mac().octets() });
-            let gateway = network.gateway;
-            (Some(port), Some(qvd_guest::Network { address: network.address, prefix: network.prefix, gateway }))
-        } else {
-            (None, None)
-        };
-        timings.port_us = micros(port_began);
-
-        step(StartStep::Init);
-        let vm = qemu.start(machine).map_err(virt(what))?;
-        let identity = Identity::fresh(&*spec.hostname, network);
-        let config = BootConfig {
-            identity: identity.map_err(failed(HostErrorKind::Failed, what))?,
-            base: qvd_guest::Base::Memory,
-            writable: Writable::Disk,
-            home: Some(image.config().user.home()),
-            init: init_config(image),
-        };
-        let vm = InVm::boot(vm, disks, Boot { config: &config, listener });
-        let vm = vm.map_err(failed(HostErrorKind::Failed, what))?;
-        timings.start_us = micros(*began);
-        Ok((Box::new(vm), port, timings))
-    }
-
-    /// What a machine writes to its system, and its home.
-    pub(crate) fn guest_disks(
-        &self,
-        spec: &DesktopSpec,
-        image: &Image,
-    ) -> Result<[Box<dyn Disk>; 2], qvd_storage::Error> {
-        let size = self.machines.disk();
-        Ok([self.store.guest_root(image, spec.id, spec.root, size)?, self.store.guest_home(spec.id, size)?])
+    /// How long the session of a desktop that was started may take.
+    pub(crate) fn session_limit(&self, spec: &DesktopSpec) -> Duration {
+        let emulated = spec.virtualizer == Virtualizer::Qemu && self.machines.are_emulated();
+        self.session_limit * if emulated { EMULATED } else { 1 }
     }
 
     /// Makes the directory of what is remembered of a desktop.

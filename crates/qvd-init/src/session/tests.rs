@@ -386,3 +386,32 @@ fn whatever_dies_whenever_the_session_comes_back() {
     world.happen(Some(Event::Attach(9999, rfb())));
     world.until(|world| world.connected(9999));
 }
+
+#[test]
+fn a_held_session_keeps_its_display_and_begins_anew_when_it_is_let() {
+    let mut world = World::booted();
+    world.happen(Some(Event::Hold));
+    assert!(!world.running.contains(&Role::WindowManager));
+    let shown_by = world.running.clone();
+    world.now += Duration::from_secs(60);
+    world.happen(None);
+    assert_eq!(world.running, shown_by, "nothing starts while it is held");
+    assert!(world.running.contains(&Role::Agent));
+    assert_eq!(world.session.state(), SessionState::Starting);
+    world.log.clear();
+    world.happen(Some(Event::Release));
+    world.until(|world| world.session.state() == SessionState::Ready);
+    assert!(!world.has(|action| matches!(action, Action::Start(Role::Agent, _))), "{:?}", world.log);
+    assert!(world.has(|action| *action == Action::Autostart));
+}
+
+#[test]
+fn a_held_session_that_nobody_shows_is_shown_before_it_begins() {
+    let mut world = World::booted();
+    world.happen(Some(Event::Hold));
+    world.kill(Role::Head, Exit::Code(0));
+    assert_eq!(world.seen.agent, AgentState::Suspended);
+    world.happen(Some(Event::Release));
+    world.until(|world| world.session.state() == SessionState::Ready && world.seen.agent == AgentState::Running);
+    assert!(world.running.contains(&Role::Proxy));
+}

@@ -15,7 +15,7 @@ use qvd_virt::{
     vm::{Accel, BaseDevice, BaseSpec, GuestKernel, Kvm, KvmMemory, Qemu, VmSpec},
 };
 
-use super::Failure;
+use super::{Failure, Templates};
 use crate::{NodeConfig, VmConfig};
 
 /// Where a kernel is looked for when neither the image nor the configuration
@@ -32,6 +32,7 @@ const KNOWN: &str = "kvm.json";
 pub(crate) struct Machines {
     runtime: Arc<Runtime>,
     config: VmConfig,
+    pub(crate) born: Templates,
     init: PathBuf,
     /// Where the answer about KVM is remembered.
     known: PathBuf,
@@ -55,6 +56,7 @@ impl Machines {
         Self {
             runtime,
             config: config.vm.clone(),
+            born: Templates::default(),
             init: config.init.clone(),
             known: config.root.join(KNOWN),
             run: config.run.clone(),
@@ -67,6 +69,16 @@ impl Machines {
     /// Size of the disks that machines write to.
     pub(crate) const fn disk(&self) -> Bytes {
         self.config.disk
+    }
+
+    /// Whether machines whose system is forgotten are born from templates.
+    pub(crate) const fn templates(&self) -> bool {
+        self.config.templates
+    }
+
+    /// Whether machines that were started here are emulated.
+    pub(crate) fn are_emulated(&self) -> bool {
+        lock(&self.ready).as_ref().is_some_and(|ready| ready.accel == Accel::Tcg)
     }
 
     /// Finds QEMU, for machines that run already.

@@ -2,6 +2,7 @@
 
 mod container;
 mod hypervisor;
+mod templates;
 mod vm;
 
 use std::{
@@ -18,7 +19,8 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::{
     container::InContainer,
     hypervisor::{Machines, probe_machines},
-    vm::{Boot, InVm},
+    templates::{Kind, Templates},
+    vm::{Birth, Boot, InVm},
 };
 use crate::guest::Guest;
 

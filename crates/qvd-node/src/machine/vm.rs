@@ -8,7 +8,7 @@ use std::{
 };
 
 use qvd_core::{Bytes, UidRange};
-use qvd_guest::{BootConfig, Carrier, Link};
+use qvd_guest::{BootConfig, Carrier, Identity, Link};
 use qvd_storage::{Device, Disk, DiskFormat};
 use qvd_virt::{
     Exit, Freezer,
@@ -38,8 +38,8 @@ pub(crate) struct InVm {
     vm: Vm,
     /// Carries what is said at the socket of its init.
     carrier: Carrier,
-    /// What it writes to its system, and its home; in this order.
-    disks: [Box<dyn Disk>; 2],
+    /// What it writes to its system, if that is not its memory, and its home.
+    disks: Vec<Box<dyn Disk>>,
     /// Whether it was told to say what it uses.
     reports: bool,
 }
@@ -54,7 +54,7 @@ pub(crate) struct Boot<'a> {
 
 impl InVm {
     /// Lets a machine boot, and tells its init what to become.
-    pub(crate) fn boot(mut vm: Vm, disks: [Box<dyn Disk>; 2], boot: Boot<'_>) -> Result<Self, Failure> {
+    pub(crate) fn boot(mut vm: Vm, disks: Vec<Box<dyn Disk>>, boot: Boot<'_>) -> Result<Self, Failure> {
         let mut tell = || -> Result<Carrier, Failure> {
             vm.resume()?;
             let mut link = Link::connect(vm.link(), BOOTS_WITHIN)?;
@@ -63,19 +63,40 @@ impl InVm {
         };
         match tell() {
             Ok(carrier) => Ok(Self { vm, carrier, disks, reports: false }),
-            Err(error) => {
-                let said = last_lines(&vm.console().unwrap_or_default());
-                let error = Silent { said, source: error };
-                if let Err(left) = vm.close() {
-                    tracing::warn!(desktop = %vm.id(), error = &left as &dyn std::error::Error, "machine left behind");
-                }
-                Err(error.into())
-            }
+            Err(error) => Err(given_up(vm, error)),
+        }
+    }
+
+    /// Lets a clone go on as another, whose home is on its one disk.
+    pub(crate) fn born(mut vm: Vm, disks: Vec<Box<dyn Disk>>, birth: Birth<'_>) -> Result<Self, Failure> {
+        let mut tell = || -> Result<Carrier, Failure> {
+            vm.resume()?;
+            let link = Link::reconnect(vm.link(), BOOTS_WITHIN)?;
+            let carrier = link.carry(birth.listener.try_clone()?)?;
+            birth.guest.become_another(birth.identity.clone(), BOOTS_WITHIN)?;
+            Ok(carrier)
+        };
+        match tell() {
+            Ok(carrier) => Ok(Self { vm, carrier, disks, reports: false }),
+            Err(error) => Err(given_up(vm, error)),
+        }
+    }
+
+    /// The machine alone, once its session's programs have ended: what a template
+    /// is made of.
+    pub(crate) fn into_template(self, guest: &Guest) -> Result<Vm, Failure> {
+        let Self { vm, mut carrier, .. } = self;
+        if let Err(error) = guest.hold(BOOTS_WITHIN) {
+            return Err(given_up(vm, error.into()));
+        }
+        match carrier.close() {
+            Ok(()) => Ok(vm),
+            Err(error) => Err(given_up(vm, error.into())),
         }
     }
 
     /// Takes over a machine that an earlier node left running.
-    pub(crate) fn adopt(vm: Vm, disks: [Box<dyn Disk>; 2], listener: OwnedFd) -> Result<Self, Failure> {
+    pub(crate) fn adopt(vm: Vm, disks: Vec<Box<dyn Disk>>, listener: OwnedFd) -> Result<Self, Failure> {
         let link = Link::reconnect(vm.link(), BOOTS_WITHIN)?;
         Ok(Self { carrier: link.carry(listener)?, vm, disks, reports: false })
     }
@@ -100,6 +121,25 @@ impl InVm {
         };
         Ok(DiskSpec { serial: serial.to_owned(), file: open(&path, true)?.into(), format })
     }
+}
+
+/// What makes a clone a desktop.
+pub(crate) struct Birth<'a> {
+    /// Who it becomes.
+    pub(crate) identity: &'a Identity,
+    /// Where the node talks with its init.
+    pub(crate) listener: OwnedFd,
+    /// Its init, at that place.
+    pub(crate) guest: &'a Guest,
+}
+
+/// Ends a machine that did not become what it was to, and shows why.
+fn given_up(mut vm: Vm, source: Failure) -> Failure {
+    let said = last_lines(&vm.console().unwrap_or_default());
+    if let Err(left) = vm.close() {
+        tracing::warn!(desktop = %vm.id(), error = &left as &dyn std::error::Error, "machine left behind");
+    }
+    Silent { said, source }.into()
 }
 
 /// A machine whose init did not become a desktop's.
@@ -154,7 +194,7 @@ impl Machine for InVm {
     fn memory(&mut self, still: bool) -> Result<Usage, Failure> {
         let resident = self.vm.container().memory()?;
         let unasked = Usage { resident, used: resident, left: None };
-        if still {
+        if still || self.vm.is_clone() {
             return Ok(unasked);
         }
         if !self.reports {
@@ -170,8 +210,9 @@ impl Machine for InVm {
         Ok(self.vm.container().reclaim(amount)?)
     }
 
+    /// A clone has none: the kernel has what clones have in common once already.
     fn balloon(&mut self) -> Option<&mut dyn Balloon> {
-        Some(self)
+        (!self.vm.is_clone()).then_some(self)
     }
 
     fn reclaim_all(&self) -> Result<(), Failure> {

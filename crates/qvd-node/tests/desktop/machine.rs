@@ -8,14 +8,10 @@ use qvd_testkit::{Need, bed_directory, privileged};
 
 use super::{Host, RFB, greeting, on_a_host, run, stands_still, wait_for_rest};
 
-/// As long as a boot by emulation takes on a host that does much else.
-const BOOTS: Duration = Duration::from_secs(150);
-
 fn config(host: &Host) -> NodeConfig {
     let mut config = host.config.clone();
     config.vm.kernel = Some(bed_directory().unwrap());
     config.vm.accel = AccelChoice::Tcg;
-    config.session_limit = BOOTS;
     config
 }
 
@@ -86,6 +82,71 @@ fn the_same_image_runs_as_a_machine_is_adopted_and_keeps_its_home() {
         node.ensure_running(&spec, &mut |_| {}).unwrap();
         assert_eq!(said(&node, id, "cat ~/mark /etc/mark; test ! -e /tmp/mark"), "kept\nsystem\n");
         node.remove(id).unwrap();
+        node.shut_down(Duration::ZERO).unwrap();
+    });
+}
+
+/// What tells a machine from others, as its programs see it, once it has its
+/// place in the network.
+fn who(node: &Node, id: DesktopId) -> Vec<String> {
+    let script = "until hostname -I | grep -q '[0-9]'; do sleep 0.2; done; hostname -I; hostname; cat /etc/machine-id \
+                  /proc/sys/kernel/random/uuid /sys/class/net/eth0/address";
+    said(node, id, script).lines().map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn machines_born_from_a_template_are_others_and_have_homes_of_their_own() {
+    with_machines(|host| {
+        let mut config = config(host);
+        config.vm.templates = true;
+        let [one, other] = [1, 2].map(|number| DesktopSpec { root: RootPolicy::Volatile, ..machine(host, number) });
+        let node = Node::open(config.clone()).unwrap();
+        node.ensure_running(&one, &mut |_| {}).unwrap();
+        // The second start has a template: no kernel boots.
+        node.ensure_running(&other, &mut |_| {}).unwrap();
+        for spec in [&one, &other] {
+            assert_eq!(
+                said(&node, spec.id, "cat /sys/block/vd*/serial").trim(),
+                "qvd-home",
+                "its system is in its memory"
+            );
+        }
+
+        let seen = [who(&node, one.id), who(&node, other.id)];
+        for (first, second) in seen[0].iter().zip(&seen[1]) {
+            assert_ne!(first, second, "{seen:?}");
+        }
+        for (spec, about) in [&one, &other].into_iter().zip(&seen) {
+            let port = node.network(spec.id, &[]).unwrap().expect("it has a port");
+            assert_eq!(about[..2], [port.ipv4.to_string(), spec.hostname.to_string()], "{about:?}");
+            assert_eq!(about[4], port.mac.to_string());
+            let display = node.attach(spec.id, RFB, &mut drop).unwrap();
+            assert_eq!(greeting(display.stream()), "RFB 003.008\n");
+        }
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let clock: u64 = said(&node, one.id, "date +%s").trim().parse().unwrap();
+        assert!(clock.abs_diff(now) < 60, "its clock says {clock}, the host's {now}");
+
+        // Programs of the session began in the home that is the desktop's own.
+        let script = "home=$(stat -Lc %d:%i ~); for dir in /proc/[0-9]*; do [ \"$(cat $dir/comm 2>/dev/null)\" = icewm ] && \
+                      stat -Lc %d:%i $dir/cwd; done | sort -u; echo $home; ls -A ~ | wc -l";
+        let places = said(&node, one.id, script);
+        let places: Vec<_> = places.lines().collect();
+        assert_eq!(places[0], places[1], "{places:?}");
+        assert_ne!(places[2], "0", "the skeleton is in the new home");
+
+        // The node dies: a clone is taken over as well.
+        said(&node, one.id, "echo kept > ~/mark; echo here > /tmp/mark; sync");
+        run(&node, one.id, true, "echo system > /etc/mark; sync");
+        drop(node);
+        let node = Node::open(config).unwrap();
+        assert_eq!(said(&node, one.id, "cat ~/mark /tmp/mark"), "kept\nhere\n");
+        node.stop(one.id, Duration::from_secs(10)).unwrap();
+        node.ensure_running(&one, &mut |_| {}).unwrap();
+        assert_eq!(said(&node, one.id, "cat ~/mark; test ! -e /etc/mark; test ! -e /tmp/mark"), "kept\n");
+        for spec in [&one, &other] {
+            node.remove(spec.id).unwrap();
+        }
         node.shut_down(Duration::ZERO).unwrap();
     });
 }

@@ -295,6 +295,12 @@ impl Vm {
         self.call(&Balloon { value: memory.get() }).map(drop)
     }
 
+    /// Whether its memory is a template's, so that it has no balloon.
+    #[must_use]
+    pub const fn is_clone(&self) -> bool {
+        self.memory_file
+    }
+
     /// How much memory the balloon leaves to the guest at the moment.
     ///
     /// # Errors
@@ -443,5 +449,11 @@ impl VmRecord {
     #[must_use]
     pub const fn id(&self) -> DesktopId {
         self.container.id()
+    }
+
+    /// Whether its memory is a template's.
+    #[must_use]
+    pub const fn is_clone(&self) -> bool {
+        self.memory_file
     }
 }

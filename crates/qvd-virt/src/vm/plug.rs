@@ -40,17 +40,17 @@ impl Slot {
     }
 
     /// Numbers of descriptor sets are the machine's own; those of its start
-    /// are small.
+    /// are small. The next is for what is behind the first.
     const fn set(self) -> u32 {
         match self {
             Self::First => 100,
-            Self::Second => 101,
+            Self::Second => 102,
         }
     }
 }
 
 /// Set for a picture, see [`Slot::set`].
-const PICTURE_SET: u32 = 102;
+const PICTURE_SET: u32 = 104;
 
 /// Largest picture that is read, in bytes: 4096 x 4096 pixels and a header.
 const MAX_PICTURE: u64 = (4096 * 4096 * 3) + 64;
@@ -84,38 +84,50 @@ impl Vm {
         added.inspect_err(|_| drop(self.call(&NetdevDel { id: &format!("{name}-net") })))
     }
 
-    /// Plugs in a disk that is not an overlay on another.
+    /// Plugs in a disk, with what it is an overlay on.
     ///
     /// # Errors
-    /// The place is taken, the disk is an overlay, or QEMU refuses.
+    /// The place is taken, or QEMU refuses.
     pub fn plug_disk(&mut self, slot: Slot, disk: &DiskSpec) -> Result<(), Error> {
         let (name, set) = (slot.name(), slot.set());
-        let driver = match disk.format {
-            DiskFormat::Raw => json!("raw"),
-            DiskFormat::Qcow2 { backing: None } => json!("qcow2"),
-            DiskFormat::Qcow2 { .. } => {
-                let reason = "only what stands alone can be plugged in";
-                return Err(Error::Invalid { what: format!("disk {:?}", disk.serial), reason });
-            }
-        };
-        self.call_with(&AddFd { set }, &[disk.file.as_fd()])?;
         let node = format!("{name}-disk");
-        let mut block = json!({
-            "driver": driver, "node-name": node, "discard": "unmap",
-            "file": { "driver": "file", "filename": format!("/dev/fdset/{set}"), "locking": "off" },
-        });
-        if driver == "qcow2" {
+        let file = |set: u32| json!({ "driver": "file", "filename": format!("/dev/fdset/{set}"), "locking": "off" });
+        let mut block = json!({ "node-name": node, "discard": "unmap", "file": file(set), "driver": "raw" });
+        let mut behind = None;
+        if let DiskFormat::Qcow2 { backing } = &disk.format {
+            block["driver"] = json!("qcow2");
+            // Whatever the header says, nothing else is opened.
             block["backing"] = serde_json::Value::Null;
+            if let Some(backing) = backing {
+                let mut below = json!({
+                    "driver": if backing.qcow2 { "qcow2" } else { "raw" }, "file": file(set + 1), "read-only": true,
+                });
+                below["file"]["read-only"] = json!(true);
+                if backing.qcow2 {
+                    below["backing"] = serde_json::Value::Null;
+                }
+                block["backing"] = below;
+                behind = Some(backing.file.as_fd());
+            }
         }
-        let added = self.call(&BlockdevAdd(block)).map(drop).and_then(|()| {
+        self.call_with(&AddFd { set }, &[disk.file.as_fd()])?;
+        let add = || {
+            if let Some(file) = behind {
+                self.call_with(&AddFd { set: set + 1 }, &[file])?;
+            }
+            self.call(&BlockdevAdd(block))?;
             let device = json!({
                 "driver": "virtio-blk-pci", "id": format!("{name}-dev"), "bus": name, "drive": node,
                 "serial": disk.serial,
             });
             let added = self.call(&DeviceAdd(device)).map(drop);
             added.inspect_err(|_| drop(self.call(&BlockdevDel { node: &node })))
-        });
-        added.inspect_err(|_| drop(self.call(&RemoveFd { set })))
+        };
+        let added = add();
+        added.inspect_err(|_| {
+            drop(self.call(&RemoveFd { set }));
+            drop(self.call(&RemoveFd { set: set + 1 }));
+        })
     }
 
     /// Unplugs what is in a place: asks the guest to let go of it, and waits
@@ -139,6 +151,7 @@ impl Vm {
         if !net {
             self.call(&BlockdevDel { node: &format!("{name}-disk") })?;
             self.forget_descriptors(slot.set())?;
+            self.forget_descriptors(slot.set() + 1)?;
         }
         Ok(())
     }

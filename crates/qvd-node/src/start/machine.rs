@@ -1,0 +1,191 @@
+//! A desktop in a virtual machine: booted, or born from a template.
+
+use std::sync::Arc;
+
+use qvd_core::{Bytes, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange};
+use qvd_guest::{BootConfig, HOME_SERIAL, Identity, ROOT_SERIAL, Writable};
+use qvd_net::TapSpec;
+use qvd_storage::{Disk, GuestBase, Image};
+use qvd_virt::vm::{NicSpec, Qemu, Slot, Template, VmSpec};
+
+use super::{Made, Start, Undo, init_config, refused};
+use crate::{
+    HostError, HostErrorKind, Timings,
+    desktop::{Parts, failed, micros, net, note, storage, virt},
+    governor::MACHINE_STEP,
+    guest::Guest,
+    machine::{Birth, Boot, Failure, InVm, Kind},
+};
+
+/// Number of the machine that is to become a template: there is one at a time, and
+/// no desktop gets it before ten million others have. Those above try KVM.
+const TEMPLATE: u32 = DesktopId::MAX - 1;
+
+impl Parts {
+    pub(super) fn start_vm<'a>(
+        &'a self,
+        start: &Start<'_>,
+        guest: &Guest,
+        undo: &mut Undo<'a>,
+        step: &mut dyn FnMut(StartStep),
+    ) -> Result<Made, HostError> {
+        let Start { spec, image, began, what, .. } = start;
+        let id = spec.id;
+        let mut timings = Timings::default();
+        if let Some(home) = &spec.home {
+            let reason = format!("{what}: a machine keeps its home on a disk of its own, not in `{}`", home.display());
+            return Err(HostError::new(HostErrorKind::Unsupported, reason));
+        }
+        if !spec.devices.is_empty() || spec.calls.is_some() {
+            let reason = format!("{what}: a machine has devices and system calls of its own, not its host's");
+            return Err(HostError::new(HostErrorKind::Unsupported, reason));
+        }
+        let base = self.store.guest_base(image).map_err(storage(what))?;
+        let born = self.machines.templates() && spec.root == RootPolicy::Volatile && image.config().session.is_some();
+        if spec.root == RootPolicy::Volatile {
+            undo.step(move || note(id, self.store.remove_guest_root(id)));
+        }
+        let disks = self.guest_disks(spec, image, born).map_err(storage(what))?;
+        timings.root_us = micros(*began);
+
+        step(StartStep::Confinement);
+        self.begin(id, undo, what)?;
+        let listener = guest.listen().map_err(|e| e.into_host_error((*what).to_owned()))?;
+
+        step(StartStep::Port);
+        let port_began = std::time::Instant::now();
+        let policy = self.networks.allowed(&spec.tenant, &spec.net);
+        let (port, nic, network) = if policy.port {
+            let (port, tap, network) = self.networks.with(&spec.tenant, |network| {
+                let tap = TapSpec { desktop: id, address: spec.address, policy, header: true };
+                let (port, tap) = network.attach_tap(&tap).map_err(net(what))?;
+                let place = port.place();
+                Ok((port, tap, place))
+            })?;
+            let nic = NicSpec { tap, mac: port.mac().octets() };
+            let gateway = network.gateway;
+            let network = qvd_guest::Network { address: network.address, prefix: network.prefix, gateway };
+            (Some(port), Some(nic), Some(network))
+        } else {
+            (None, None, None)
+        };
+        timings.port_us = micros(port_began);
+
+        step(StartStep::Init);
+        let identity = Identity::fresh(&*spec.hostname, network);
+        let identity = identity.map_err(failed(HostErrorKind::Failed, what))?;
+        let vm = if born {
+            let clone = self.clone_of(start, &base, &disks, nic)?;
+            InVm::born(clone, disks, Birth { identity: &identity, listener, guest })
+        } else {
+            let (qemu, mut machine) = self.planned(start, &base, id, start.ids)?;
+            for (serial, disk) in [ROOT_SERIAL, HOME_SERIAL].into_iter().zip(&disks) {
+                machine.disks.push(InVm::disk(serial, &**disk).map_err(failed(HostErrorKind::Failed, what))?);
+            }
+            machine.nics.extend(nic);
+            let vm = qemu.start(machine).map_err(virt(what))?;
+            let home = Some(image.config().user.home());
+            let config = boot_config(identity, Writable::Disk, home, image);
+            InVm::boot(vm, disks, Boot { config: &config, listener })
+        };
+        let vm = vm.map_err(failed(HostErrorKind::Failed, what))?;
+        timings.start_us = micros(*began);
+        Ok((Box::new(vm), port, timings))
+    }
+
+    /// What starts a machine of this kind under another number, and what it is.
+    fn planned(
+        &self,
+        start: &Start<'_>,
+        base: &GuestBase,
+        id: DesktopId,
+        ids: UidRange,
+    ) -> Result<(Arc<Qemu>, VmSpec), HostError> {
+        let Start { spec, image, what, .. } = start;
+        let planned = self.machines.plan(id, ids, image, base, self.records.dir(id));
+        let (qemu, mut machine) = planned.map_err(refused(what))?;
+        machine.limits = spec.limits;
+        machine.limits.memory = Bytes::new(spec.limits.memory.get().next_multiple_of(MACHINE_STEP));
+        Ok((qemu, machine))
+    }
+
+    /// A clone that stands still, with its home and its interface. A template that does
+    /// not fit any more, as after an update of QEMU, is made again once.
+    fn clone_of(
+        &self,
+        start: &Start<'_>,
+        base: &GuestBase,
+        disks: &[Box<dyn Disk>],
+        nic: Option<NicSpec>,
+    ) -> Result<qvd_virt::vm::Vm, HostError> {
+        let Start { spec, what, .. } = start;
+        let tenant = spec.tenant.to_string();
+        let kind = Kind::of(spec);
+        let started = || -> Result<_, HostError> {
+            let made = self.machines.born.of(&kind, || self.template(start, base));
+            let template = made.map_err(refused(what))?;
+            let (qemu, machine) = self.planned(start, base, spec.id, start.ids)?;
+            Ok((qemu.start_clone(machine, &template, &tenant), template))
+        };
+        let clone = match started()? {
+            (Err(error @ qvd_virt::Error::Invalid { .. }), template) => {
+                tracing::info!(desktop = %spec.id, %error, "the template is made again");
+                self.machines.born.forget(&kind, &template);
+                started()?.0
+            }
+            (clone, _) => clone,
+        };
+        let mut clone = clone.map_err(virt(what))?;
+        for disk in disks {
+            let disk = InVm::disk(HOME_SERIAL, &**disk).map_err(failed(HostErrorKind::Failed, what))?;
+            clone.plug_disk(Slot::First, &disk).map_err(virt(what))?;
+        }
+        if let Some(nic) = nic {
+            clone.plug_nic(Slot::Second, &nic).map_err(virt(what))?;
+        }
+        Ok(clone)
+    }
+
+    /// Boots a machine of this kind until its session is up, ends the session's
+    /// programs, and saves it.
+    fn template(&self, start: &Start<'_>, base: &GuestBase) -> Result<Template, Failure> {
+        let Start { spec, image, .. } = start;
+        let id = DesktopId::new(TEMPLATE)?;
+        let mut undo = Undo::default();
+        let slot = self.ranges.take()?;
+        undo.step(move || self.ranges.free(slot));
+        self.begin(id, &mut undo, "cannot make a template")?;
+        let guest = Guest::at(self.records.socket(id));
+        let listener = guest.listen()?;
+        let (qemu, machine) = self.planned(start, base, id, UidRange::of_slot(slot)?)?;
+        let memory = machine.limits.memory;
+        let (vm, mold) = qemu.start_template(machine, &spec.tenant.to_string())?;
+        let writable = Writable::Memory { bytes: memory.get() / 2 };
+        let config = boot_config(Identity::fresh("template", None)?, writable, None, image);
+        let vm = InVm::boot(vm, Vec::new(), Boot { config: &config, listener })?;
+        guest.wait_session(self.session_limit(spec))?;
+        let template = mold.save(vm.into_template(&guest)?)?;
+        tracing::info!(tenant = %spec.tenant, image = %spec.image, "a template was made");
+        Ok(template)
+    }
+
+    /// What a machine writes to its system, unless that is its memory, and its home.
+    pub(crate) fn guest_disks(
+        &self,
+        spec: &DesktopSpec,
+        image: &Image,
+        born: bool,
+    ) -> Result<Vec<Box<dyn Disk>>, qvd_storage::Error> {
+        let size = self.machines.disk();
+        let mut disks = Vec::new();
+        if !born {
+            disks.push(self.store.guest_root(image, spec.id, spec.root, size)?);
+        }
+        disks.push(self.store.guest_home(spec.id, size)?);
+        Ok(disks)
+    }
+}
+
+fn boot_config(identity: Identity, writable: Writable, home: Option<String>, image: &Image) -> BootConfig {
+    BootConfig { identity, base: qvd_guest::Base::Memory, writable, home, init: init_config(image) }
+}
