@@ -4,7 +4,7 @@ use std::{
     fs::File,
     os::fd::{BorrowedFd, OwnedFd},
     path::Path,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use qvd_core::{Bytes, UidRange};
@@ -58,7 +58,9 @@ impl InVm {
         let mut tell = || -> Result<Carrier, Failure> {
             vm.resume()?;
             let mut link = Link::connect(vm.link(), BOOTS_WITHIN)?;
-            link.boot(boot.config, BOOTS_WITHIN)?;
+            let mut config = boot.config.clone();
+            config.identity.time_ns = now_ns();
+            link.boot(&config, BOOTS_WITHIN)?;
             Ok(link.carry(boot.listener.try_clone()?)?)
         };
         match tell() {
@@ -73,7 +75,8 @@ impl InVm {
             vm.resume()?;
             let link = Link::reconnect(vm.link(), BOOTS_WITHIN)?;
             let carrier = link.carry(birth.listener.try_clone()?)?;
-            birth.guest.become_another(birth.identity.clone(), BOOTS_WITHIN)?;
+            let identity = Identity { time_ns: now_ns(), ..birth.identity.clone() };
+            birth.guest.become_another(identity, BOOTS_WITHIN)?;
             Ok(carrier)
         };
         match tell() {
@@ -131,6 +134,12 @@ pub(crate) struct Birth<'a> {
     pub(crate) listener: OwnedFd,
     /// Its init, at that place.
     pub(crate) guest: &'a Guest,
+}
+
+/// What a clock is set to that is set now: a boot and a template take a while.
+fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Ends a machine that did not become what it was to, and shows why.
