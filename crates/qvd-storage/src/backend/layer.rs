@@ -120,7 +120,10 @@ fn mount_file(file: &File) -> Result<Image, MountError> {
 }
 
 fn mount_erofs(source: &Path) -> Result<OwnedFd, MountError> {
-    let context = FsContext::open("erofs").map_err(|error| error.lacking("EROFS (`modprobe erofs`)"))?;
+    let context = FsContext::open("erofs").map_err(|error| match Errno::from_io_error(error.io()) {
+        Some(Errno::NODEV) => error.lacking("EROFS (`modprobe erofs`)"),
+        _ => error,
+    })?;
     context.set("source", &source.display().to_string())?;
     // A loop device for reading is not opened for more.
     context.set_flag("ro")?;
