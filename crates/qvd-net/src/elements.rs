@@ -3,12 +3,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use netlink_packet_core::{NLM_F_CREATE, NlasIterator};
+use netlink_packet_core::{DefaultNla, NLA_F_NESTED, NLM_F_CREATE, NlasIterator};
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     nftables::{
         DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
-        TableAttribute, TableMessage, Verdict, VerdictAttribute,
+        TableAttribute, TableMessage, VerdictAttribute,
     },
     none::ControlMessage,
 };
@@ -275,18 +275,49 @@ fn nf_tables(family: Family, message: NfTablesMessage) -> NetfilterMessage {
 fn list(table: &str, set: &str, elements: &[&Element]) -> SetElementMessage {
     let mut attributes = vec![SetElementList::Table(table.to_owned()), SetElementList::Set(set.to_owned())];
     if !elements.is_empty() {
-        attributes.push(SetElementList::Elements(elements.iter().map(|element| described(element)).collect()));
+        let mut bytes = Vec::new();
+        elements.iter().for_each(|element| describe(&mut bytes, element));
+        attributes.push(SetElementList::Other(DefaultNla::new(NLA_F_NESTED | SET_ELEM_LIST_ELEMENTS, bytes)));
     }
     SetElementMessage { attributes }
 }
 
-fn described(element: &Element) -> ListAttribute<SetElementAttribute> {
-    let mut attributes = vec![SetElementAttribute::Key(DataAttribute::Value(element.key.clone()))];
-    if let Some(chain) = &element.goto {
-        let verdict = vec![VerdictAttribute::Code(Verdict::Goto), VerdictAttribute::Chain(chain.clone())];
-        attributes.push(SetElementAttribute::Data(DataAttribute::Verdict(verdict)));
+/// Appends an element. By hand: the crate measures every part again on each level
+/// above it, which takes twice as long as the kernel needs for all of a message.
+fn describe(bytes: &mut Vec<u8>, element: &Element) {
+    nested(bytes, LIST_ELEM, |bytes| {
+        nested(bytes, SET_ELEM_KEY, |bytes| put(bytes, DATA_VALUE, &element.key));
+        if let Some(chain) = &element.goto {
+            nested(bytes, SET_ELEM_DATA, |bytes| {
+                nested(bytes, DATA_VERDICT, |bytes| {
+                    put(bytes, VERDICT_CODE, &NFT_GOTO.to_be_bytes());
+                    put(bytes, VERDICT_CHAIN, &[chain.as_bytes(), b"\0"].concat());
+                });
+            });
+        }
+    });
+}
+
+/// Appends an attribute.
+fn put(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    attribute_of(bytes, kind, |bytes| bytes.extend(value));
+}
+
+/// Appends an attribute of attributes.
+fn nested(bytes: &mut Vec<u8>, kind: u16, value: impl FnOnce(&mut Vec<u8>)) {
+    attribute_of(bytes, NLA_F_NESTED | kind, value);
+}
+
+fn attribute_of(bytes: &mut Vec<u8>, kind: u16, value: impl FnOnce(&mut Vec<u8>)) {
+    let start = bytes.len();
+    bytes.extend([[0; 2], kind.to_ne_bytes()].concat());
+    value(bytes);
+    // A list is cut before it is longer than that: `LIST_MAX`.
+    let length = u16::try_from(bytes.len() - start).unwrap_or(u16::MAX);
+    if let Some(place) = bytes.get_mut(start..start + 2) {
+        place.copy_from_slice(&length.to_ne_bytes());
     }
-    ListAttribute::Element(attributes)
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
 /// An element as the kernel shows it.
@@ -310,8 +341,14 @@ fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
 
 /// Source of the numbers, here and below: Linux `include/uapi/linux/netfilter/nf_tables.h`.
 const SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const LIST_ELEM: u16 = 1;
 const SET_ELEM_KEY: u16 = 1;
+const SET_ELEM_DATA: u16 = 2;
 const DATA_VALUE: u16 = 1;
+const DATA_VERDICT: u16 = 2;
+const VERDICT_CODE: u16 = 1;
+const VERDICT_CHAIN: u16 = 2;
+const NFT_GOTO: i32 = -4;
 
 /// What the elements in a message have counted.
 fn raw_counts(message: &[u8]) -> Vec<(Vec<u8>, u64)> {
@@ -332,9 +369,6 @@ fn raw_counts(message: &[u8]) -> Vec<(Vec<u8>, u64)> {
 /// The elements in a message of the kernel, behind netlink's header: each a key and
 /// the name of the chain that it leads to.
 fn raw_elements(message: &[u8]) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
-    const SET_ELEM_DATA: u16 = 2;
-    const DATA_VERDICT: u16 = 2;
-    const VERDICT_CHAIN: u16 = 2;
     let behind_header = message.get(4..).unwrap_or_default();
     let elements = attribute(behind_header, SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
     let element = |element| {
