@@ -13,10 +13,8 @@ use qvd_sys::{
     netns,
     packet::{ETHERTYPE_ALL, PacketSocket},
 };
-use qvd_testkit::privileged;
 
 use super::{
-    NEEDS,
     frames::{self, Station},
     vectors,
     world::{Desktop, INSTANCE, MARK_LEN, Seen, World, config, connected, desktop, holds, on_a_host, subnet},
@@ -30,14 +28,12 @@ use crate::{
 /// Every further vector, as the matrix before it.
 #[test]
 fn no_further_hostile_frame_leaves_the_port() {
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let mut world = World::new(&[], true);
-            let vectors = vectors::hostile(&world.cast());
-            assert!(vectors.len() > 200, "{}", vectors.len());
-            let reached = world.reached_by(vectors);
-            assert!(reached.is_empty(), "{reached:#?}");
-        });
+    on_a_host(|| {
+        let mut world = World::new(&[], true);
+        let vectors = vectors::hostile(&world.cast());
+        assert!(vectors.len() > 200, "{}", vectors.len());
+        let reached = world.reached_by(vectors);
+        assert!(reached.is_empty(), "{reached:#?}");
     });
 }
 
@@ -45,25 +41,23 @@ fn no_further_hostile_frame_leaves_the_port() {
 #[test]
 fn no_runt_passes() {
     const ROWS: &[(&[Protection], &[u16])] = &[(&[], &[]), (&[ArpWhole], &[frames::ARP])];
-    privileged(NEEDS, || {
-        for &(without, pass) in ROWS {
-            on_a_host(|| {
-                let mut world = World::new(without, true);
-                let vectors::Cast { own, gateway, .. } = world.cast();
-                let udp = frames::udp(own.ip, gateway.ip, (9, 9));
-                let arp = frames::arp(1, own, gateway.ip);
-                let mut passed: Vec<_> = [(frames::IPV4, udp), (frames::ARP, arp)]
-                    .into_iter()
-                    .map(|(ethertype, packet)| (ethertype, frames::ethernet(gateway.mac, own.mac, ethertype, &packet)))
-                    .flat_map(|(ethertype, whole)| (14..whole.len()).map(move |end| (ethertype, whole[..end].to_vec())))
-                    .filter(|(_, runt)| world.send_exactly(runt, runt) != Seen::default())
-                    .map(|(ethertype, _)| ethertype)
-                    .collect();
-                passed.dedup();
-                assert_eq!(passed, pass, "without {without:?}");
-            });
-        }
-    });
+    for &(without, pass) in ROWS {
+        on_a_host(|| {
+            let mut world = World::new(without, true);
+            let vectors::Cast { own, gateway, .. } = world.cast();
+            let udp = frames::udp(own.ip, gateway.ip, (9, 9));
+            let arp = frames::arp(1, own, gateway.ip);
+            let mut passed: Vec<_> = [(frames::IPV4, udp), (frames::ARP, arp)]
+                .into_iter()
+                .map(|(ethertype, packet)| (ethertype, frames::ethernet(gateway.mac, own.mac, ethertype, &packet)))
+                .flat_map(|(ethertype, whole)| (14..whole.len()).map(move |end| (ethertype, whole[..end].to_vec())))
+                .filter(|(_, runt)| world.send_exactly(runt, runt) != Seen::default())
+                .map(|(ethertype, _)| ethertype)
+                .collect();
+            passed.dedup();
+            assert_eq!(passed, pass, "without {without:?}");
+        });
+    }
 }
 
 /// A desktop raises its own MTU; what is longer than the bridge's still stays. The
@@ -71,28 +65,26 @@ fn no_runt_passes() {
 /// no further.
 #[test]
 fn no_giant_passes() {
-    privileged(NEEDS, || {
-        for is_machine in [false, true] {
-            on_a_host(|| {
-                let config = NetConfig { internet: true, ..config() };
-                let mut world = if is_machine { World::with_tap(config) } else { World::with(config, &[]) };
-                if !is_machine {
-                    world.a.inside(|| set_mtu("eth0", 9000));
-                }
-                let vectors::Cast { own, other, gateway, .. } = world.cast();
-                let send = |to: [u8; 6], ip, length: usize| {
-                    let packet = [&frames::udp(own.ip, ip, (5000, 4000))[..], &vec![0; length]].concat();
-                    frames::ethernet(to, own.mac, frames::IPV4, &packet)
-                };
-                assert!(world.send(&send(gateway.mac, gateway.ip, 1000)).host, "one that is short enough");
-                for (to, ip) in [(gateway.mac, gateway.ip), (gateway.mac, other.ip), (other.mac, other.ip)] {
-                    let seen = world.send(&send(to, ip, 8000));
-                    assert!(!seen.program && !seen.neighbour, "{seen:?}");
-                    assert!(is_machine || !seen.host, "{seen:?}");
-                }
-            });
-        }
-    });
+    for is_machine in [false, true] {
+        on_a_host(|| {
+            let config = NetConfig { internet: true, ..config() };
+            let mut world = if is_machine { World::with_tap(config) } else { World::with(config, &[]) };
+            if !is_machine {
+                world.a.inside(|| set_mtu("eth0", 9000));
+            }
+            let vectors::Cast { own, other, gateway, .. } = world.cast();
+            let send = |to: [u8; 6], ip, length: usize| {
+                let packet = [&frames::udp(own.ip, ip, (5000, 4000))[..], &vec![0; length]].concat();
+                frames::ethernet(to, own.mac, frames::IPV4, &packet)
+            };
+            assert!(world.send(&send(gateway.mac, gateway.ip, 1000)).host, "one that is short enough");
+            for (to, ip) in [(gateway.mac, gateway.ip), (gateway.mac, other.ip), (other.mac, other.ip)] {
+                let seen = world.send(&send(to, ip, 8000));
+                assert!(!seen.program && !seen.neighbour, "{seen:?}");
+                assert!(is_machine || !seen.host, "{seen:?}");
+            }
+        });
+    }
 }
 
 fn set_mtu(link: &str, octets: u32) {
@@ -118,26 +110,24 @@ fn a_flood_of_addresses_fills_no_table() {
     const FLOOD: u32 = 3000;
     const ROWS: &[(&[Protection], bool)] =
         &[(&[], false), (&[Identity], false), (&[PortFlags], false), (&[Identity, PortFlags], true)];
-    privileged(NEEDS, || {
-        for &(without, fills) in ROWS {
-            on_a_host(|| {
-                let mut world = World::new(without, true);
-                let vectors::Cast { own, gateway, .. } = world.cast();
-                let before = forwarding_entries();
-                for number in 0..FLOOD {
-                    let [_, b, c, d] = number.to_be_bytes();
-                    let packet = [frames::udp(own.ip, gateway.ip, (5000, 6000)), vec![0; MARK_LEN]].concat();
-                    let frame = frames::ethernet(gateway.mac, [2, 9, b, c, d, 9], frames::IPV4, &packet);
-                    // Now and then with a look at what came, or no ear had room for more.
-                    if number % 64 == 0 { drop(world.send_marked(&frame)) } else { world.send_only(&frame) }
-                }
-                world.send(&[0; 14]);
-                let grown = forwarding_entries() - before;
-                assert_eq!(grown >= FLOOD as usize, fills, "without {without:?}: {grown} more");
-                assert!(fills || grown == 0, "without {without:?}: {grown} more");
-            });
-        }
-    });
+    for &(without, fills) in ROWS {
+        on_a_host(|| {
+            let mut world = World::new(without, true);
+            let vectors::Cast { own, gateway, .. } = world.cast();
+            let before = forwarding_entries();
+            for number in 0..FLOOD {
+                let [_, b, c, d] = number.to_be_bytes();
+                let packet = [frames::udp(own.ip, gateway.ip, (5000, 6000)), vec![0; MARK_LEN]].concat();
+                let frame = frames::ethernet(gateway.mac, [2, 9, b, c, d, 9], frames::IPV4, &packet);
+                // Now and then with a look at what came, or no ear had room for more.
+                if number % 64 == 0 { drop(world.send_marked(&frame)) } else { world.send_only(&frame) }
+            }
+            world.send(&[0; 14]);
+            let grown = forwarding_entries() - before;
+            assert_eq!(grown >= FLOOD as usize, fills, "without {without:?}: {grown} more");
+            assert!(fills || grown == 0, "without {without:?}: {grown} more");
+        });
+    }
 }
 
 /// Says that it is over, also when a test fails: the others would go on.
@@ -209,24 +199,20 @@ fn spoofed_meanwhile(without: &[Protection], meanwhile: impl FnOnce()) -> bool {
 
 #[test]
 fn a_spoof_right_after_link_up_is_stopped() {
-    privileged(NEEDS, || {
-        for (without, heard) in [(&[][..], false), (&[Identity, PortFlags][..], true)] {
-            on_a_host(|| assert_eq!(spoofed_meanwhile(without, || {}), heard, "without {without:?}"));
-        }
-    });
+    for (without, heard) in [(&[][..], false), (&[Identity, PortFlags][..], true)] {
+        on_a_host(|| assert_eq!(spoofed_meanwhile(without, || {}), heard, "without {without:?}"));
+    }
 }
 
 #[test]
 fn a_spoof_during_a_rule_update_is_stopped() {
     const UPDATES: usize = 10;
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let heard = spoofed_meanwhile(&[], || {
-                for _ in 0..UPDATES {
-                    Network::open(config()).unwrap();
-                }
-            });
-            assert!(!heard);
+    on_a_host(|| {
+        let heard = spoofed_meanwhile(&[], || {
+            for _ in 0..UPDATES {
+                Network::open(config()).unwrap();
+            }
         });
+        assert!(!heard);
     });
 }

@@ -1,7 +1,5 @@
-use qvd_testkit::privileged;
-
 use super::{
-    NEEDS, frames, vectors,
+    frames, vectors,
     world::{Seen, World, on_a_host, pass_bridged_packets_to_inet},
 };
 use crate::rules::Protection::{self, *};
@@ -10,31 +8,27 @@ use crate::rules::Protection::{self, *};
 /// by the neighbour, by the host's bridge or by a program of the host.
 #[test]
 fn no_hostile_frame_leaves_the_port() {
-    privileged(NEEDS, || {
-        for (internet, bridged) in [(false, false), (true, false), (true, true)] {
-            on_a_host(|| {
-                pass_bridged_packets_to_inet(bridged);
-                let mut world = World::new(&[], internet);
-                let reached = world.reached_by(world.hostile());
-                assert!(reached.is_empty(), "internet {internet}: {reached:?}");
-            });
-        }
-    });
+    for (internet, bridged) in [(false, false), (true, false), (true, true)] {
+        on_a_host(|| {
+            pass_bridged_packets_to_inet(bridged);
+            let mut world = World::new(&[], internet);
+            let reached = world.reached_by(world.hostile());
+            assert!(reached.is_empty(), "internet {internet}: {reached:?}");
+        });
+    }
 }
 
 /// What an honest desktop sends reaches the host, whatever bridged packets pass:
 /// resolving and probing addresses, asking for them, talking.
 #[test]
 fn honest_frames_pass() {
-    privileged(NEEDS, || {
-        for internet in [false, true] {
-            on_a_host(|| {
-                let mut world = World::new(&[], internet);
-                let stopped = world.stopped_of_honest();
-                assert!(stopped.is_empty(), "{stopped:?}");
-            });
-        }
-    });
+    for internet in [false, true] {
+        on_a_host(|| {
+            let mut world = World::new(&[], internet);
+            let stopped = world.stopped_of_honest();
+            assert!(stopped.is_empty(), "{stopped:?}");
+        });
+    }
 }
 
 /// Where a frame arrives once nothing stops it.
@@ -125,24 +119,22 @@ fn each_protection_is_needed() {
         (IgmpReport, &[Multicast], "report of groups by who is in none", Side::Host),
         (Hairpin, &[], "the way over the gateway", Side::Neighbour),
     ];
-    privileged(NEEDS, || {
-        let mut wrong = Vec::new();
-        for &(protection, also, name, side) in ROWS {
-            for stopped in [true, false] {
-                let mut without = also.to_vec();
-                without.extend((!stopped).then_some(protection));
-                on_a_host(|| {
-                    let mut world = World::new(&without, true);
-                    let frame = frame(&world, name);
-                    let arrived = side.of(world.send(&frame));
-                    if arrived == stopped {
-                        wrong.push(format!("{name}: without {without:?} arrived at {side:?}: {arrived}"));
-                    }
-                });
-            }
+    let mut wrong = Vec::new();
+    for &(protection, also, name, side) in ROWS {
+        for stopped in [true, false] {
+            let mut without = also.to_vec();
+            without.extend((!stopped).then_some(protection));
+            on_a_host(|| {
+                let mut world = World::new(&without, true);
+                let frame = frame(&world, name);
+                let arrived = side.of(world.send(&frame));
+                if arrived == stopped {
+                    wrong.push(format!("{name}: without {without:?} arrived at {side:?}: {arrived}"));
+                }
+            });
         }
-        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    });
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 fn frame(world: &World, name: &str) -> Vec<u8> {

@@ -6,10 +6,8 @@ use std::{
     time::Duration,
 };
 
-use qvd_testkit::privileged;
-
 use super::{
-    NEEDS, frames, vectors,
+    frames, vectors,
     world::{Desktop, PATIENCE, World, desktop, on_a_host},
 };
 use crate::{DropReason, Network};
@@ -45,35 +43,33 @@ fn what_is_dropped_is_counted_by_reason() {
         ("denial of the neighbour's address", NeighbourMessage),
         ("a service of the host", Host),
     ];
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let mut world = World::new(&[], false);
-            let (own, gateway) = (world.a.station(), world.gateway());
-            let packet = frames::udp(own.ip, gateway.ip, (5000, 4000));
-            let to_host = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
-            let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
-            let mut all: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
-            all.push(("a service of the host".to_owned(), to_host));
-            let (mut before, mut uncounted, mut reasons) = (world.a.port.drops().unwrap(), Vec::new(), BTreeMap::new());
-            for (name, frame) in all {
-                world.send(&frame);
-                let after = world.a.port.drops().unwrap();
-                match one_more(&before, &after)[..] {
-                    [reason] => drop(reasons.insert(name, reason)),
-                    [] => uncounted.push(name),
-                    _ => panic!("{name} is counted twice: {before:?}, {after:?}"),
-                }
-                before = after;
+    on_a_host(|| {
+        let mut world = World::new(&[], false);
+        let (own, gateway) = (world.a.station(), world.gateway());
+        let packet = frames::udp(own.ip, gateway.ip, (5000, 4000));
+        let to_host = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
+        let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
+        let mut all: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
+        all.push(("a service of the host".to_owned(), to_host));
+        let (mut before, mut uncounted, mut reasons) = (world.a.port.drops().unwrap(), Vec::new(), BTreeMap::new());
+        for (name, frame) in all {
+            world.send(&frame);
+            let after = world.a.port.drops().unwrap();
+            match one_more(&before, &after)[..] {
+                [reason] => drop(reasons.insert(name, reason)),
+                [] => uncounted.push(name),
+                _ => panic!("{name} is counted twice: {before:?}, {after:?}"),
             }
-            for &(name, reason) in NAMED {
-                assert_eq!(reasons.get(name), Some(&reason), "{name}");
-            }
-            // The bridge itself has no use for these.
-            uncounted.retain(|name| !name.ends_with("reserved group 01"));
-            let of_bridge = ["arp to neighbour", "source is a group", "source is everybody", "source is nobody"];
-            assert_eq!(uncounted, of_bridge);
-            assert!(world.b.port.drops().unwrap().is_empty());
-        });
+            before = after;
+        }
+        for &(name, reason) in NAMED {
+            assert_eq!(reasons.get(name), Some(&reason), "{name}");
+        }
+        // The bridge itself has no use for these.
+        uncounted.retain(|name| !name.ends_with("reserved group 01"));
+        let of_bridge = ["arp to neighbour", "source is a group", "source is everybody", "source is nobody"];
+        assert_eq!(uncounted, of_bridge);
+        assert!(world.b.port.drops().unwrap().is_empty());
     });
 }
 
@@ -81,60 +77,56 @@ fn what_is_dropped_is_counted_by_reason() {
 /// nobody's any more.
 #[test]
 fn counts_outlast_a_process_and_not_a_desktop() {
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let mut world = World::new(&[], true);
-            let (_, frame) = world.hostile().remove(0);
-            world.send(&frame);
-            let before = world.a.port.drops().unwrap();
-            assert_eq!(before.get(&DropReason::SourceMac), Some(&1));
-            let number = world.a.port.desktop().number();
-            world.a.port.close().unwrap();
-            let again = Network::open(*world.network.config()).unwrap();
-            let mut second = Desktop::new(&again, number, true);
-            assert_eq!(second.port.drops().unwrap(), before);
-            second.port.close().unwrap();
-            again.sweep(&BTreeSet::new()).unwrap();
-            assert!(Desktop::new(&again, number, true).port.drops().unwrap().is_empty());
-        });
+    on_a_host(|| {
+        let mut world = World::new(&[], true);
+        let (_, frame) = world.hostile().remove(0);
+        world.send(&frame);
+        let before = world.a.port.drops().unwrap();
+        assert_eq!(before.get(&DropReason::SourceMac), Some(&1));
+        let number = world.a.port.desktop().number();
+        world.a.port.close().unwrap();
+        let again = Network::open(*world.network.config()).unwrap();
+        let mut second = Desktop::new(&again, number, true);
+        assert_eq!(second.port.drops().unwrap(), before);
+        second.port.close().unwrap();
+        again.sweep(&BTreeSet::new()).unwrap();
+        assert!(Desktop::new(&again, number, true).port.drops().unwrap().is_empty());
     });
 }
 
 /// Who looks at the log reads whose frames were dropped, why, and one of them.
 #[test]
 fn a_sample_of_what_is_dropped_is_told() {
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let mut world = World::new(&[], true);
-            let (tell, told) = mpsc::channel();
-            let report = move |dropped: &crate::Dropped| tell.send(dropped.clone()).unwrap();
-            let mut watch = world.network.watch_drops(Duration::ZERO, Box::new(report)).unwrap();
-            let (own, gateway) = (world.a.station(), world.gateway());
-            let spoof = [2, 6, 6, 6, 6, 6];
-            let packet = frames::udp(own.ip, gateway.ip, (5000, 6000));
-            let spoofed = frames::ethernet(gateway.mac, spoof, frames::IPV4, &packet);
-            world.send(&spoofed);
-            let dropped = told.recv_timeout(PATIENCE).unwrap();
-            assert_eq!((dropped.desktop, dropped.reason, dropped.frames), (desktop(7), DropReason::SourceMac, 1));
-            let line = dropped.to_string();
-            let begins =
-                "desktop 7: 1 frames dropped in 1 s: the source MAC is not the port's (one: from 02:06:06:06:06:06";
-            assert!(line.starts_with(begins) && line.contains("udp 5000 > 6000"), "{line}");
-            let packet = frames::udp(own.ip, gateway.ip, (5000, 4000));
-            world.send(&frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet));
-            let dropped = told.recv_timeout(PATIENCE).unwrap();
-            assert_eq!((dropped.desktop, dropped.reason), (desktop(7), DropReason::Host), "{dropped}");
-            // A flood is told of no more often than the kernel gives samples.
-            for _ in 0..500 {
-                world.send_only(&spoofed);
-            }
-            world.send(&[0; 14]);
-            assert!(told.try_iter().count() < 10);
-            // The rules stand as they did while somebody listens.
-            world.network.inner().load().unwrap();
-            assert_eq!(world.network.mend().unwrap().differed, None);
-            watch.close().unwrap();
-            watch.close().unwrap();
-        });
+    on_a_host(|| {
+        let mut world = World::new(&[], true);
+        let (tell, told) = mpsc::channel();
+        let report = move |dropped: &crate::Dropped| tell.send(dropped.clone()).unwrap();
+        let mut watch = world.network.watch_drops(Duration::ZERO, Box::new(report)).unwrap();
+        let (own, gateway) = (world.a.station(), world.gateway());
+        let spoof = [2, 6, 6, 6, 6, 6];
+        let packet = frames::udp(own.ip, gateway.ip, (5000, 6000));
+        let spoofed = frames::ethernet(gateway.mac, spoof, frames::IPV4, &packet);
+        world.send(&spoofed);
+        let dropped = told.recv_timeout(PATIENCE).unwrap();
+        assert_eq!((dropped.desktop, dropped.reason, dropped.frames), (desktop(7), DropReason::SourceMac, 1));
+        let line = dropped.to_string();
+        let begins =
+            "desktop 7: 1 frames dropped in 1 s: the source MAC is not the port's (one: from 02:06:06:06:06:06";
+        assert!(line.starts_with(begins) && line.contains("udp 5000 > 6000"), "{line}");
+        let packet = frames::udp(own.ip, gateway.ip, (5000, 4000));
+        world.send(&frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet));
+        let dropped = told.recv_timeout(PATIENCE).unwrap();
+        assert_eq!((dropped.desktop, dropped.reason), (desktop(7), DropReason::Host), "{dropped}");
+        // A flood is told of no more often than the kernel gives samples.
+        for _ in 0..500 {
+            world.send_only(&spoofed);
+        }
+        world.send(&[0; 14]);
+        assert!(told.try_iter().count() < 10);
+        // The rules stand as they did while somebody listens.
+        world.network.inner().load().unwrap();
+        assert_eq!(world.network.mend().unwrap().differed, None);
+        watch.close().unwrap();
+        watch.close().unwrap();
     });
 }

@@ -9,10 +9,8 @@ use std::{
 
 use qvd_core::NetPolicy;
 use qvd_sys::netns;
-use qvd_testkit::privileged;
 
 use super::{
-    NEEDS,
     frames::{self, IPV4, IPV6, Ip, Station, arp, ethernet, ipv4, udp},
     vectors::{self, Cast, Named, link_option, neighbour_discovery, solicited_node, summed, udp6},
     world::{MARK_LEN, PATIENCE, Seen, World, config, desktop, on_a_host, subnet},
@@ -150,25 +148,23 @@ pub(super) fn all_frames(cast: &Cast) -> Vec<(String, Vec<u8>, bool)> {
 
 #[test]
 fn groups_and_further_addresses_pass_and_no_others() {
-    privileged(NEEDS, || {
-        let rows = Backend::ALL.into_iter().flat_map(|backend| [(backend, false), (backend, true)]);
-        for (backend, by_tap) in rows {
-            on_a_host(|| {
-                let config = NetConfig { internet: true, backend, ..config() };
-                let mut world =
-                    if by_tap { World::of_tap(config, policy(true)) } else { World::of(config, policy(true), &[]) };
-                let mut wrong = Vec::new();
-                for (name, frame, passes) in all_frames(&world.cast()) {
-                    let (sent, seen) = world.send_marked(&frame);
-                    let decision = world.a.port.explain(&sent);
-                    if seen.host != passes || seen.neighbour || decision.passes != passes {
-                        wrong.push(format!("{backend}, tap {by_tap}: {name}: {seen:?}, {decision}"));
-                    }
+    let rows = Backend::ALL.into_iter().flat_map(|backend| [(backend, false), (backend, true)]);
+    for (backend, by_tap) in rows {
+        on_a_host(|| {
+            let config = NetConfig { internet: true, backend, ..config() };
+            let mut world =
+                if by_tap { World::of_tap(config, policy(true)) } else { World::of(config, policy(true), &[]) };
+            let mut wrong = Vec::new();
+            for (name, frame, passes) in all_frames(&world.cast()) {
+                let (sent, seen) = world.send_marked(&frame);
+                let decision = world.a.port.explain(&sent);
+                if seen.host != passes || seen.neighbour || decision.passes != passes {
+                    wrong.push(format!("{backend}, tap {by_tap}: {name}: {seen:?}, {decision}"));
                 }
-                assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-            });
-        }
-    });
+            }
+            assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        });
+    }
 }
 
 /// A program of the host that joined hears the group, and of another group
@@ -176,37 +172,33 @@ fn groups_and_further_addresses_pass_and_no_others() {
 #[test]
 fn the_host_and_a_desktop_talk_in_a_group() {
     const PORT: u16 = 4001;
-    privileged(NEEDS, || {
-        for (backend, without) in
-            [(Backend::Nft, &[][..]), (Backend::Iptables, &[]), (Backend::Nft, &[Protection::Members])]
-        {
-            on_a_host(|| {
-                let mut world = World::of(NetConfig { backend, ..config() }, policy(false), without);
-                let (own, other) = (world.a.station(), Ipv4Addr::new(239, 1, 2, 4));
-                let program = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).unwrap();
-                program.set_read_timeout(Some(PATIENCE)).unwrap();
-                for group in [GROUP, other] {
-                    program.join_multicast_v4(&group, &subnet().gateway()).unwrap();
-                }
-                let say =
-                    |group: Ipv4Addr| ethernet(group_mac(group), own.mac, IPV4, &udp(own.ip, group, (5000, PORT)));
-                assert_eq!(world.send(&say(other)), Seen::default(), "{backend}");
-                assert!(world.send(&say(GROUP)).host, "{backend}");
-                let mut packet = [0; 64];
-                assert_eq!(program.recv(&mut packet).unwrap(), MARK_LEN, "{backend}");
-                program.set_nonblocking(true).unwrap();
-                assert!(program.recv(&mut packet).is_err(), "{backend}: of the other group nothing");
+    for (backend, without) in
+        [(Backend::Nft, &[][..]), (Backend::Iptables, &[]), (Backend::Nft, &[Protection::Members])]
+    {
+        on_a_host(|| {
+            let mut world = World::of(NetConfig { backend, ..config() }, policy(false), without);
+            let (own, other) = (world.a.station(), Ipv4Addr::new(239, 1, 2, 4));
+            let program = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).unwrap();
+            program.set_read_timeout(Some(PATIENCE)).unwrap();
+            for group in [GROUP, other] {
+                program.join_multicast_v4(&group, &subnet().gateway()).unwrap();
+            }
+            let say = |group: Ipv4Addr| ethernet(group_mac(group), own.mac, IPV4, &udp(own.ip, group, (5000, PORT)));
+            assert_eq!(world.send(&say(other)), Seen::default(), "{backend}");
+            assert!(world.send(&say(GROUP)).host, "{backend}");
+            let mut packet = [0; 64];
+            assert_eq!(program.recv(&mut packet).unwrap(), MARK_LEN, "{backend}");
+            program.set_nonblocking(true).unwrap();
+            assert!(program.recv(&mut packet).is_err(), "{backend}: of the other group nothing");
 
-                let gateway = world.gateway();
-                let from_host = |group: Ipv4Addr| {
-                    ethernet(group_mac(group), gateway.mac, IPV4, &udp(gateway.ip, group, (5000, 6000)))
-                };
-                let leaks = !without.is_empty();
-                assert_eq!(world.hears(&from_host(GROUP)), [true, leaks], "{backend}, without {without:?}");
-                assert_eq!(world.hears(&from_host(other)), [leaks, leaks], "{backend}, without {without:?}");
-            });
-        }
-    });
+            let gateway = world.gateway();
+            let from_host =
+                |group: Ipv4Addr| ethernet(group_mac(group), gateway.mac, IPV4, &udp(gateway.ip, group, (5000, 6000)));
+            let leaks = !without.is_empty();
+            assert_eq!(world.hears(&from_host(GROUP)), [true, leaks], "{backend}, without {without:?}");
+            assert_eq!(world.hears(&from_host(other)), [leaks, leaks], "{backend}, without {without:?}");
+        });
+    }
 }
 
 /// What the host sends to groups, and whether its member and another desktop
@@ -243,16 +235,14 @@ pub(super) fn from_host(world: &World) -> Vec<(String, Vec<u8>, [bool; 2])> {
 /// Each backend lets members hear their groups, and nobody else.
 #[test]
 fn members_hear_their_groups() {
-    privileged(NEEDS, || {
-        for backend in Backend::ALL {
-            on_a_host(|| {
-                let mut world = World::of(NetConfig { backend, ..config() }, policy(false), &[]);
-                for (name, frame, heard) in from_host(&world) {
-                    assert_eq!(world.hears(&frame), heard, "{backend}: {name}");
-                }
-            });
-        }
-    });
+    for backend in Backend::ALL {
+        on_a_host(|| {
+            let mut world = World::of(NetConfig { backend, ..config() }, policy(false), &[]);
+            for (name, frame, heard) in from_host(&world) {
+                assert_eq!(world.hears(&frame), heard, "{backend}: {name}");
+            }
+        });
+    }
 }
 
 fn routes_to(address: Ipv4Addr) -> usize {
@@ -265,60 +255,57 @@ fn routes_to(address: Ipv4Addr) -> usize {
 #[test]
 fn a_further_address_is_the_desktops_alone() {
     const PORT: u16 = 4000;
-    privileged(NEEDS, || {
-        for backend in Backend::ALL {
-            on_a_host(|| {
-                let policy = NetPolicy { services: vec!["udp 4000".parse().unwrap()], ..policy(false) };
-                let mut network = Network::open(NetConfig { backend, ..config() }).unwrap();
-                let (inside, other) = (netns::create().unwrap(), netns::create().unwrap());
-                let spec = |number, netns, policy: &NetPolicy| PortSpec {
-                    desktop: desktop(number),
-                    netns,
-                    address: None,
-                    policy: policy.clone(),
-                };
-                let first = network.attach(&spec(7, inside.as_fd(), &policy)).unwrap();
-                let address = first.address();
-                first.leave();
-                network = Network::open(*network.config()).unwrap();
-                let mut port = network.adopt(desktop(7), address, &policy).unwrap();
-                network.sweep(&std::collections::BTreeSet::new()).unwrap();
-                port.verify().unwrap();
-                let here = netns::in_netns(inside.as_fd(), || UdpSocket::bind((EXTRA, 0))).unwrap().unwrap();
-                let program = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).unwrap();
-                here.set_read_timeout(Some(PATIENCE / 100)).unwrap();
-                program.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
-                let mut packet = [0; 8];
-                // The bridge forwards some time after the link was raised.
-                let from = (0..1000).find_map(|_| {
-                    here.send_to(b"who", (subnet().gateway(), PORT)).unwrap();
-                    program.recv_from(&mut packet).ok()
-                });
-                let (_, from) = from.expect("the host hears nothing");
-                assert_eq!(from.ip(), IpAddr::V4(EXTRA), "{backend}");
-                program.send_to(b"you", from).unwrap();
-                assert_eq!(here.recv(&mut packet).unwrap(), 3, "{backend}");
-
-                let refused =
-                    |policy: &NetPolicy| network.attach(&spec(8, other.as_fd(), policy)).unwrap_err().to_string();
-                assert_eq!(refused(&policy), "address 192.0.2.8 is taken by desktop 7");
-                let with = |word: &str| NetPolicy { addresses: vec![word.parse().unwrap()], ..policy.clone() };
-                assert!(refused(&with("10.66.0.77")).contains("gives its addresses away"));
-                Netlink::route()
-                    .unwrap()
-                    .batch(vec![links::add_address(links::LOOPBACK, Ipv4Addr::new(192, 0, 2, 77), 32)])
-                    .unwrap();
-                assert_eq!(refused(&with("192.0.2.77")), "address 192.0.2.77 is the host's own, and so no desktop's");
-                assert_eq!(routes_to(EXTRA), 1);
-                port.close().unwrap();
-                assert_eq!(routes_to(EXTRA), 0, "{backend}");
-                network.attach(&spec(8, other.as_fd(), &policy)).unwrap().leave();
-                // Swept away by a process that knows no more than the kernel.
-                network = Network::open(*network.config()).unwrap();
-                network.sweep(&std::collections::BTreeSet::new()).unwrap();
-                assert_eq!(routes_to(EXTRA), 0, "{backend}");
-                network.close().unwrap();
+    for backend in Backend::ALL {
+        on_a_host(|| {
+            let policy = NetPolicy { services: vec!["udp 4000".parse().unwrap()], ..policy(false) };
+            let mut network = Network::open(NetConfig { backend, ..config() }).unwrap();
+            let (inside, other) = (netns::create().unwrap(), netns::create().unwrap());
+            let spec = |number, netns, policy: &NetPolicy| PortSpec {
+                desktop: desktop(number),
+                netns,
+                address: None,
+                policy: policy.clone(),
+            };
+            let first = network.attach(&spec(7, inside.as_fd(), &policy)).unwrap();
+            let address = first.address();
+            first.leave();
+            network = Network::open(*network.config()).unwrap();
+            let mut port = network.adopt(desktop(7), address, &policy).unwrap();
+            network.sweep(&std::collections::BTreeSet::new()).unwrap();
+            port.verify().unwrap();
+            let here = netns::in_netns(inside.as_fd(), || UdpSocket::bind((EXTRA, 0))).unwrap().unwrap();
+            let program = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).unwrap();
+            here.set_read_timeout(Some(PATIENCE / 100)).unwrap();
+            program.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+            let mut packet = [0; 8];
+            // The bridge forwards some time after the link was raised.
+            let from = (0..1000).find_map(|_| {
+                here.send_to(b"who", (subnet().gateway(), PORT)).unwrap();
+                program.recv_from(&mut packet).ok()
             });
-        }
-    });
+            let (_, from) = from.expect("the host hears nothing");
+            assert_eq!(from.ip(), IpAddr::V4(EXTRA), "{backend}");
+            program.send_to(b"you", from).unwrap();
+            assert_eq!(here.recv(&mut packet).unwrap(), 3, "{backend}");
+
+            let refused = |policy: &NetPolicy| network.attach(&spec(8, other.as_fd(), policy)).unwrap_err().to_string();
+            assert_eq!(refused(&policy), "address 192.0.2.8 is taken by desktop 7");
+            let with = |word: &str| NetPolicy { addresses: vec![word.parse().unwrap()], ..policy.clone() };
+            assert!(refused(&with("10.66.0.77")).contains("gives its addresses away"));
+            Netlink::route()
+                .unwrap()
+                .batch(vec![links::add_address(links::LOOPBACK, Ipv4Addr::new(192, 0, 2, 77), 32)])
+                .unwrap();
+            assert_eq!(refused(&with("192.0.2.77")), "address 192.0.2.77 is the host's own, and so no desktop's");
+            assert_eq!(routes_to(EXTRA), 1);
+            port.close().unwrap();
+            assert_eq!(routes_to(EXTRA), 0, "{backend}");
+            network.attach(&spec(8, other.as_fd(), &policy)).unwrap().leave();
+            // Swept away by a process that knows no more than the kernel.
+            network = Network::open(*network.config()).unwrap();
+            network.sweep(&std::collections::BTreeSet::new()).unwrap();
+            assert_eq!(routes_to(EXTRA), 0, "{backend}");
+            network.close().unwrap();
+        });
+    }
 }

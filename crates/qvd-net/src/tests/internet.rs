@@ -7,10 +7,9 @@ use qvd_sys::{
     netns,
     packet::{ETHERTYPE_ALL, PacketSocket},
 };
-use qvd_testkit::privileged;
 
 use super::{
-    NEEDS, frames,
+    frames,
     world::{self, Desktop, INSTANCE, PATIENCE, config, connected, heard_before, on_a_host},
 };
 use crate::{Mac, NetConfig, Network, links, netlink::Netlink, rules::Protection, sysctl};
@@ -88,26 +87,24 @@ pub(super) fn wait_for_bridge(network: &Network, desktop: &Desktop) {
 /// address; answers come back.
 #[test]
 fn a_desktop_that_is_let_out_reaches_the_outside() {
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let outside = Outside::new();
-            let mut network = Network::open(NetConfig { internet: true, ..config() }).unwrap();
-            let mut desktop = Desktop::new(&network, 7, true);
-            wait_for_bridge(&network, &desktop);
-            let there = outside.udp();
-            let here = desktop.inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
-            here.set_read_timeout(Some(PATIENCE)).unwrap();
-            here.send_to(b"hello", (OUTSIDE, PORT)).unwrap();
-            let mut buffer = [0; 64];
-            let (length, from) = there.recv_from(&mut buffer).unwrap();
-            assert_eq!((&buffer[..length], from.ip()), (&b"hello"[..], UPLINK.into()));
-            there.send_to(b"welcome", from).unwrap();
-            let (length, from) = here.recv_from(&mut buffer).unwrap();
-            assert_eq!((&buffer[..length], from.ip()), (&b"welcome"[..], OUTSIDE.into()));
-            desktop.port.close().unwrap();
-            network.close().unwrap();
-            assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
-        });
+    on_a_host(|| {
+        let outside = Outside::new();
+        let mut network = Network::open(NetConfig { internet: true, ..config() }).unwrap();
+        let mut desktop = Desktop::new(&network, 7, true);
+        wait_for_bridge(&network, &desktop);
+        let there = outside.udp();
+        let here = desktop.inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
+        here.set_read_timeout(Some(PATIENCE)).unwrap();
+        here.send_to(b"hello", (OUTSIDE, PORT)).unwrap();
+        let mut buffer = [0; 64];
+        let (length, from) = there.recv_from(&mut buffer).unwrap();
+        assert_eq!((&buffer[..length], from.ip()), (&b"hello"[..], UPLINK.into()));
+        there.send_to(b"welcome", from).unwrap();
+        let (length, from) = here.recv_from(&mut buffer).unwrap();
+        assert_eq!((&buffer[..length], from.ip()), (&b"welcome"[..], OUTSIDE.into()));
+        desktop.port.close().unwrap();
+        network.close().unwrap();
+        assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
     });
 }
 
@@ -122,47 +119,45 @@ fn nothing_passes_unasked() {
         (false, &[], false),
         (false, &[Protection::Inward], true),
     ];
-    privileged(NEEDS, || {
-        for &(outward, without, arrives) in ROWS {
-            on_a_host(|| {
-                let world = Outside::new();
-                let network = Network::open_without(NetConfig { internet: true, ..config() }, without).unwrap();
-                // The one that is let out is the target of what comes in.
-                let desktop = Desktop::new(&network, 7, !outward);
-                wait_for_bridge(&network, &desktop);
-                let (own, gateway) = (desktop.station(), world::subnet().gateway());
-                let gateway_mac = Mac::of(INSTANCE, gateway).octets();
-                let (inside, outside) = (desktop.socket(), world.socket());
-                let uplink = PacketSocket::open("uplink", ETHERTYPE_ALL).unwrap();
-                let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
-                let (mark, control) = (b"qvd-mark0001", b"qvd-mark0002");
-                let arrived = if outward {
-                    let packet = frames::udp(own.ip, OUTSIDE, (5000, PORT));
-                    let frame = frames::ethernet(gateway_mac, own.mac, frames::IPV4, &packet);
-                    inside.send(&[&frame[..], mark].concat()).unwrap();
-                    let request = frames::arp(1, own, gateway);
-                    let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &request);
-                    inside.send(&[&request[..], control].concat()).unwrap();
-                    heard_before(&bridge, mark, control);
-                    uplink.send(&[&[0xff; 60][..], control].concat()).unwrap();
-                    heard_before(&outside, mark, control)
-                } else {
-                    let there = world.udp();
-                    // Resolves the host's address, so that the next one is sent at once.
-                    let host = UdpSocket::bind((UPLINK, PORT)).unwrap();
-                    host.set_read_timeout(Some(PATIENCE)).unwrap();
-                    there.send_to(b"resolve", (UPLINK, PORT)).unwrap();
-                    host.recv(&mut [0; 8]).unwrap();
-                    there.send_to(mark, (own.ip, PORT)).unwrap();
-                    outside.send(&[&[0xff; 60][..], control].concat()).unwrap();
-                    assert!(heard_before(&uplink, mark, control));
-                    let reply = frames::arp(2, frames::Station { mac: gateway_mac, ip: gateway }, own.ip);
-                    let reply = frames::ethernet(own.mac, gateway_mac, frames::ARP, &reply);
-                    bridge.send(&[&reply[..], control].concat()).unwrap();
-                    heard_before(&inside, mark, control)
-                };
-                assert_eq!(arrived, arrives, "outward {outward}, without {without:?}");
-            });
-        }
-    });
+    for &(outward, without, arrives) in ROWS {
+        on_a_host(|| {
+            let world = Outside::new();
+            let network = Network::open_without(NetConfig { internet: true, ..config() }, without).unwrap();
+            // The one that is let out is the target of what comes in.
+            let desktop = Desktop::new(&network, 7, !outward);
+            wait_for_bridge(&network, &desktop);
+            let (own, gateway) = (desktop.station(), world::subnet().gateway());
+            let gateway_mac = Mac::of(INSTANCE, gateway).octets();
+            let (inside, outside) = (desktop.socket(), world.socket());
+            let uplink = PacketSocket::open("uplink", ETHERTYPE_ALL).unwrap();
+            let bridge = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
+            let (mark, control) = (b"qvd-mark0001", b"qvd-mark0002");
+            let arrived = if outward {
+                let packet = frames::udp(own.ip, OUTSIDE, (5000, PORT));
+                let frame = frames::ethernet(gateway_mac, own.mac, frames::IPV4, &packet);
+                inside.send(&[&frame[..], mark].concat()).unwrap();
+                let request = frames::arp(1, own, gateway);
+                let request = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &request);
+                inside.send(&[&request[..], control].concat()).unwrap();
+                heard_before(&bridge, mark, control);
+                uplink.send(&[&[0xff; 60][..], control].concat()).unwrap();
+                heard_before(&outside, mark, control)
+            } else {
+                let there = world.udp();
+                // Resolves the host's address, so that the next one is sent at once.
+                let host = UdpSocket::bind((UPLINK, PORT)).unwrap();
+                host.set_read_timeout(Some(PATIENCE)).unwrap();
+                there.send_to(b"resolve", (UPLINK, PORT)).unwrap();
+                host.recv(&mut [0; 8]).unwrap();
+                there.send_to(mark, (own.ip, PORT)).unwrap();
+                outside.send(&[&[0xff; 60][..], control].concat()).unwrap();
+                assert!(heard_before(&uplink, mark, control));
+                let reply = frames::arp(2, frames::Station { mac: gateway_mac, ip: gateway }, own.ip);
+                let reply = frames::ethernet(own.mac, gateway_mac, frames::ARP, &reply);
+                bridge.send(&[&reply[..], control].concat()).unwrap();
+                heard_before(&inside, mark, control)
+            };
+            assert_eq!(arrived, arrives, "outward {outward}, without {without:?}");
+        });
+    }
 }

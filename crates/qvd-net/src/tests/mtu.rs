@@ -4,14 +4,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use qvd_core::NetPolicy;
-use qvd_testkit::privileged;
 use rustix::{
     io::Errno,
     net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery},
 };
 
 use super::{
-    NEEDS,
     internet::{OUTSIDE, OUTSIDE6, Outside, wait_for_bridge},
     world::{Desktop, PATIENCE, config, on_a_host},
 };
@@ -58,48 +56,46 @@ fn comes_to(pass: bool, socket: &UdpSocket, octets: usize, headers: usize) -> bo
 
 #[test]
 fn who_sends_too_much_is_told_what_the_way_takes() {
-    privileged(NEEDS, || {
-        for backend in Backend::ALL {
-            on_a_host(|| {
-                let outside = Outside::new();
-                let config = NetConfig { internet: true, backend, mtu_octets: MTU, ..config() };
-                let network = Network::open(config).unwrap();
-                let desktop = Desktop::with(&network, 7, NetPolicy { routed: true, ..NetPolicy::internet() });
-                wait_for_bridge(&network, &desktop);
-                assert_eq!([&network.bridge_name(), desktop.port.link()].map(mtu), [u32::from(MTU); 2]);
-                assert_eq!(desktop.inside(|| mtu("eth0")), u32::from(MTU));
-                for (to, headers) in [OUTSIDE.into(), OUTSIDE6.into()].into_iter().zip(HEADERS) {
-                    let here = desktop.inside(|| whole(to));
-                    // Longer than its own link's packets: nobody has to tell it.
-                    assert!(comes_to(false, &here, usize::from(MTU) + 1, headers));
-                    assert!(comes_to(true, &here, usize::from(MTU), headers), "{backend}: {to}");
+    for backend in Backend::ALL {
+        on_a_host(|| {
+            let outside = Outside::new();
+            let config = NetConfig { internet: true, backend, mtu_octets: MTU, ..config() };
+            let network = Network::open(config).unwrap();
+            let desktop = Desktop::with(&network, 7, NetPolicy { routed: true, ..NetPolicy::internet() });
+            wait_for_bridge(&network, &desktop);
+            assert_eq!([&network.bridge_name(), desktop.port.link()].map(mtu), [u32::from(MTU); 2]);
+            assert_eq!(desktop.inside(|| mtu("eth0")), u32::from(MTU));
+            for (to, headers) in [OUTSIDE.into(), OUTSIDE6.into()].into_iter().zip(HEADERS) {
+                let here = desktop.inside(|| whole(to));
+                // Longer than its own link's packets: nobody has to tell it.
+                assert!(comes_to(false, &here, usize::from(MTU) + 1, headers));
+                assert!(comes_to(true, &here, usize::from(MTU), headers), "{backend}: {to}");
+            }
+            // What comes from outside is longer than the desktop's link takes.
+            let there = outside.udp();
+            let here = desktop.inside(|| whole(OUTSIDE.into()));
+            here.send(b"hello").unwrap();
+            let mut packet = vec![0; 2048];
+            let from = loop {
+                let (length, from) = there.recv_from(&mut packet).unwrap();
+                if length == 5 {
+                    break from;
                 }
-                // What comes from outside is longer than the desktop's link takes.
-                let there = outside.udp();
-                let here = desktop.inside(|| whole(OUTSIDE.into()));
-                here.send(b"hello").unwrap();
-                let mut packet = vec![0; 2048];
-                let from = loop {
-                    let (length, from) = there.recv_from(&mut packet).unwrap();
-                    if length == 5 {
-                        break from;
-                    }
-                };
-                sockopt::set_ip_mtu_discover(&there, Ipv4PathMtuDiscovery::DO).unwrap();
-                there.connect(from).unwrap();
-                assert!(comes_to(false, &there, usize::from(MTU) + 50, HEADERS[0]), "{backend}");
-                // And the way out is narrower.
-                let mut route = Netlink::route().unwrap();
-                let uplink = find(&mut route, "uplink").unwrap().unwrap().index;
-                route.batch(vec![links::set_mtu(uplink, NARROW)]).unwrap();
-                for (to, headers) in [OUTSIDE.into(), OUTSIDE6.into()].into_iter().zip(HEADERS) {
-                    let here = desktop.inside(|| whole(to));
-                    assert!(comes_to(false, &here, usize::from(NARROW) + 1, headers), "{backend}: {to}");
-                    assert!(comes_to(true, &here, usize::from(NARROW), headers), "{backend}: {to}");
-                }
-            });
-        }
-    });
+            };
+            sockopt::set_ip_mtu_discover(&there, Ipv4PathMtuDiscovery::DO).unwrap();
+            there.connect(from).unwrap();
+            assert!(comes_to(false, &there, usize::from(MTU) + 50, HEADERS[0]), "{backend}");
+            // And the way out is narrower.
+            let mut route = Netlink::route().unwrap();
+            let uplink = find(&mut route, "uplink").unwrap().unwrap().index;
+            route.batch(vec![links::set_mtu(uplink, NARROW)]).unwrap();
+            for (to, headers) in [OUTSIDE.into(), OUTSIDE6.into()].into_iter().zip(HEADERS) {
+                let here = desktop.inside(|| whole(to));
+                assert!(comes_to(false, &here, usize::from(NARROW) + 1, headers), "{backend}: {to}");
+                assert!(comes_to(true, &here, usize::from(NARROW), headers), "{backend}: {to}");
+            }
+        });
+    }
 }
 
 #[test]

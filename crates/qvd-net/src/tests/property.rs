@@ -8,7 +8,6 @@ use proptest::{
     test_runner::{Config, TestCaseError, TestRunner},
 };
 use qvd_core::NetPolicy;
-use qvd_testkit::privileged;
 
 use crate::{
     NetConfig,
@@ -16,7 +15,6 @@ use crate::{
 };
 
 use super::{
-    NEEDS,
     frames::{self, Station, ethernet, tagged},
     groups, vectors,
     world::{Seen, World, config, on_a_host, subnet},
@@ -126,7 +124,7 @@ fn seed(cast: vectors::Cast) -> impl Strategy<Value = Vec<u8>> {
 #[test]
 fn the_rules_decide_as_the_reference_does() {
     for policy in [NetPolicy::internet(), groups::policy(true)] {
-        privileged(NEEDS, || on_a_host(|| rules_decide_as_the_reference_does(policy)));
+        on_a_host(|| rules_decide_as_the_reference_does(policy));
     }
 }
 
@@ -166,39 +164,35 @@ fn rules_decide_as_the_reference_does(policy: NetPolicy) {
 /// The port's own answer agrees with where the frame goes, and names a rule.
 #[test]
 fn a_port_explains_what_becomes_of_a_frame() {
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let mut world = World::new(&[], true);
-            let hostile = vectors::hostile(&world.cast()).into_iter().map(|named| (named, false));
-            let all: Vec<_> =
-                hostile.chain(vectors::honest(&world.cast()).into_iter().map(|named| (named, true))).collect();
-            for ((name, frame), passes) in all {
-                let (sent, _) = world.send_marked(&frame);
-                let decision = world.a.port.explain(&sent);
-                assert_eq!(decision.passes, passes, "{name}: {decision}");
-                assert!(!decision.rule.is_empty());
-            }
-        });
+    on_a_host(|| {
+        let mut world = World::new(&[], true);
+        let hostile = vectors::hostile(&world.cast()).into_iter().map(|named| (named, false));
+        let all: Vec<_> =
+            hostile.chain(vectors::honest(&world.cast()).into_iter().map(|named| (named, true))).collect();
+        for ((name, frame), passes) in all {
+            let (sent, _) = world.send_marked(&frame);
+            let decision = world.a.port.explain(&sent);
+            assert_eq!(decision.passes, passes, "{name}: {decision}");
+            assert!(!decision.rule.is_empty());
+        }
     });
 }
 
 /// Who looks at a port sees what it sent counted, and what a frame would do.
 #[test]
 fn a_port_shows_what_went_through_it() {
-    privileged(NEEDS, || {
-        on_a_host(|| {
-            let mut world = World::new(&[], true);
-            let before = world.a.port.counters().unwrap();
-            let (name, frame) = vectors::honest(&world.cast()).remove(0);
-            assert!(world.send(&frame).host, "{name}");
-            let view = world.a.port.view(&[frame, vec![0; 14]]).unwrap();
-            assert!(view.counters.sent_packets > before.sent_packets, "{view:?}");
-            assert!(view.counters.sent_bytes > before.sent_bytes, "{view:?}");
-            assert_eq!(
-                (&*view.link, view.mac, view.ipv4),
-                (world.a.port.link(), world.a.port.mac(), world.a.port.address())
-            );
-            assert_eq!(view.explained.iter().map(|decision| decision.arrives).collect::<Vec<_>>(), [true, false]);
-        });
+    on_a_host(|| {
+        let mut world = World::new(&[], true);
+        let before = world.a.port.counters().unwrap();
+        let (name, frame) = vectors::honest(&world.cast()).remove(0);
+        assert!(world.send(&frame).host, "{name}");
+        let view = world.a.port.view(&[frame, vec![0; 14]]).unwrap();
+        assert!(view.counters.sent_packets > before.sent_packets, "{view:?}");
+        assert!(view.counters.sent_bytes > before.sent_bytes, "{view:?}");
+        assert_eq!(
+            (&*view.link, view.mac, view.ipv4),
+            (world.a.port.link(), world.a.port.mac(), world.a.port.address())
+        );
+        assert_eq!(view.explained.iter().map(|decision| decision.arrives).collect::<Vec<_>>(), [true, false]);
     });
 }

@@ -13,12 +13,14 @@ use qvd_sys::{
     netns,
     packet::{ETHERTYPE_ALL, PacketSocket},
 };
+use qvd_testkit::privileged;
 use rustix::{
     io::Errno,
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
 use super::{
+    NEEDS,
     frames::{self, Station},
     vectors::{self, Cast, Station6},
 };
@@ -44,15 +46,18 @@ pub(crate) fn config() -> NetConfig {
     NetConfig { subnet: subnet(), ..NetConfig::new(INSTANCE) }
 }
 
-/// Runs `test` on a thread inside a namespace made for it.
+/// Runs `test` on a thread inside a namespace made for it, where that is allowed:
+/// what nearly every test here begins with.
 pub(crate) fn on_a_host(test: impl FnOnce() + Send) {
-    let host = netns::create().unwrap();
-    netns::in_netns(host.as_fd(), || {
-        crate::loopback_up(host.as_fd()).unwrap();
-        pass_bridged_packets_to_inet(false);
-        test();
-    })
-    .unwrap();
+    privileged(NEEDS, || {
+        let host = netns::create().unwrap();
+        netns::in_netns(host.as_fd(), || {
+            crate::loopback_up(host.as_fd()).unwrap();
+            pass_bridged_packets_to_inet(false);
+            test();
+        })
+        .unwrap();
+    });
 }
 
 /// Whether bridged packets pass the host's inet rules as well, as they do where
