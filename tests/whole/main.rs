@@ -13,3 +13,5 @@ mod journey;
 mod machine;
 mod memory;
 mod nx;
+mod recipes;
+mod rollout;

@@ -20,7 +20,7 @@ use qvd_gateway::{
 };
 use qvd_storage::{
     Repository,
-    repository::{Change, Checked, CommitId, Content, Diff, Logged, Reference},
+    repository::{Change, Checked, CommitId, Content, Diff, Logged, Reference, Rollout},
 };
 
 use crate::{
@@ -90,7 +90,9 @@ pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: 
         Image::Diff { from, to } => output.result(&at()?.call(Compare { from, to }, output)?, show_diff),
         Image::Tag { flavour, name: None, .. } => {
             let tags = at()?.call(Tags { flavour }, output)?;
-            output.table(&tags, ["TAG", "COMMIT"], |tagged| [tagged.tag.to_string(), short(tagged.commit)])
+            output.table(&tags, ["TAG", "COMMIT", "STEPS"], |tagged| {
+                [tagged.tag.to_string(), short(tagged.commit), tagged.rollout.map_or_else(String::new, steps)]
+            })
         }
         Image::Tag { flavour, name: Some(tag), id, message, steps } => {
             let cannot = format!("cannot put `{tag}` of {flavour}");
@@ -244,6 +246,17 @@ pub(crate) fn show_diff(diff: &Diff) -> String {
         (from, None) => format!("{:<16} {} {}", "uninstalled", package.name, from.as_deref().unwrap_or_default()),
     });
     blocks.chain(files).chain(packages.map(|line| one_line(&line))).collect::<Vec<_>>().join("\n")
+}
+
+/// In which steps desktops get a commit.
+fn steps(rollout: Rollout) -> String {
+    let after = |what, after: Option<u64>| after.map(|after| format!("{what} after {after} s"));
+    let first = (rollout.canary_percent < 100).then(|| format!("{} % first", rollout.canary_percent));
+    [first, after("asked to leave", rollout.soft_after_s), after("stopped", rollout.hard_after_s)]
+        .into_iter()
+        .flatten()
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn show_made(logged: &Logged, output: &Output) -> anyhow::Result<()> {

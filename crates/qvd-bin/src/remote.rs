@@ -219,6 +219,7 @@ fn details(info: &DesktopInfo) -> String {
     lines.extend(desktop.calls.map(|calls| ("calls", calls.to_string())));
     lines.extend(desktop.limits.io.map(|io| ("disks", format!("{io} a second"))));
     lines.extend(desktop.address.map(|address| ("address", address.to_string())));
+    lines.extend(status.image.map(|commit| ("runs", commit.hex().chars().take(12).collect())));
     lines.extend(status.step.map(|step| ("step", step.text().to_owned())));
     lines.extend(status.ended.clone().map(|why| ("ended", one_line(&why))));
     lines.iter().map(|(name, value)| format!("{name:<10} {value}")).collect::<Vec<_>>().join("\n")

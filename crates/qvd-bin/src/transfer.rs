@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Context;
-use qvd_gateway::images::{Clone, Place, Pull, Push, RemoteAccess};
+use qvd_gateway::images::{self, Clone, Place, Pull, Push, RemoteAccess};
 use qvd_storage::repository::{Reference, Transferred};
 
 use crate::{
@@ -48,11 +48,9 @@ pub(crate) fn push(
     transfer: &Transfer,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let Transfer { remote, image, force, access } = transfer;
-    let cannot = || format!("cannot push {image} to `{}`", remote.display());
-    let remote = self::access(remote, access).with_context(cannot)?;
-    let push = Push { remote, image: image.clone(), force: *force, author: author() };
-    show(image, &images()?.call(push, output)?, output)
+    let cannot = || format!("cannot push {} to `{}`", transfer.image, transfer.remote.display());
+    let push = Push(flavour(transfer).with_context(cannot)?);
+    show(&transfer.image, &images()?.call(push, output)?, output)
 }
 
 /// Gets a flavour from another repository.
@@ -61,11 +59,14 @@ pub(crate) fn pull(
     transfer: &Transfer,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let Transfer { remote, image, force, access } = transfer;
-    let cannot = || format!("cannot pull {image} from `{}`", remote.display());
-    let remote = self::access(remote, access).with_context(cannot)?;
-    let pull = Pull { remote, image: image.clone(), force: *force, author: author() };
-    show(image, &images()?.call(pull, output)?, output)
+    let cannot = || format!("cannot pull {} from `{}`", transfer.image, transfer.remote.display());
+    let pull = Pull(flavour(transfer).with_context(cannot)?);
+    show(&transfer.image, &images()?.call(pull, output)?, output)
+}
+
+fn flavour(Transfer { remote, image, force, access }: &Transfer) -> anyhow::Result<images::Transfer> {
+    let remote = self::access(remote, access)?;
+    Ok(images::Transfer { remote, image: image.clone(), force: *force, author: author() })
 }
 
 /// Gets every flavour of another repository.

@@ -91,6 +91,9 @@ fn take_down(node: &Node, swap: Option<Swap>, run: &Path) -> anyhow::Result<()> 
     fs::remove_dir(run).with_context(cannot)
 }
 
+/// How often desktops are looked for that run what has expired.
+const EXPIRY: Duration = Duration::from_secs(5);
+
 /// Serves until a signal.
 async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Result<()> {
     let farm = Farm::open(&database(paths), node).await?;
@@ -108,11 +111,22 @@ async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) 
         drop(stopped.wait_for(|stopped| *stopped).await);
     };
     let router = api::router(ApiState { farm: farm.clone() });
-    let ((), closed, ()) =
-        tokio::join!(gateway.serve(until(stopped.clone())), door.serve(router, until(stopped)), async {
+    let expiry = async {
+        while tokio::time::timeout(EXPIRY, until(stopped.clone())).await.is_err() {
+            if let Err(error) = farm.expire().await {
+                tracing::warn!(%error, "cannot see which desktops have expired");
+            }
+        }
+    };
+    let ((), closed, (), ()) = tokio::join!(
+        gateway.serve(until(stopped.clone())),
+        door.serve(router, until(stopped.clone())),
+        expiry,
+        async {
             tracing::info!(signal = signals.await, "stopping");
             stop.send_replace(true);
-        },);
+        },
+    );
     farm.close().await;
     Ok(closed?)
 }

@@ -3,6 +3,7 @@ use std::{error::Error as _, net::Ipv4Addr, time::Duration};
 use qvd_core::{Bytes, Calls, DesktopId, DesktopSpec, DisplayKind, FlavourName, Limits, Tag, UserName};
 use qvd_guest::{ExecRequest, Stats};
 use qvd_node::{Attachment, ExecSession, MemoryReport, NewVersion, PortView, Timings, Version};
+use qvd_storage::repository::{CommitId, Due};
 use sqlx::{Row, Sqlite, Transaction};
 use tokio::sync::mpsc;
 
@@ -380,6 +381,35 @@ impl Farm {
             .await?
             .map_err(|e| FarmError::host(format!("cannot stop desktop {id}"), e))?;
         tracing::info!(desktop = %id, "desktop stopped");
+        Ok(())
+    }
+
+    /// Stops each desktop that runs a commit which was to be left by now: that of its
+    /// tag was published with a hard expiry, which has passed. What its user has not
+    /// stored is lost; those were asked to leave before.
+    ///
+    /// # Errors
+    /// The database cannot be read. A desktop that cannot be stopped is logged, and
+    /// stopped the next time.
+    pub async fn expire(&self) -> Result<(), FarmError> {
+        let Some(repository) = self.repository() else { return Ok(()) };
+        let (desktops, now) = (self.desktops(None).await?, self.clock().now());
+        let has_expired = move |desktop: &Desktop, running| {
+            let (flavour, tag, who) = (&desktop.flavour, &desktop.tag, desktop.id.to_string());
+            // Its flavour or its tag may be gone; then nothing urges it.
+            repository.due(flavour, tag, &who, CommitId::new(running), now).is_ok_and(|due| due == Due::Hard)
+        };
+        let expired = self.on_host(move |host| {
+            let runs_it =
+                |desktop: &Desktop| host.status(desktop.id).image.is_some_and(|running| has_expired(desktop, running));
+            desktops.iter().filter(|desktop| runs_it(desktop)).map(|desktop| desktop.id).collect::<Vec<_>>()
+        });
+        for id in expired.await? {
+            match self.stop(id).await {
+                Ok(()) => tracing::info!(desktop = %id, "stopped: what it ran has expired"),
+                Err(error) => tracing::warn!(desktop = %id, %error, "cannot stop what runs an expired commit"),
+            }
+        }
         Ok(())
     }
 

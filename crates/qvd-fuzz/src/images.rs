@@ -5,7 +5,7 @@ use std::{fs, io::Cursor};
 use qvd_storage::{
     DiskFormat, Recipe,
     qcow2::{self, BackingPolicy, Chain, Header, Image, Repair},
-    repository::Tree,
+    repository::{NewVersion, Tree},
 };
 use sha2::{Digest, Sha256};
 
@@ -28,6 +28,23 @@ pub(crate) fn archive(world: &World, bytes: &[u8]) -> bool {
     };
     assert_eq!(entries(&world.repository.dir().join("incoming")), 0);
     taken
+}
+
+/// What a machine tells of its root, with what it packs behind it.
+pub(crate) fn told(world: &World, bytes: &[u8]) -> bool {
+    let new = NewVersion {
+        flavour: Some("told".parse().unwrap()),
+        author: "ana".to_owned(),
+        message: "told".to_owned(),
+        publish: false,
+    };
+    let made = world.repository.capture_told(world.commit, &mut &*bytes, std::io::sink(), MAX_BYTES, &new);
+    assert_eq!(entries(&world.repository.dir().join("incoming")), 0);
+    made.is_ok_and(|version| {
+        let commit = world.repository.commit(version.id).unwrap();
+        assert_eq!(world.repository.tree_of(&commit).unwrap().entries().len() as u64, version.entries);
+        true
+    })
 }
 
 /// The documents of an OCI archive, in the order in which one names the other:

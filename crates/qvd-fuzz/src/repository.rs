@@ -132,6 +132,13 @@ pub(crate) fn signature(world: &World, bytes: &[u8]) -> bool {
     read
 }
 
+/// A database of RPM, in each of its forms.
+pub(crate) fn rpm(_: &World, bytes: &[u8]) -> bool {
+    let list =
+        Packages::of_rpm(bytes).inspect(|list| assert_eq!(Packages::decode(&list.encode()).as_ref(), Some(list)));
+    list.is_some_and(|list| !list.versions.is_empty())
+}
+
 /// Lists of packages: dpkg's, and ours.
 pub(crate) fn packages(_: &World, bytes: &[u8]) -> bool {
     let status = Packages::of_dpkg(&String::from_utf8_lossy(bytes));

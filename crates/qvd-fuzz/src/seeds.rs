@@ -39,8 +39,17 @@ pub fn seeds(target: &str, world: &World) -> Vec<Vec<u8>> {
             include_bytes!("../../../recipes/lxde.toml").to_vec(),
             RECIPE.into(),
         ],
+        // Made once by SQLite, by RPM's own code and by Berkeley DB, of two packages.
+        "rpm" => [
+            include_bytes!("../seeds/rpm.sqlite").as_slice(),
+            include_bytes!("../seeds/rpm.ndb"),
+            include_bytes!("../seeds/rpm.bdb"),
+        ]
+        .map(<[u8]>::to_vec)
+        .into(),
         "signature" => vec![SIGNATURE.into()],
         "tags" => tags(world),
+        "told" => told(),
         "tree" => trees(world),
         other => panic!("there is no target `{other}`"),
     }
@@ -128,6 +137,15 @@ fn archives() -> Vec<Vec<u8>> {
         include_bytes!("../seeds/tar.bz2"),
     ];
     [plain, zstd].into_iter().chain(made.map(<[u8]>::to_vec)).collect()
+}
+
+fn told() -> Vec<Vec<u8>> {
+    const SAME: &str = "f 8 8 0.0000000000 0.0000000000 etc/motd";
+    let list =
+        ["d 7 0 1.0 1.0 ", "d 7 0 1.0 1.0 etc", SAME, "l 8 4 9.5 9.5 etc/new", "f 8 1 9.5 9.5 etc/machine-id", ""];
+    let list: String = list.iter().map(|record| format!("{record}\0")).collect();
+    let packed = tar_of(&[("./", b'5', "", b""), ("./etc", b'5', "", b""), ("./etc/new", b'2', "motd", b"")]);
+    vec![[list.into_bytes(), packed].concat()]
 }
 
 fn oci() -> Vec<Vec<u8>> {

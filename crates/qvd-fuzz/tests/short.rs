@@ -62,8 +62,8 @@ macro_rules! short {
 }
 
 short! {
-    archive blocks commit frames guest keys log names oci packages pull qcow2 qmp question receive recipe signature
-    tags tree
+    archive blocks commit frames guest keys log names oci packages pull qcow2 qmp question receive recipe rpm
+    signature tags told tree
 }
 
 /// Some seeds have ids of trees and commits in them; who changes these formats

@@ -245,6 +245,7 @@ impl Host for FakeHost {
             attached: running.and_then(|r| r.client.as_ref()).is_some_and(AttachmentEnd::is_open),
             resting: false,
             ended: None,
+            image: running.map(|running| running.spec.image),
         }
     }
 

@@ -207,6 +207,9 @@ pub struct DesktopStatus {
     pub resting: bool,
     /// Why it is not running, when it ended without being asked to.
     pub ended: Option<String>,
+    /// The commit that it runs.
+    #[serde(default)]
+    pub image: Option<Digest>,
 }
 
 /// Where the time of a start went, in microseconds.

@@ -81,6 +81,7 @@ impl Node {
             let mut face = lock(&slot.face);
             face.state = State::Running;
             face.guest = Some(desktop.guest().clone());
+            face.image = Some(desktop.spec.image);
             drop(face);
             *lock(&slot.rest) = desktop.rest(node.inner.config.rest_after);
             node.watch(&desktop)?;
@@ -270,7 +271,13 @@ impl Host for Node {
         match started {
             Ok((guest, timings)) => {
                 let mut face = lock(&slot.face);
-                *face = Face { state: State::Running, timings: Some(timings), guest: Some(guest), ..Face::default() };
+                *face = Face {
+                    state: State::Running,
+                    timings: Some(timings),
+                    guest: Some(guest),
+                    image: Some(spec.image),
+                    ..Face::default()
+                };
                 tracing::info!(desktop = %spec.id, session_us = timings.session_us, "desktop runs");
                 Ok(timings)
             }
@@ -343,6 +350,7 @@ impl Host for Node {
             attached: face.is_attached(),
             resting,
             ended: face.ended.clone(),
+            image: face.image.filter(|_| state == DesktopState::Running),
         }
     }
 

@@ -6,12 +6,17 @@ use std::{
     io::{Cursor, Read, Seek, SeekFrom, Write},
     path::Path,
     process::Command,
+    time::SystemTime,
 };
 
-use qvd_storage::{Error, Repository};
+use qvd_storage::{
+    Error, ImageConfig, Repository,
+    repository::{CommitId, NewCommit, NewVersion, Node, Tree, Version},
+};
 use sha2::{Digest, Sha256};
 
 /// A member, as a header says it.
+#[derive(Clone, Copy)]
 struct Member<'a> {
     path: &'a str,
     kind: u8,
@@ -346,4 +351,84 @@ fn layers_take_away_what_is_below_them() {
     let tree = repository.stage().unwrap().import_archive(&mut Cursor::new(archive), 1 << 30).unwrap();
     let paths: Vec<_> = tree.entries().iter().map(|entry| entry.path.to_str().unwrap()).collect();
     assert_eq!(paths, ["", "etc", "etc/b", "gone", "var", "var/new"]);
+}
+
+/// A machine's image of one file, as a repository has it.
+fn machine() -> (tempfile::TempDir, Repository, CommitId) {
+    let (dir, repository) = repository();
+    let archive = tar(&[file("etc/motd", b"hello"), file("etc/machine-id", b"-")]);
+    let staging = repository.stage().unwrap();
+    let tree = staging.import_archive(&mut Cursor::new(archive), u64::MAX).unwrap();
+    let new = NewCommit {
+        config: ImageConfig::plain("tiny".parse().unwrap()),
+        author: "ana".to_owned(),
+        message: "first".to_owned(),
+        time: SystemTime::UNIX_EPOCH,
+        recipe: None,
+        publish: false,
+    };
+    let id = repository.commit_tree(&staging, &tree, new).unwrap();
+    drop(staging);
+    (dir, repository, id)
+}
+
+/// What a machine tells of, with an archive behind it, becomes a version or not.
+fn told(records: &[&str], archive: &[u8]) -> (Result<(Version, Tree), String>, Vec<u8>) {
+    let (_dir, repository, base) = machine();
+    let list: Vec<u8> = records.iter().flat_map(|record| [record.as_bytes(), b"\0"].concat()).collect();
+    let mut said = Cursor::new([&list[..], archive].concat());
+    let mut asked = Vec::new();
+    let new = NewVersion { flavour: None, author: "ana".to_owned(), message: "told".to_owned(), publish: false };
+    let made = repository.capture_told(base, &mut said, &mut asked, 1 << 20, &new);
+    let head = repository.resolve(&"tiny".parse().unwrap()).unwrap();
+    let made = match made {
+        Ok(version) => {
+            let tree = repository.tree_of(&repository.commit(version.id).unwrap()).unwrap();
+            Ok((version, tree))
+        }
+        Err(error) => {
+            assert_eq!(head, base, "nothing moved");
+            assert_eq!(fs::read_dir(repository.dir().join("incoming")).unwrap().count(), 0);
+            Err(qvd_core::causes(&error).join(": "))
+        }
+    };
+    (made, asked)
+}
+
+#[test]
+fn what_a_machine_tells_of_itself_is_not_trusted() {
+    const END: &str = "";
+    const ROOT: &str = "d 7 0 1.0 1.0 ";
+    const ETC: &str = "d 7 0 1.0 1.0 etc";
+    const SAME: &str = "f 8 5 0.0000000000 0.0000000000 etc/motd";
+    let (root, etc) = (link("./", b'5', ""), link("./etc", b'5', ""));
+    let tree = |more: &[Member<'_>]| tar(&[&[root, etc], more].concat());
+
+    // What did not change is not asked for; what is not asked for is not taken.
+    let new = "f 8 3 9.5 9.5 etc/new";
+    let given = tree(&[file("./etc/new", b"new"), file("./etc/more", b"more")]);
+    let (made, asked) = told(&[ROOT, ETC, SAME, new, "f 8 9 9.5 9.5 etc/machine-id", END], &given);
+    let (version, after) = made.unwrap();
+    assert_eq!(asked, b"./\0./etc\0./etc/new\0");
+    assert_eq!((version.files_read, version.left_out_count, version.entries), (1, 1, 5));
+    assert!(after.get(Path::new("etc/more")).is_none());
+    let Node::File { size_bytes, .. } = after.get(Path::new("etc/machine-id")).unwrap().node else { panic!() };
+    assert_eq!(size_bytes, 1, "as in the version before");
+
+    let cases: &[(&[&str], &[u8], &str)] = &[
+        (&[ROOT, ETC, new], b"", "it ended while it told"),
+        (&[ROOT, "nonsense", END], b"", "it told `nonsense`"),
+        (&[ROOT, ETC, new, END], &tree(&[]), "`/etc/new` was asked for and not given"),
+        (&[ROOT, ETC, new, END], &tree(&[])[..700], "ends in the middle"),
+        (&[ROOT, "f 8 1 9.5 9.5 ../evil", END], &tar(&[file("../evil", b"x")]), "leads out"),
+        (&[ROOT, "f 8 1 9.5 9.5 /etc/evil", END], &tar(&[file("/etc/evil", b"x")]), "absolute name"),
+        (&[ROOT, ETC, new, END], &tree(&[link("./etc/new", b'3', "")]), "device node"),
+        (&[ROOT, ETC, new, END], &tree(&[link("./etc/new", b'1', "/etc/shadow")]), "hard link to `/etc/shadow`"),
+        (&[ROOT, ETC, SAME, SAME, END], &tree(&[]), "twice"),
+        (&[ROOT, ETC, new, END], &tree(&[file("./etc/new", &[7; 2 << 20])]), "ends in the middle"),
+    ];
+    for (records, archive, reason) in cases {
+        let refused = told(records, archive).0.unwrap_err();
+        assert!(refused.contains(reason), "{refused} instead of {reason}");
+    }
 }

@@ -6,6 +6,7 @@
 #[path = "../common/daemon.rs"]
 mod daemon;
 mod store;
+mod trust;
 mod verbs;
 
 use std::{

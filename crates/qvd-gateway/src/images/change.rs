@@ -62,10 +62,9 @@ impl ImageCall for PutTag {
                 Some(rollout) => repository.publish(&flavour, &tag, to, rollout, by)?,
                 None => repository.move_tag(&flavour, &tag, Expect::Anything, Some(to), by)?,
             };
-            Ok(to)
+            Tagged::of(repository, &flavour, tag, to)
         };
-        let commit = put().map_err(storage(&cannot))?;
-        Ok(Tagged { flavour, tag, commit })
+        put().map_err(storage(&cannot))
     }
 
     fn asked_by(&mut self, user: &UserName) {

@@ -5,7 +5,7 @@ use qvd_core::{FlavourName, Tag};
 use qvd_farm::FarmError;
 use qvd_storage::{
     Error, Repository,
-    repository::{Commit, CommitId, Diff, Logged, Move, Reference, Revision},
+    repository::{Commit, CommitId, Diff, Logged, Move, Reference, Revision, Rollout},
 };
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use serde_json::{Map, Value};
@@ -149,6 +149,21 @@ pub struct Tagged {
     pub tag: Tag,
     /// Where it is.
     pub commit: CommitId,
+    /// In which steps desktops get it, while these are under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Rollout>,
+}
+
+impl Tagged {
+    pub(super) fn of(
+        repository: &Repository,
+        flavour: &FlavourName,
+        tag: Tag,
+        commit: CommitId,
+    ) -> Result<Self, Error> {
+        let rollout = repository.rollout(flavour, &tag)?.filter(|rollout| *rollout != Rollout::default());
+        Ok(Self { flavour: flavour.clone(), tag, commit, rollout })
+    }
 }
 
 impl ImageCall for Tags {
@@ -161,12 +176,12 @@ impl ImageCall for Tags {
     }
 
     fn carry_out(self, repository: &Repository, _: &mut (dyn FnMut(News) + Send)) -> Result<Vec<Tagged>, FarmError> {
+        let row = |(tag, commit)| Tagged::of(repository, &self.flavour, tag, commit);
         let tags = || match repository.tags(&self.flavour)? {
             tags if tags.is_empty() => Err(Error::NoSuchFlavour(self.flavour.clone())),
-            tags => Ok(tags),
+            tags => tags.into_iter().map(row).collect(),
         };
-        let row = |(tag, commit)| Tagged { flavour: self.flavour.clone(), tag, commit };
-        Ok(tags().map_err(storage(&self.cannot()))?.into_iter().map(row).collect())
+        tags().map_err(storage(&self.cannot()))
     }
 }
 

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub use change::{Export, ExportFormat, Exported, Gc, Import, PutTag, Remove, RemoveTag, Revert};
 pub use look::{Compare, Log, Reflog, Show, Shown, Tagged, Tags};
 pub use remote::{Place, Remote, RemoteAccess, StoreKeys};
-pub use transfer::{Clone, Cloned, Fsck, Pull, Push};
+pub use transfer::{Clone, Cloned, Fsck, Pull, Push, Transfer};
 
 /// How much of how much is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

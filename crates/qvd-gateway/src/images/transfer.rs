@@ -20,10 +20,10 @@ use super::{Amount, ImageCall, News, Remote, RemoteAccess, storage};
 /// How often somebody is told how far it is.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Brings a flavour to another repository.
+/// A flavour on its way to another repository, or from there.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Push {
+pub struct Transfer {
     /// The other repository.
     pub remote: RemoteAccess,
     /// A flavour with all its tags, or one of them.
@@ -34,6 +34,11 @@ pub struct Push {
     /// Who does it.
     pub author: String,
 }
+
+/// Brings a flavour to another repository.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Push(pub Transfer);
 
 impl ImageCall for Push {
     type Answer = Transferred;
@@ -42,40 +47,31 @@ impl ImageCall for Push {
     const LONG: bool = true;
 
     fn cannot(&self) -> String {
-        format!("cannot push {} to `{}`", self.image, self.remote.address)
+        format!("cannot push {} to `{}`", self.0.image, self.0.remote.address)
     }
 
     fn carry_out(self, here: &Repository, news: &mut (dyn FnMut(News) + Send)) -> Result<Transferred, FarmError> {
         let cannot = self.cannot();
-        let wanted = wanted(&cannot, &self.image, self.force)?;
-        let remote = Remote::open(&self.remote).map_err(|error| behind(&cannot, error))?;
+        let Transfer { remote, image, force, author } = self.0;
+        let wanted = wanted(&cannot, &image, force)?;
+        let remote = Remote::open(&remote).map_err(|error| behind(&cannot, error))?;
         let mut teller = Teller::new(news);
-        remote.push(here, &wanted, &self.author, &mut |so_far| teller.tell(so_far)).map_err(storage(&cannot))
+        remote.push(here, &wanted, &author, &mut |so_far| teller.tell(so_far)).map_err(storage(&cannot))
     }
 
     fn asked_by(&mut self, user: &UserName) {
-        self.author = user.to_string();
+        self.0.author = user.to_string();
     }
 
     fn host_path(&self) -> Option<&Path> {
-        self.remote.directory()
+        self.0.remote.directory()
     }
 }
 
 /// Gets a flavour from another repository.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Pull {
-    /// The other repository.
-    pub remote: RemoteAccess,
-    /// A flavour with all its tags, or one of them.
-    pub image: Reference,
-    /// Lets `head` leave commits that the other side does not have.
-    #[serde(default)]
-    pub force: bool,
-    /// Who does it.
-    pub author: String,
-}
+#[serde(transparent)]
+pub struct Pull(pub Transfer);
 
 impl ImageCall for Pull {
     type Answer = Transferred;
@@ -84,23 +80,24 @@ impl ImageCall for Pull {
     const LONG: bool = true;
 
     fn cannot(&self) -> String {
-        format!("cannot pull {} from `{}`", self.image, self.remote.address)
+        format!("cannot pull {} from `{}`", self.0.image, self.0.remote.address)
     }
 
     fn carry_out(self, here: &Repository, news: &mut (dyn FnMut(News) + Send)) -> Result<Transferred, FarmError> {
         let cannot = self.cannot();
-        let wanted = wanted(&cannot, &self.image, self.force)?;
-        let source = source(&cannot, &self.remote)?;
+        let Transfer { remote, image, force, author } = self.0;
+        let wanted = wanted(&cannot, &image, force)?;
+        let source = source(&cannot, &remote)?;
         let mut teller = Teller::new(news);
-        here.pull(&*source, &wanted, &self.author, &mut |so_far| teller.tell(so_far)).map_err(storage(&cannot))
+        here.pull(&*source, &wanted, &author, &mut |so_far| teller.tell(so_far)).map_err(storage(&cannot))
     }
 
     fn asked_by(&mut self, user: &UserName) {
-        self.author = user.to_string();
+        self.0.author = user.to_string();
     }
 
     fn host_path(&self) -> Option<&Path> {
-        self.remote.directory()
+        self.0.remote.directory()
     }
 }
 

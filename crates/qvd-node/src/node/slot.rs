@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use qvd_core::{DesktopId, StartStep};
+use qvd_core::{DesktopId, Digest, StartStep};
 
 use crate::{
     AttachmentEnd, HostError, HostErrorKind, Timings,
@@ -29,6 +29,8 @@ pub(super) struct Face {
     pub(super) ended: Option<String>,
     pub(super) guest: Option<Guest>,
     pub(super) attachment: Option<AttachmentEnd>,
+    /// The commit that it runs.
+    pub(super) image: Option<Digest>,
 }
 
 impl Slot {

@@ -26,6 +26,8 @@ pub(crate) struct Layers<'s, 'r> {
     layer: u32,
     links: u32,
     names_bytes: u64,
+    /// How many entries there may be.
+    max_entries: usize,
 }
 
 struct Slot {
@@ -37,7 +39,7 @@ struct Slot {
 
 impl<'s, 'r> Layers<'s, 'r> {
     pub(crate) const fn new(staging: &'s Staging<'r>) -> Self {
-        Self { staging, entries: BTreeMap::new(), layer: 0, links: 0, names_bytes: 0 }
+        Self { staging, entries: BTreeMap::new(), layer: 0, links: 0, names_bytes: 0, max_entries: TREE_MAX_ENTRIES }
     }
 
     /// Lays an archive over what is there. Of `whiteouts` only layers have any.
@@ -107,10 +109,9 @@ impl<'s, 'r> Layers<'s, 'r> {
     /// Counts an entry whose names and attributes have so many bytes.
     fn expect_room(&mut self, names: usize) -> io::Result<()> {
         self.names_bytes += names as u64;
-        if self.names_bytes > NAMES_MAX_BYTES || self.entries.len() >= TREE_MAX_ENTRIES {
-            return Err(bad(format!(
-                "is one too many: more than {TREE_MAX_ENTRIES} entries, or than their names may take"
-            )));
+        if self.names_bytes > NAMES_MAX_BYTES || self.entries.len() >= self.max_entries {
+            let most = self.max_entries;
+            return Err(bad(format!("is one too many: more than {most} entries, or than their names may take")));
         }
         Ok(())
     }
@@ -263,4 +264,57 @@ pub(crate) fn index(from: impl Read) -> io::Result<Index> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{
+        Repository,
+        repository::{Tree, archive::write},
+    };
+
+    /// As many files as asked for, one after the other; a content each, or none.
+    fn archive(files: u32, content: bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for number in 0..files {
+            let content = if content { number.to_string() } else { String::new() };
+            write::file(&mut bytes, &format!("d/{number}"), &mut content.as_bytes(), content.len() as u64).unwrap();
+        }
+        write::end(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn one_entry_more_than_there_may_be_is_refused_and_nothing_of_it_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let repository = Repository::open(dir.path()).unwrap();
+        let staging = repository.stage().unwrap();
+        let limited = |max_entries| Layers { max_entries, ..Layers::new(&staging) };
+        let add = |most: usize, from: &[u8]| limited(most).add(from, false).map_err(|error| error.to_string());
+
+        // The root, the directory that they imply, and a hundred files.
+        let mut layers = limited(102);
+        layers.add(&*archive(100, true), false).unwrap();
+        assert_eq!(Tree::new(layers.finish()).unwrap().entries().len(), 102);
+        let refused = add(102, &archive(101, true)).unwrap_err();
+        assert!(refused.contains("`d/100` is one too many: more than 102 entries"), "{refused}");
+        // Layers over each other are one tree; what implies directories is counted with them.
+        let mut layers = limited(102);
+        layers.add(&*archive(100, false), true).unwrap();
+        let mut more = Vec::new();
+        write::file(&mut more, "e/f/g", &mut &b""[..], 0).unwrap();
+        assert!(layers.add(&*more, true).unwrap_err().to_string().contains("more than 102 entries"));
+        // It is noticed where it happens: what comes behind is not read.
+        let mut endless = archive(101, false);
+        endless.truncate(endless.len() - 1024);
+        let mut behind = std::io::Cursor::new([endless, vec![7; 1 << 20]].concat());
+        assert!(limited(50).add(&mut behind, false).is_err());
+        assert!(behind.position() < 64 << 10, "{}", behind.position());
+        drop(staging);
+        for below in ["incoming", "objects"] {
+            assert_eq!(std::fs::read_dir(dir.path().join(below)).unwrap().count(), 0, "{below}");
+        }
+    }
 }

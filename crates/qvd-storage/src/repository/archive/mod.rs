@@ -67,6 +67,13 @@ impl Staging<'_> {
     }
 }
 
+/// What an archive without compression holds, which may be hostile.
+pub(crate) fn unpack(staging: &Staging<'_>, from: impl Read) -> io::Result<Vec<super::Entry>> {
+    let mut layers = Layers::new(staging);
+    layers.add(from, false)?;
+    Ok(layers.finish())
+}
+
 /// An error that is about what is in `from` says so.
 pub(crate) fn refused_as(from: &Path, error: Error) -> Error {
     match error {
