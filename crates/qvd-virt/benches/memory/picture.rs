@@ -60,14 +60,16 @@ pub fn draw(points: &[Point]) -> String {
     }
     let bottom = MARGIN + 3.0 * (HEIGHT + MARGIN) - MARGIN;
     let mut before = "";
-    for point in points.iter().filter(|point| std::mem::replace(&mut before, point.phase) != point.phase) {
+    let begun = points.iter().filter(|point| std::mem::replace(&mut before, point.phase) != point.phase);
+    // Two phases may begin one right after the other: their names stand below each other.
+    for (point, row) in begun.zip([0.0, 1.0].into_iter().cycle()) {
         let at = x(point.at_s);
         let _ = writeln!(
             svg,
             "<line x1=\"{at:.1}\" y1=\"{MARGIN}\" x2=\"{at:.1}\" y2=\"{bottom}\" stroke=\"#888\" stroke-dasharray=\"4 3\"/>\
              <text x=\"{:.1}\" y=\"{}\">{}</text>",
             at + 4.0,
-            MARGIN - 4.0,
+            MARGIN + HEIGHT - 22.0 + 14.0 * row,
             point.phase,
         );
     }
