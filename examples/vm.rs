@@ -95,6 +95,17 @@ fn main() -> Result<()> {
         let HostMemory { proportional, private } = machine.vm.host_memory()?;
         line["pss_mib"] = json!(mib(proportional.get()));
         line["private_mib"] = json!(mib(private.get()));
+    }
+    if template.is_some() {
+        for (machine, line) in &mut running {
+            line["identity"] = machine.identity()?;
+        }
+        // And once a program has been run in each.
+        for (machine, line) in &mut running {
+            line["pss_used_mib"] = json!(mib(machine.vm.host_memory()?.proportional.get()));
+        }
+    }
+    for (_, line) in &running {
         println!("{line}");
     }
     std::io::stdin().read_to_end(&mut Vec::new())?;
@@ -252,7 +263,7 @@ impl Bed {
         let session_ms = ms(began);
         let memory = running.stats()?.memory.unwrap_or_default();
         let line = json!({
-            "identity": running.identity()?, "id": id, "pid": running.vm.pid(), "cloned": true, "qmp_ms": qmp_ms, "boot_ms": boot_ms,
+            "id": id, "pid": running.vm.pid(), "cloned": true, "qmp_ms": qmp_ms, "boot_ms": boot_ms,
             "session_ms": session_ms, "guest_cached_mib": mib(memory.cached), "guest_free_mib": mib(memory.free),
         });
         Ok((running, line))

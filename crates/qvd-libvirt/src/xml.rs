@@ -10,9 +10,6 @@ use qvd_virt::vm::{Accel, BaseDevice, Boot, Devices, DiskFormat, Memory, VmSpec}
 
 use crate::{Error, Files, node::Node};
 
-/// Most memory for translated instructions, as `qvd-virt` gives to QEMU.
-const TRANSLATED_MIB: u32 = 64;
-
 /// What runs the domain, as the connection says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -124,7 +121,7 @@ fn os(spec: &VmSpec, qemu: bool, files: &Files) -> Result<Node, Error> {
 fn features(spec: &VmSpec, qemu: bool) -> Node {
     let mut features = Node::new("features").child(Node::new("acpi")).child(Node::new("apic"));
     if qemu && spec.accel == Accel::Tcg {
-        let cache = Node::new("tb-cache").with("unit", "MiB").text(TRANSLATED_MIB);
+        let cache = Node::new("tb-cache").with("unit", "MiB").text(spec.translated().get() >> 20);
         features.push(Node::new("tcg").child(cache));
     }
     if qemu && spec.accel == Accel::Kvm && spec.devices == Devices::Emulated {

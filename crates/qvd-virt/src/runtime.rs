@@ -261,6 +261,9 @@ impl Runtime {
         if spec.profile.no_new_privileges {
             plan.step("forbid new privileges", Op::NoNewPrivileges);
         }
+        if spec.profile.small_pages {
+            plan.step("keep to small pages", Op::SmallPages);
+        }
         // A new user namespace gives a process all capabilities, so the filter
         // may be loaded without `no_new_privs` too.
         plan.step("load the system call filter", Op::Seccomp(self.filter(&spec.profile)));

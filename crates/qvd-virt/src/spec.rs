@@ -86,6 +86,9 @@ pub struct Profile {
     pub calls: Calls,
     /// Whether programs may offer pages to be merged with equal ones of others.
     pub merging: bool,
+    /// Whether memory comes in small pages even where programs ask for huge ones,
+    /// which are faster, and take 2 MiB where a byte is used.
+    pub small_pages: bool,
     /// Whether it has a part of the cgroup tree of its own at `/sys/fs/cgroup`, below
     /// the group that its limits are on. Needs cgroups of version 2 alone.
     pub cgroups: bool,
@@ -152,6 +155,7 @@ impl Default for Profile {
             devices: BTreeSet::new(),
             calls: Calls::Desktop,
             merging: false,
+            small_pages: false,
             cgroups: false,
             require: BTreeSet::new(),
         }

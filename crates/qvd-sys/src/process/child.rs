@@ -168,6 +168,7 @@ impl<'a> Child<'a> {
                 0
             }
             Op::NoNewPrivileges => call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?,
+            Op::SmallPages => call!(SYS_prctl, libc::PR_SET_THP_DISABLE, 1, 0, 0, 0)?,
             Op::Seccomp(filter) => load(filter)?,
             Op::Landlock(rules) => call!(SYS_landlock_restrict_self, self.fd(*rules), 0)?,
             Op::TryLandlock => try_landlock()?,

@@ -227,6 +227,8 @@ pub enum Op {
     DropBounding(Vec<u8>),
     /// No program gains privileges when it is executed, from here on.
     NoNewPrivileges,
+    /// Memory comes in small pages alone from here on, whatever programs ask for.
+    SmallPages,
     /// Restricts the system calls from here on.
     Seccomp(Arc<[BpfInstruction]>),
     /// Keeps to these rules of Landlock from here on; they are made by

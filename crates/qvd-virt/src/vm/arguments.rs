@@ -9,10 +9,6 @@ use super::spec::{Accel, BaseDevice, Boot, Devices, DiskFormat, Memory, VmSpec};
 /// Bytes of the guest's console that are kept.
 pub(crate) const CONSOLE_BYTES: u32 = 64 * 1024;
 
-/// Most memory for translated instructions, in MiB. QEMU's default of 1 GiB
-/// would count as the desktop's.
-const TRANSLATED_MIB: u32 = 64;
-
 /// What a descriptor is for; its number inside comes with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Numbers {
@@ -121,7 +117,7 @@ fn common(line: &mut Line, spec: &VmSpec) {
             line.add("-cpu", format!("host{}", if spec.devices == Devices::Virtio { "" } else { hints }));
         }
         Accel::Tcg => {
-            line.add("-accel", format!("tcg,tb-size={TRANSLATED_MIB}"));
+            line.add("-accel", format!("tcg,tb-size={}", spec.translated().get() >> 20));
             line.add("-cpu", "max");
         }
     }
@@ -327,6 +323,16 @@ mod tests {
             let line = arguments(&spec).join(" ");
             assert_eq!(line.matches("memory-backend-").count(), line.matches(",merge=off").count(), "{line}");
             assert!(line.contains(",mem-merge=off"), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_was_translated_has_an_eighth_of_the_guests_memory_within_bounds() {
+        for (memory, translated) in [(64, 16), (128, 16), (256, 32), (512, 64), (8192, 64)] {
+            let mut spec = spec();
+            spec.limits.memory = Bytes::mib(memory);
+            let line = arguments(&spec);
+            assert!(line.contains(&format!("tcg,tb-size={translated}")), "{memory}: {line:?}");
         }
     }
 

@@ -86,7 +86,10 @@ impl Qemu {
         for dir in ["/usr/share/qemu", "/usr/share/seabios"] {
             argv.extend(["-L".to_owned(), dir.to_owned()]);
         }
-        let env = modules().map(|dir| format!("QEMU_MODULE_DIR={}", dir.display())).into_iter().collect();
+        // A heap for each thread would keep what that needed once.
+        let one_heap = "MALLOC_ARENA_MAX=1".to_owned();
+        let modules = modules().map(|dir| format!("QEMU_MODULE_DIR={}", dir.display()));
+        let env = modules.into_iter().chain([one_heap]).collect();
         let container = self.contain(&spec, Program { file: program.into(), argv, env }, fds)?;
         sockets.publish()?;
         let words = File::from(words);
@@ -128,6 +131,9 @@ impl Qemu {
             devices: std::collections::BTreeSet::new(),
             // For `Vm::allow_merging`; the guest cannot ask for it.
             merging: true,
+            // A clone's memory is a file's, which has none; but QEMU asks for them
+            // for its own buffers, most of which it does not fill.
+            small_pages: matches!(spec.memory, Memory::Cloned(_)),
             ..Profile::default()
         };
         for (number, fd) in (1..).zip(fds) {

@@ -43,6 +43,8 @@ fn a_pool_has_clones_ready_and_what_does_not_fit_a_template_is_refused_by_name()
         assert_eq!(first.state(), VmState::Waiting);
         let mut second = pool.take().unwrap();
         assert_ne!(first.generation().unwrap(), second.generation().unwrap());
+        let status = fs::read_to_string(format!("/proc/{}/status", first.pid())).unwrap();
+        assert!(status.contains("THP_enabled:\t0"), "it fills its buffers with huge pages: {status}");
         for vm in [&mut first, &mut second] {
             vm.resume().unwrap();
             assert_eq!(vm.state(), VmState::Running);
