@@ -25,7 +25,7 @@ use rustix::{
 };
 
 use crate::{
-    options::{self, HEAD_DISPLAY, Places, SESSION_DISPLAY},
+    options::{self, HEAD_DISPLAY, Occasion, Places, SESSION_DISPLAY},
     session::{AgentState, Seen},
     spawn::Identity,
 };
@@ -184,10 +184,10 @@ impl Desktop {
     }
 
     /// Writes the agent's options for its next start or resume.
-    pub(crate) fn write_options(&self, kind: DisplayKind) -> Result<(), Failure> {
+    pub(crate) fn write_options(&self, occasion: Occasion, kind: DisplayKind) -> Result<(), Failure> {
         let (root, state) = (self.agent_root(), state_file());
         let places = Places { socket: &self.nx_socket, root: &root, state: &state };
-        write(&options_file(), &options::render(kind, places), 0o644)
+        write(&options_file(), &options::render(occasion, kind, places), 0o644)
     }
 
     /// Forgets the notifications that came, and looks.

@@ -474,7 +474,9 @@ impl Init {
         let graphical = self.graphical.as_mut()?;
         let failure = match action {
             Action::Clear => graphical.desktop.clear().err().map(|failure| failure.to_string()),
-            Action::Options(kind) => graphical.desktop.write_options(kind).err().map(|failure| failure.to_string()),
+            Action::Options(occasion, kind) => {
+                graphical.desktop.write_options(occasion, kind).err().map(|failure| failure.to_string())
+            }
             Action::Start(role, geometry) => match graphical.start(role, geometry, &self.log) {
                 Ok(pid) => {
                     self.children.insert(pid, Child::Session(role));

@@ -17,6 +17,28 @@ pub(crate) fn x_socket(display: u8) -> PathBuf {
     PathBuf::from(format!("{X_SOCKETS}/X{display}"))
 }
 
+/// What the agent is told the options for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Occasion {
+    /// Its start, with nobody there yet.
+    Start,
+    /// Being shown.
+    Resume,
+}
+
+impl Occasion {
+    /// Milliseconds that the agent sleeps before each round of work while nobody sees
+    /// it. At a start the session's programs would wait for each, and one that was
+    /// never shown does little: a task bar's clock would wake it four times a second instead
+    /// of twice. Whoever left may have left a film running, which this slows down.
+    const fn sleep_ms(self) -> u32 {
+        match self {
+            Self::Start => 0,
+            Self::Resume => 50,
+        }
+    }
+}
+
 /// Where the agent finds and leaves its files.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Places<'a> {
@@ -38,8 +60,8 @@ const fn pack(link: LinkSpeed) -> &'static str {
     }
 }
 
-/// The content of the options file for a session shown as `kind`.
-pub(crate) fn render(kind: DisplayKind, places: Places<'_>) -> String {
+/// The content of the options file at `occasion`, for a session shown as `kind`.
+pub(crate) fn render(occasion: Occasion, kind: DisplayKind, places: Places<'_>) -> String {
     let (geometry, fullscreen, link) = match kind {
         DisplayKind::Nx { geometry, fullscreen, link } => (geometry, fullscreen, link),
         // The head's window manager is `x11::fit`: a window, so that the
@@ -53,8 +75,9 @@ pub(crate) fn render(kind: DisplayKind, places: Places<'_>) -> String {
     // Its keys are those of the display that shows it, so their codes are too.
     format!(
         "nx/nx,listen=unix:{socket},root={root},session=qvd,id=qvd,link={link},pack={pack},type=unix-kde,{caches},\
-         clipboard=both,resize=1,tolerancechecks=risky,composite=1,shmem=0,keyconv=off,\
+         clipboard=both,resize=1,tolerancechecks=risky,composite=1,shmem=0,keyconv=off,sleep={sleep},\
          geometry={geometry},fullscreen={fullscreen},state={state}:{SESSION_DISPLAY}",
+        sleep = occasion.sleep_ms(),
         socket = places.socket.display(),
         root = places.root.display(),
         link = link.as_str(),
@@ -72,9 +95,13 @@ mod tests {
     use super::*;
 
     fn rendered(kind: DisplayKind) -> String {
+        rendered_at(Occasion::Resume, kind)
+    }
+
+    fn rendered_at(occasion: Occasion, kind: DisplayKind) -> String {
         let places =
             Places { socket: Path::new("/s/nx.sock"), root: Path::new("/s/agent"), state: Path::new("/i/state") };
-        render(kind, places)
+        render(occasion, kind, places)
     }
 
     #[test]
@@ -84,6 +111,13 @@ mod tests {
         assert!(text.ends_with(":1"), "{text}");
         assert!(!text.contains("cookie"), "{text}");
         assert!(!text.contains('\n'), "{text}");
+    }
+
+    #[test]
+    fn the_agent_sleeps_only_once_somebody_has_seen_it() {
+        let kind = DisplayKind::Rfb { geometry: Geometry::default() };
+        assert!(rendered_at(Occasion::Start, kind).contains(",sleep=0,"));
+        assert!(rendered_at(Occasion::Resume, kind).contains(",sleep=50,"));
     }
 
     #[test]

@@ -13,6 +13,8 @@ use std::{collections::BTreeMap, time::Duration};
 use qvd_core::{DisplayKind, Geometry};
 use qvd_guest::{Exit, SessionState};
 
+use crate::options::Occasion;
+
 /// Time since the init began.
 pub(crate) type Moment = Duration;
 
@@ -156,7 +158,7 @@ pub(crate) enum Action {
     /// Forgets what a former agent left behind.
     Clear,
     /// Tells the agent how it will be shown next.
-    Options(DisplayKind),
+    Options(Occasion, DisplayKind),
     /// Starts a program; the head with this size.
     Start(Role, Geometry),
     /// Asks a program to end.
@@ -534,7 +536,7 @@ impl Session {
             self.manage(now, out);
         } else if self.agent.is_down() && now >= self.agent_backoff.not_before && self.all_down() {
             out.push(Action::Clear);
-            out.push(Action::Options(DisplayKind::Rfb { geometry: self.head_geometry() }));
+            out.push(Action::Options(Occasion::Start, DisplayKind::Rfb { geometry: self.head_geometry() }));
             self.start(now, Role::Agent, self.geometry, out);
             self.towards_head(now, out);
         }
@@ -617,7 +619,7 @@ impl Session {
             Some(waiting) => waiting.kind,
             None => DisplayKind::Rfb { geometry: self.geometry },
         };
-        out.push(Action::Options(kind));
+        out.push(Action::Options(Occasion::Resume, kind));
         out.push(Action::Toggle);
     }
 

@@ -205,7 +205,11 @@ fn a_session_roams_from_browser_to_native_client_and_back() {
     world.until(|world| world.connected(1));
     assert!(world.session.is_native());
     assert!(!world.running.contains(&Role::Head), "a head nobody sees costs memory");
-    let options = world.log.iter().position(|action| *action == Action::Options(native())).unwrap();
+    let options = world
+        .log
+        .iter()
+        .position(|action| *action == Action::Options(crate::options::Occasion::Resume, native()))
+        .unwrap();
     let toggle = world.log.iter().position(|action| *action == Action::Toggle).unwrap();
     assert!(options < toggle, "the agent reads its options when it resumes");
 
