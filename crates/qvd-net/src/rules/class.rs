@@ -114,7 +114,6 @@ impl Rules<'_> {
         chain.push(format!("{back} {}", DropReason::Neighbour.verdict()));
         chain.push(super::CLAMP);
         if policy.internet {
-            chain.push("accept");
             return;
         }
         // What is said about a connection that was let out.

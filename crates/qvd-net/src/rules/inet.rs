@@ -72,8 +72,7 @@ impl Rules<'_> {
         let back = format!("oifgroup {} {}", self.bridges_group(), DropReason::Neighbour.verdict());
         lines.when(self.on(Protection::Hairpin), back);
         lines.push(CLAMP);
-        lines.push(if self.internet { "meta nfproto { ipv4, ipv6 } accept" } else { "drop" });
-        lines.push("drop");
+        lines.when(!self.internet, "drop");
         lines.end();
 
         lines.chain("inward");
@@ -110,14 +109,13 @@ impl Rules<'_> {
         }
         lines.push("chain names {\ntype nat hook prerouting priority -100; policy accept;");
         let question = "meta l4proto { tcp, udp } th dport 53";
-        for bridge in [first, others] {
-            if let Some(server) = self.name_server {
-                lines.push(format!("iifname {bridge} ip daddr {} {question} dnat ip to {server}", subnet.gateway()));
-            }
-            if let (Some(server), Some(subnet6)) = (self.name_server6, self.subnet6) {
-                let gateway = subnet6.gateway(subnet);
-                lines.push(format!("iifname {bridge} ip6 daddr {gateway} {question} dnat ip6 to {server}"));
-            }
+        let group = self.bridges_group();
+        if let Some(server) = self.name_server {
+            lines.push(format!("iifgroup {group} ip daddr {} {question} dnat ip to {server}", subnet.gateway()));
+        }
+        if let (Some(server), Some(subnet6)) = (self.name_server6, self.subnet6) {
+            let gateway = subnet6.gateway(subnet);
+            lines.push(format!("iifgroup {group} ip6 daddr {gateway} {question} dnat ip6 to {server}"));
         }
         lines.end();
     }

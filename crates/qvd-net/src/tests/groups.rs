@@ -17,8 +17,8 @@ use super::{
 };
 use crate::{Backend, Mac, NetConfig, Network, PortSpec, links, netlink::Netlink, rules::Protection};
 
-const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 2, 3);
-const GROUP6: Ipv6Addr = Ipv6Addr::new(0xff15, 0, 0, 0, 0, 0, 0, 0x42);
+pub(super) const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 2, 3);
+pub(super) const GROUP6: Ipv6Addr = Ipv6Addr::new(0xff15, 0, 0, 0, 0, 0, 0, 0x42);
 const EXTRA: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 9);
 const EXTRA6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 7, 0, 0, 0, 0, 9);
 

@@ -9,6 +9,7 @@ mod drops;
 mod frames;
 mod groups;
 mod guard;
+mod inet_mutation;
 mod internet;
 mod iptables;
 mod lifecycle;

@@ -147,7 +147,10 @@ fn with_reasons(world: &mut World) -> Vec<Fate> {
     all.collect()
 }
 
-fn grown(before: &BTreeMap<DropReason, u64>, mut after: BTreeMap<DropReason, u64>) -> BTreeMap<DropReason, u64> {
+pub(super) fn grown(
+    before: &BTreeMap<DropReason, u64>,
+    mut after: BTreeMap<DropReason, u64>,
+) -> BTreeMap<DropReason, u64> {
     after.iter_mut().for_each(|(reason, count)| *count -= before.get(reason).copied().unwrap_or_default());
     after.retain(|_, count| *count > 0);
     after
