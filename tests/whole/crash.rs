@@ -37,22 +37,28 @@ struct Status {
     state: String,
 }
 
-fn state(server: &Server, desktop: u32) -> String {
+pub(crate) fn state(server: &Server, desktop: u32) -> String {
     let shown: Shown = server.json(&["desktop", "show", &desktop.to_string()]).unwrap();
     shown.status.state
 }
 
 /// Servers whose desktops outlive them; a test that fails takes them down.
-struct Lasting {
+pub(crate) struct Lasting {
     setup: Setup,
 }
 
 impl Lasting {
     fn on(host: &Host) -> Self {
-        Self { setup: Setup { ephemeral: false, ..host.setup.clone() } }
+        Self::with(host, &[])
     }
 
-    fn start(&self) -> Server {
+    /// Those that have further arguments.
+    pub(crate) fn with(host: &Host, arguments: &[&str]) -> Self {
+        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        Self { setup: Setup { ephemeral: false, arguments, ..host.setup.clone() } }
+    }
+
+    pub(crate) fn start(&self) -> Server {
         self.setup.start().unwrap()
     }
 
@@ -69,7 +75,7 @@ impl Drop for Lasting {
     }
 }
 
-fn start(server: &Server, desktop: u32) {
+pub(crate) fn start(server: &Server, desktop: u32) {
     expect_ok(&server.run(["desktop", "start", &desktop.to_string()]).unwrap());
 }
 
@@ -106,20 +112,22 @@ fn see(server: &Server, user: &str, desktop: u32) {
 
 /// The first process of a running desktop, from the record that the next
 /// server would read.
-fn first_process(host: &Host, desktop: u32) -> OwnedFd {
+pub(crate) fn first_process(host: &Host, desktop: u32) -> OwnedFd {
     let path = format!("/run/qvd-{}/desktops/{desktop}/record.json", host.instance);
     let record: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    let pid = i32::try_from(record["machine"]["container"]["pid"].as_u64().unwrap()).unwrap();
+    let machine = &record["machine"];
+    let container = machine.get("container").unwrap_or_else(|| &machine["vm"]["container"]);
+    let pid = i32::try_from(container["pid"].as_u64().unwrap()).unwrap();
     pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap()
 }
 
-fn has_ended(pidfd: &OwnedFd, limit: Duration) -> bool {
+pub(crate) fn has_ended(pidfd: &OwnedFd, limit: Duration) -> bool {
     let limit = Timespec::try_from(limit).unwrap();
     poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&limit)).unwrap() > 0
 }
 
 /// A start under way, and the news of it as they come.
-fn starting(server: &Server, desktop: u32) -> (Child, mpsc::Receiver<String>) {
+pub(crate) fn starting(server: &Server, desktop: u32) -> (Child, mpsc::Receiver<String>) {
     let mut command = server.setup().command();
     command.args(["desktop", "start", &desktop.to_string()]).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();

@@ -11,6 +11,7 @@ mod exec;
 mod harness;
 mod journey;
 mod machine;
+mod machine_crash;
 mod memory;
 mod nx;
 mod recipes;

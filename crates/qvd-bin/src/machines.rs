@@ -21,6 +21,9 @@ pub(crate) struct Machines {
     /// Have machines whose system is forgotten at their stop born from a template, which the first of its kind makes
     #[arg(long)]
     pub(crate) vm_templates: bool,
+    /// Clones of each template that stand ready for whoever comes, as long as memory is not short; flavours can say otherwise
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pub(crate) vm_pool: u8,
 }
 
 impl Machines {
@@ -33,7 +36,7 @@ impl Machines {
         };
         let mut config = VmConfig::default();
         (config.kernel, config.accel, config.disk) = (self.vm_kernel.clone(), accel, self.vm_disk);
-        config.templates = self.vm_templates;
+        (config.templates, config.pool) = (self.vm_templates, self.vm_pool);
         config
     }
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use qvd_core::Bytes;
 use qvd_gateway::api::Client;
-use qvd_node::{DesktopMemory, MemoryConfig, MemoryReport};
+use qvd_node::{DesktopMemory, MemoryConfig, MemoryReport, StockReport};
 
 use crate::output::Output;
 
@@ -77,6 +77,11 @@ fn host(report: &MemoryReport) -> String {
         }
         (None, None) => "merging    not known".to_owned(),
     });
+    if report.stock.templates > 0 {
+        let StockReport { templates, templates_memory, ready, ready_memory } = report.stock;
+        let (all, stand) = (mib(templates_memory), mib(ready_memory));
+        lines.push(format!("templates  {templates} with {all}; {ready} clones stand ready with {stand}"));
+    }
     lines.join("\n")
 }
 
@@ -109,6 +114,10 @@ mod tests {
         {
             assert!(text.contains(part), "{part} is not in {text}");
         }
+        assert!(!text.contains("templates"), "{text}");
+        report.stock =
+            StockReport { templates: 1, templates_memory: Bytes::mib(120), ready: 2, ready_memory: Bytes::mib(60) };
+        assert!(host(&report).contains("templates  1 with 120 MiB; 2 clones stand ready with 60 MiB"));
         report.not_merging = Some("it is switched off".to_owned());
         assert!(host(&report).contains("merging    no: it is switched off"));
     }

@@ -5,6 +5,7 @@
 //! need not know each other.
 #![forbid(unsafe_code)]
 
+mod birth;
 mod cause;
 mod error;
 mod id;
@@ -14,6 +15,7 @@ mod spec;
 mod support;
 mod unit;
 
+pub use birth::BirthPolicy;
 pub use cause::causes;
 pub use error::ErrorKind;
 pub use id::{DesktopId, Digest, FlavourName, IdError, Instance, Tag, TenantName, UserName};

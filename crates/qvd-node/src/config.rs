@@ -77,11 +77,14 @@ pub struct VmConfig {
     /// template: the first of a kind makes it, and the others need not boot. What such
     /// a machine writes to its system is in its memory, at most half of that.
     pub templates: bool,
+    /// How many clones of each template stand ready, so that a start need not wait for
+    /// one. Each takes some 40 MiB; they go when memory is short.
+    pub pool: u8,
 }
 
 impl Default for VmConfig {
-    /// The host's kernel, KVM where it works, disks of 16 GiB, no templates.
+    /// The host's kernel, KVM where it works, disks of 16 GiB, no templates, and no clones that stand ready.
     fn default() -> Self {
-        Self { kernel: None, accel: AccelChoice::Auto, disk: Bytes::gib(16), templates: false }
+        Self { kernel: None, accel: AccelChoice::Auto, disk: Bytes::gib(16), templates: false, pool: 0 }
     }
 }

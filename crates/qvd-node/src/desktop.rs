@@ -43,7 +43,7 @@ pub(crate) struct Desktop {
     pub(crate) linger: Duration,
     pub(crate) forks: ForkWatch,
     /// Why its node ended it, if it did.
-    pub(crate) verdict: Option<&'static str>,
+    pub(crate) verdict: Option<String>,
 }
 
 /// Why a desktop could not be taken apart whole; what is left stays owned.
@@ -61,7 +61,7 @@ impl Desktop {
     }
 
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
-        self.machine.pidfd()
+        self.machine.container().pidfd()
     }
 
     /// Whether its first process still runs.
@@ -71,12 +71,12 @@ impl Desktop {
 
     /// How it rests; `usual` is the node's own idea of when.
     pub(crate) fn rest(&self, usual: Duration) -> Rest {
-        Rest::new(self.rest, self.rest.after(usual, self.linger), self.machine.freezer())
+        Rest::new(self.rest, self.rest.after(usual, self.linger), self.machine.container().freezer())
     }
 
     /// What was asked about it, or `else_` when that cannot be said.
-    fn known<T>(&self, what: &str, found: Result<T, Failure>, else_: T) -> T {
-        found.unwrap_or_else(|error| {
+    fn known<T>(&self, what: &str, found: Result<T, impl Into<Failure>>, else_: T) -> T {
+        found.map_err(Into::into).unwrap_or_else(|error: Failure| {
             tracing::debug!(desktop = %self.id(), error = &*error as &dyn StdError, "{what} not known");
             else_
         })
@@ -85,7 +85,7 @@ impl Desktop {
     /// Processor time that its programs have used; what cannot be read counts
     /// as none.
     pub(crate) fn cpu_time(&self) -> Duration {
-        self.known("processor time", self.machine.cpu_time(), Duration::ZERO)
+        self.known("processor time", self.machine.container().cpu_time(), Duration::ZERO)
     }
 
     /// Whether somebody may be listening to it; what is not known counts as yes.
@@ -100,18 +100,18 @@ impl Desktop {
 
     /// Gives back the memory that it can do without while nobody looks.
     pub(crate) fn page_out(&self) {
-        match self.machine.page_out() {
+        match self.machine.container().page_out() {
             Ok(asked_bytes) => tracing::debug!(desktop = %self.id(), asked_bytes, "desktop rests"),
             Err(error) => {
-                tracing::info!(desktop = %self.id(), error = &*error as &dyn StdError, "desktop keeps its memory")
+                tracing::info!(desktop = %self.id(), error = &error as &dyn StdError, "desktop keeps its memory")
             }
         }
     }
 
     /// Gives back what the kernel keeps for it, while it stands still.
     pub(crate) fn reclaim_all(&self) {
-        if let Err(error) = self.machine.reclaim_all() {
-            tracing::debug!(desktop = %self.id(), error = &*error as &dyn StdError, "the kernel keeps what it has of it");
+        if let Err(error) = self.machine.container().reclaim_all() {
+            tracing::debug!(desktop = %self.id(), error = &error as &dyn StdError, "the kernel keeps what it has of it");
         }
     }
 
@@ -123,9 +123,21 @@ impl Desktop {
             return;
         }
         tracing::warn!(desktop = %self.id(), refused, "its programs fork without end: it is ended");
-        match self.machine.kill() {
-            Ok(()) => self.verdict = Some("was ended: its programs went on forking at their limit"),
-            Err(error) => tracing::warn!(desktop = %self.id(), error = &*error as &dyn StdError, "it runs on"),
+        self.condemn("its programs went on forking at their limit");
+    }
+
+    /// Begins to end it if nobody can talk with its init any more, nor see it.
+    pub(crate) fn end_cut_off(&mut self) {
+        if let Some(why) = self.machine.cut_off() {
+            tracing::warn!(desktop = %self.id(), why, "its init cannot be talked with any more: it is ended");
+            self.condemn(&format!("its init cannot be talked with any more: {why}"));
+        }
+    }
+
+    fn condemn(&mut self, why: &str) {
+        match self.machine.container().kill() {
+            Ok(()) => self.verdict = Some(format!("was ended: {why}")),
+            Err(error) => tracing::warn!(desktop = %self.id(), error = &error as &dyn StdError, "it runs on"),
         }
     }
 
@@ -236,11 +248,11 @@ impl Parts {
     }
 
     fn adopt(&self, id: DesktopId) -> Result<Desktop, Failure> {
-        let Record { spec, uid_slot, machine, address, .. } = self.records.read(id)?;
+        let Record { spec, uid_slot, machine, address, merges, .. } = self.records.read(id)?;
         let guest = Guest::at(self.records.socket(id));
         let image = self.store.image(spec.image)?;
         let ids = UidRange::of_slot(uid_slot)?;
-        let machine = self.adopt_machine(&spec, &image, ids, &machine, &guest)?;
+        let machine = self.adopt_machine(&spec, &image, ids, (&machine, merges), &guest)?;
         guest.check()?;
         let port = match address {
             None => None,
@@ -265,7 +277,7 @@ impl Parts {
         spec: &DesktopSpec,
         image: &Image,
         ids: UidRange,
-        record: &MachineRecord,
+        (record, merges): (&MachineRecord, bool),
         guest: &Guest,
     ) -> Result<Box<dyn Machine>, Failure> {
         const ENDED: &str = "its first process has ended";
@@ -274,7 +286,7 @@ impl Parts {
                 let container = self.runtime.adopt(record)?.ok_or(ENDED)?;
                 container.freezer().map_or(Ok(()), |freezer| freezer.thaw())?;
                 let root = self.store.root(image, &RootId::from(spec.id), spec.root)?;
-                Ok(Box::new(InContainer::new(container, root, ids)))
+                Ok(Box::new(InContainer::new(container, root, ids, merges)))
             }
             MachineRecord::Vm(record) => {
                 let vm = self.machines.qemu()?.adopt(record)?.ok_or(ENDED)?;
@@ -308,8 +320,8 @@ impl Parts {
             return Err(Left(errors));
         }
         self.ranges.free(desktop.uid_slot);
-        if let Some(verdict) = desktop.verdict {
-            return Ok(verdict.to_owned());
+        if let Some(verdict) = &desktop.verdict {
+            return Ok(verdict.clone());
         }
         Ok(match desktop.machine.exit().ok().flatten() {
             Some(Exit::Code(0)) => "ended by itself".to_owned(),

@@ -322,6 +322,7 @@ impl Host for FakeHost {
             merge_profit_bytes: None,
         });
         Ok(MemoryReport {
+            stock: crate::StockReport::default(),
             total: Bytes::gib(16),
             available: Bytes::gib(8),
             swap: Bytes::new(0),

@@ -25,7 +25,7 @@ mod swap;
 mod version;
 
 pub use config::{NodeConfig, VmConfig};
-pub use governor::{DesktopMemory, MemoryConfig, MemoryReport};
+pub use governor::{DesktopMemory, MemoryConfig, MemoryReport, StockReport};
 pub use host::{
     Attachment, AttachmentEnd, DesktopStatus, EndReason, ExecControl, ExecSession, ExecStdio, Host, HostError,
     HostErrorKind, ImageSummary, Timings,

@@ -2,6 +2,7 @@
 
 mod memory;
 mod slot;
+mod stock;
 
 use std::{
     collections::HashMap,
@@ -12,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag};
+use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, FlavourName, StartStep, Tag, Virtualizer};
 use qvd_guest::{ExecRequest, Stats};
 use qvd_net::PortView;
 use qvd_storage::{
@@ -45,6 +46,7 @@ pub struct Node {
     inner: Arc<Inner>,
     supervisor: Supervisor,
     rounds: Option<JoinHandle<()>>,
+    stock: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -56,6 +58,8 @@ struct Inner {
     exit: Gate,
     /// Who gets how much memory.
     governor: Arc<Governor>,
+    /// Held by whoever makes or ends machines that stand ready.
+    stock: Mutex<()>,
 }
 
 impl Node {
@@ -70,12 +74,14 @@ impl Node {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let exit = Gate::new(processors * CLOSED_AT_ONCE);
         let governor = Arc::new(Governor::open(&config.memory, &config.run));
-        let inner = Arc::new(Inner { parts, config, slots: Mutex::default(), exit, governor });
+        let inner = Arc::new(Inner { parts, config, slots: Mutex::default(), exit, governor, stock: Mutex::default() });
         let supervisor = Supervisor::start(Arc::downgrade(&inner))
             .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot start the supervisor", e))?;
         let rounds = memory::govern(&inner)
             .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot start the memory governor", e))?;
-        let node = Arc::new(Self { inner, supervisor, rounds: Some(rounds) });
+        let stock = stock::keep(&inner)
+            .map_err(|e| HostError::because(HostErrorKind::Failed, "cannot keep machines ready", e))?;
+        let node = Arc::new(Self { inner, supervisor, rounds: Some(rounds), stock: Some(stock) });
         for desktop in adopted {
             let slot = node.inner.slot(desktop.id());
             let mut face = lock(&slot.face);
@@ -83,6 +89,8 @@ impl Node {
             face.guest = Some(desktop.guest().clone());
             face.image = Some(desktop.spec.image);
             drop(face);
+            let shares = desktop.spec.virtualizer == Virtualizer::Container && desktop.machine.is_mergeable();
+            node.inner.governor.found(desktop.id(), &desktop.spec.tenant, shares);
             *lock(&slot.rest) = desktop.rest(node.inner.config.rest_after);
             node.watch(&desktop)?;
             *lock(&slot.live) = Some(desktop);
@@ -101,11 +109,12 @@ impl Node {
             let stops: Vec<_> = ids.iter().map(|&id| scope.spawn(move || self.stop(id, grace))).collect();
             stops.into_iter().map(|stop| stop.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
         });
+        let stock = self.inner.close_stock();
         let network = self.inner.parts.networks.close();
         self.inner.governor.stop();
         let memory = self.inner.governor.close();
         let memory = memory.map_err(virt("cannot leave the merging of equal pages as it was found"));
-        results.into_iter().chain([network, memory]).collect()
+        results.into_iter().chain([stock, network, memory]).collect()
     }
 
     /// Whether no desktop runs here and nothing is left of one.
@@ -124,11 +133,16 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         self.inner.governor.stop();
-        // The thread may hold the last reference to what this drops.
-        if let Some(rounds) = self.rounds.take().filter(|rounds| rounds.thread().id() != thread::current().id())
-            && rounds.join().is_err()
-        {
-            tracing::error!("the memory governor panicked");
+        if let Err(error) = self.inner.close_stock() {
+            tracing::warn!(error = &error as &dyn std::error::Error, "machines that stood ready are left");
+        }
+        for (thread, what) in [(self.rounds.take(), "the memory governor"), (self.stock.take(), "the stock's keeper")] {
+            // The thread may hold the last reference to what this drops.
+            if let Some(thread) = thread.filter(|thread| thread.thread().id() != thread::current().id())
+                && thread.join().is_err()
+            {
+                tracing::error!("{what} panicked");
+            }
         }
     }
 }
@@ -223,6 +237,7 @@ impl Watcher for Weak<Inner> {
                 // What stands still forks nothing: of thousands at rest, none is asked.
                 if !lock(&slot.rest).is_resting() {
                     desktop.end_bomb();
+                    desktop.end_cut_off();
                 }
                 if inner.settle(&slot, desktop, attached) {
                     // Without the lock: whoever comes back meanwhile is served at once.
@@ -257,8 +272,9 @@ impl Host for Node {
         };
         step(StartStep::Root);
         let admitted = self.inner.admit(spec);
-        let started =
-            admitted.and_then(|()| self.inner.parts.start(spec, began, &mut step)).and_then(|(desktop, timings)| {
+        let started = admitted
+            .and_then(|()| self.inner.parts.start(spec, (began, self.inner.shares(spec)), &mut step))
+            .and_then(|(desktop, timings)| {
                 step(StartStep::Session);
                 let desktop = live.insert(desktop);
                 self.watch(desktop)?;
@@ -283,9 +299,11 @@ impl Host for Node {
             }
             Err(error) => {
                 lock(&slot.face).state = State::Stopped;
-                self.inner.governor.forget(spec.id);
-                if let Err(left) = self.inner.close(&slot, &mut live) {
-                    tracing::warn!(desktop = %spec.id, error = &left as &dyn std::error::Error, "parts are left");
+                match self.inner.close(&slot, &mut live) {
+                    Ok(()) => self.inner.governor.forget(spec.id),
+                    Err(left) => {
+                        tracing::warn!(desktop = %spec.id, error = &left as &dyn std::error::Error, "parts are left");
+                    }
                 }
                 lock(&slot.face).ended = Some(qvd_core::causes(&error).join(": "));
                 Err(error)

@@ -29,11 +29,19 @@ pub(crate) struct Record {
     pub(crate) uid_slot: u32,
     pub(crate) machine: MachineRecord,
     pub(crate) address: Option<Ipv4Addr>,
+    /// Whether all its memory was offered for merging when it was born.
+    #[serde(default)]
+    pub(crate) merges: bool,
 }
 
 impl Record {
     pub(crate) fn new(spec: DesktopSpec, uid_slot: u32, machine: MachineRecord, address: Option<Ipv4Addr>) -> Self {
-        Self { version: VERSION, spec, uid_slot, machine, address }
+        Self { version: VERSION, spec, uid_slot, machine, address, merges: false }
+    }
+
+    /// Of one whose memory is offered for merging, or not.
+    pub(crate) fn merging(self, merges: bool) -> Self {
+        Self { merges, ..self }
     }
 }
 
@@ -42,6 +50,7 @@ impl Record {
 #[derive(Debug)]
 pub(crate) struct Records {
     dir: PathBuf,
+    ready: PathBuf,
 }
 
 impl Records {
@@ -50,7 +59,25 @@ impl Records {
         use std::os::unix::fs::DirBuilderExt;
         let dir = run.join("desktops");
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        Ok(Self { dir })
+        // What stood ready for nobody is not taken over.
+        let ready = run.join("ready");
+        remove_all(&ready)?;
+        std::fs::DirBuilder::new().mode(0o700).create(&ready)?;
+        Ok(Self { dir, ready })
+    }
+
+    /// Makes the directory of a machine that is to stand ready.
+    pub(crate) fn begin_ready(&self, id: DesktopId) -> io::Result<PathBuf> {
+        let dir = self.ready.join(id.to_string());
+        match std::fs::create_dir(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => Ok(dir),
+        }
+    }
+
+    /// Forgets one that does not stand ready any more.
+    pub(crate) fn end_ready(&self, id: DesktopId) -> io::Result<()> {
+        remove_all(&self.ready.join(id.to_string()))
     }
 
     /// Directory of a desktop; nobody but root can enter it.
@@ -93,10 +120,7 @@ impl Records {
 
     /// Forgets a desktop. Forgetting what is not there is `Ok`.
     pub(crate) fn end(&self, id: DesktopId) -> io::Result<()> {
-        match std::fs::remove_dir_all(self.dir(id)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
-        }
+        remove_all(&self.dir(id))
     }
 
     /// Every desktop that has a directory, with a record or without. What else
@@ -108,5 +132,12 @@ impl Records {
         }
         ids.sort_unstable();
         Ok(ids)
+    }
+}
+
+fn remove_all(dir: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }

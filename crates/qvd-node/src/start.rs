@@ -12,7 +12,7 @@ use qvd_core::{Calls, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, V
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
 use qvd_net::{Port, PortSpec, loopback_up};
 use qvd_storage::{Home, HomeId, Image, RootId};
-use qvd_virt::{ContainerMount, ContainerSpec, InheritedFd, Program, seal};
+use qvd_virt::{ContainerMount, ContainerSpec, InheritedFd, Merging, Program, seal};
 
 use crate::{
     HostError, HostErrorKind, Timings,
@@ -55,6 +55,8 @@ struct Start<'a> {
     ids: UidRange,
     uid_slot: u32,
     began: Instant,
+    /// Whether all its memory is offered for merging.
+    merges: bool,
     /// Begins the error of any step.
     what: &'a str,
 }
@@ -67,25 +69,29 @@ impl Parts {
     /// when it is dropped, so an early return leaves nothing.
     ///
     /// `began` is when it was asked for; `session_us` of the result is not
-    /// known yet.
+    /// known yet. With `merges`, a container's memory is offered for merging.
     pub(crate) fn start(
         &self,
         spec: &DesktopSpec,
-        began: Instant,
+        (began, merges): (Instant, bool),
         step: &mut dyn FnMut(StartStep),
     ) -> Result<(Desktop, Timings), HostError> {
         let id = spec.id;
         let what = format!("cannot start desktop {id}");
         let image = self.store.image(spec.image).map_err(storage(&what))?;
         let mut undo = Undo::default();
-        let uid_slot = self.ranges.take()?;
+        let ready = self.take_ready(spec, &image);
+        let uid_slot = ready.as_ref().map_or_else(|| self.ranges.take(), |ready| Ok(ready.uid_slot))?;
         undo.step(move || self.ranges.free(uid_slot));
+        if let Some(machine) = ready.as_ref().map(|ready| ready.vm.id()) {
+            undo.step(move || note(id, self.records.end_ready(machine)));
+        }
         let ids = UidRange::of_slot(uid_slot).map_err(failed(HostErrorKind::Busy, &what))?;
         let guest = Guest::at(self.records.socket(id));
-        let start = Start { spec, image: &image, ids, uid_slot, began, what: &what };
+        let start = Start { spec, image: &image, ids, uid_slot, began, merges, what: &what };
         let (machine, port, timings) = match spec.virtualizer {
             Virtualizer::Container => self.start_container(&start, &guest, &mut undo, step),
-            Virtualizer::Qemu => self.start_vm(&start, &guest, &mut undo, step),
+            Virtualizer::Qemu => self.start_vm(&start, ready, &guest, &mut undo, step),
             other => {
                 let missing = format!("{what}: this host runs containers and machines by QEMU, not by {other:?}");
                 Err(HostError::new(HostErrorKind::Unsupported, missing))
@@ -94,7 +100,7 @@ impl Parts {
         let address = port.as_ref().map(Port::address);
         let facts = machine.record().map_err(failed(HostErrorKind::Failed, &what))?;
         self.records
-            .write(&Record::new(spec.clone(), uid_slot, facts, address))
+            .write(&Record::new(spec.clone(), uid_slot, facts, address).merging(merges))
             .map_err(failed(HostErrorKind::Failed, &what))?;
         undo.keep();
         let (rest, linger) = rest_of(&image);
@@ -109,7 +115,7 @@ impl Parts {
         undo: &mut Undo<'a>,
         step: &mut dyn FnMut(StartStep),
     ) -> Result<Made, HostError> {
-        let Start { spec, image, ids, uid_slot, began, what } = start;
+        let Start { spec, image, ids, uid_slot, began, merges, what } = start;
         let id = spec.id;
         let userns = user_namespace(*uid_slot, what)?;
         let mut timings = Timings::default();
@@ -136,6 +142,9 @@ impl Parts {
         let defaults = &image.config().defaults;
         container.profile.devices = defaults.devices.union(&spec.devices).copied().collect();
         container.profile.calls = spec.calls.unwrap_or(defaults.calls);
+        if *merges {
+            container.profile.merging = Merging::All;
+        }
         if container.profile.calls == Calls::System {
             let reason = format!("{what}: the system calls of `system` are for images whose own init runs");
             return Err(HostError::new(HostErrorKind::Unsupported, reason));
@@ -165,7 +174,7 @@ impl Parts {
         step(StartStep::Init);
         let container = prepared.start().map_err(virt(what))?;
         timings.start_us = micros(*began);
-        Ok((Box::new(InContainer::new(container, root, *ids)), port, timings))
+        Ok((Box::new(InContainer::new(container, root, *ids, *merges)), port, timings))
     }
 
     /// How long the session of a desktop that was started may take.

@@ -20,6 +20,7 @@ use crate::{
     enforced::Demand,
     error::io_error,
     fuse,
+    memory::MergeProfit,
     runtime::{PLAN_WITHIN, Shared},
     sound,
 };
@@ -336,6 +337,24 @@ impl Container {
     pub fn memory(&self) -> Result<Bytes, Error> {
         let op = || format!("read the memory of desktop {}", self.place.id);
         self.place.cgroup.memory().map(Bytes::new).map_err(io_error(op()))
+    }
+
+    /// What merging of equal pages does for its programs at the moment.
+    ///
+    /// # Errors
+    /// Its processes cannot be listed, or the kernel is older than 6.1.
+    pub fn merge_profit(&self) -> Result<MergeProfit, Error> {
+        let op = || format!("read what merging does for desktop {}", self.place.id);
+        let mut sum = MergeProfit::default();
+        for pid in self.place.cgroup.processes().map_err(io_error(op()))? {
+            match MergeProfit::of_process(pid) {
+                Ok(one) => sum = sum.and(one),
+                // It has ended since.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}
+                Err(error) => return Err(io_error(op())(error)),
+            }
+        }
+        Ok(sum)
     }
 
     /// Asks the kernel for so much of the memory that it keeps. Cgroup v2 gives

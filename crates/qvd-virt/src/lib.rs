@@ -45,4 +45,4 @@ pub use machine::{Failure, Machine};
 pub use probe::probe;
 pub use qvd_sys::process::{Exit, seal};
 pub use runtime::Runtime;
-pub use spec::{ContainerMount, ContainerSpec, FuseMount, InheritedFd, Profile, Program};
+pub use spec::{ContainerMount, ContainerSpec, FuseMount, InheritedFd, Merging, Profile, Program};

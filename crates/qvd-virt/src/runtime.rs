@@ -9,7 +9,7 @@ use std::{
     fs,
     io::{self, Write},
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -22,7 +22,7 @@ use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tracing::{debug, info_span, warn};
 
 use crate::{
-    Container, ContainerRecord, ContainerSpec, Error, Prepared, Profile,
+    Container, ContainerRecord, ContainerSpec, Error, Merging, Prepared, Profile,
     cgroup::{Cgroup, Cgroups},
     container::Place,
     enforced::Demand,
@@ -61,6 +61,8 @@ pub struct Runtime {
     landlock: Option<u32>,
     /// Whether a child can be born in its cgroup.
     born_in_place: bool,
+    /// Whether all pages of a container can be offered for merging.
+    can_merge: OnceLock<bool>,
 }
 
 /// What containers need for as long as they live.
@@ -118,7 +120,14 @@ impl Runtime {
         let born_in_place = cgroups.can_be_born_in()?;
         let shared = Arc::new(Shared { cgroups, held: Mutex::default() });
         let landlock = probe::landlock().map_err(io_error("try Landlock"))?;
-        Ok(Self { shared, layout: Layout::new()?, filters: Mutex::default(), landlock, born_in_place })
+        Ok(Self {
+            shared,
+            layout: Layout::new()?,
+            filters: Mutex::default(),
+            landlock,
+            born_in_place,
+            can_merge: OnceLock::new(),
+        })
     }
 
     /// Makes the process of a container and lets it set up its file system and
@@ -231,6 +240,9 @@ impl Runtime {
         plan.step("set the host name", Op::SetHostname(spec.hostname.clone().into_bytes()));
         plan.step("set the file mode mask", Op::Umask(0o022));
         plan.step("unblock signals", Op::UnblockSignals);
+        if spec.profile.merging == Merging::All {
+            plan.step("offer its memory for merging", Op::OfferMemory);
+        }
         self.layout.compile(&mut plan, &mut parts)?;
 
         let own = |fd| move |plan: &mut Plan| plan.own(fd).map_err(io_error("keep a descriptor for the container"));
@@ -277,8 +289,26 @@ impl Runtime {
 
     fn filter(&self, profile: &Profile) -> Filter {
         let mut filters = self.filters.lock().unwrap_or_else(PoisonError::into_inner);
-        let (calls, merging) = (profile.calls, profile.merging);
+        let (calls, merging) = (profile.calls, profile.merging == Merging::Offered);
         Arc::clone(filters.entry((calls, merging)).or_insert_with(|| seccomp::filter(calls, merging)))
+    }
+
+    /// Whether this host lets all pages of a container be offered for merging
+    /// ([`Merging::All`]), tried once. Before Linux 6.4 none can be, and some later ones
+    /// refuse it to whoever is not root on the host.
+    #[must_use]
+    pub fn can_merge(&self) -> bool {
+        *self.can_merge.get_or_init(|| {
+            let mut plan = Plan::new();
+            plan.step("offer its memory for merging", Op::OfferMemory);
+            plan.step("report", Op::Ready);
+            let tried = spawn(plan, Namespaces::USER, None).map(|mut child| {
+                let ready = matches!(child.event(PLAN_WITHIN), Ok(Event::Ready { .. }));
+                let reaped = child.process_mut().wait(PLAN_WITHIN);
+                ready && reaped.is_ok()
+            });
+            tried.unwrap_or(false)
+        })
     }
 
     /// Takes over a container that another process, or an earlier life of this

@@ -16,7 +16,7 @@
 //!   pointer; the C libraries fall back to `clone`, whose flags it can. For the same
 //!   reason nobody gets the newer mount calls, not even an image's own init: of
 //!   `mount`, a filter sees whether it would allow devices where they are forbidden.
-//! * Nobody offers pages for merging: who measures how long a write takes learns
+//! * No program offers pages for merging: who measures how long a write takes learns
 //!   whether others have the same page.
 //!
 //! The program is a binary search over ranges of numbers with one instruction

@@ -59,6 +59,21 @@ pub struct FuseMount {
 /// Each takes one of the places that a plan has for descriptors.
 const FUSE_MAX: usize = 3;
 
+/// Which pages of a container the kernel may merge with equal ones of others that may be.
+/// Who shares a page with another can tell by the time of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum Merging {
+    /// None, and no program inside can change that.
+    #[default]
+    None,
+    /// Those that a program inside offers.
+    Offered,
+    /// All anonymous ones of all its programs, from its birth on, and no program inside
+    /// can change that. Needs a host of which [`Runtime::can_merge`](crate::Runtime::can_merge) says so.
+    All,
+}
+
 /// How a container is confined, as far as there is a choice.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -84,8 +99,8 @@ pub struct Profile {
     /// Which system calls programs may make. With [`Calls::System`], root inside may
     /// change what is mounted, masks of `/proc` included.
     pub calls: Calls,
-    /// Whether programs may offer pages to be merged with equal ones of others.
-    pub merging: bool,
+    /// Which pages may be merged with equal ones of others.
+    pub merging: Merging,
     /// Whether memory comes in small pages even where programs ask for huge ones,
     /// which are faster, and take 2 MiB where a byte is used.
     pub small_pages: bool,
@@ -154,7 +169,7 @@ impl Default for Profile {
             kvm: false,
             devices: BTreeSet::new(),
             calls: Calls::Desktop,
-            merging: false,
+            merging: Merging::None,
             small_pages: false,
             cgroups: false,
             require: BTreeSet::new(),

@@ -8,16 +8,16 @@ mod sharing;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use qvd_core::{Bytes, DesktopId, DesktopSpec, Virtualizer};
+use qvd_core::{Bytes, DesktopId, DesktopSpec, TenantName, Virtualizer};
 use qvd_virt::memory::{Activity, Guest, HostState, KSM_DIR, Ksm, Request, Shortfall, admit};
 
-pub use self::report::{DesktopMemory, MemoryReport};
-use self::round::Round;
+pub use self::report::{DesktopMemory, MemoryReport, StockReport};
 pub(crate) use self::round::{Desktops, Measured, Reached};
+use self::{round::Round, sharing::Sharing};
 
 /// File in the run-time directory that says how the host merged equal pages
 /// before this did.
@@ -31,6 +31,11 @@ const LONGEST: Duration = Duration::from_secs(60);
 
 /// Pressure at which nobody waits longer than they have to.
 const PRESSED_PERCENT: u8 = 10;
+
+/// What is left free of the memory when something is made that nobody has asked for
+/// yet, and what has to be for it to stay. Apart, so that one does not follow the other.
+const SPARE_PERCENT: u64 = 10;
+const SHORT_PERCENT: u64 = 5;
 
 /// File in the run-time directory that says whose desktops share pages.
 const SHARING_NOTE: &str = "sharing-tenant";
@@ -105,10 +110,13 @@ pub(crate) struct Governor {
     known: Mutex<BTreeMap<DesktopId, Measured>>,
     /// Those that were let start and have not been measured yet.
     starting: Mutex<BTreeMap<DesktopId, Request>>,
+    sharing: Arc<Sharing>,
     round: Mutex<Round>,
     report: Mutex<Option<MemoryReport>>,
     /// Desktops that have ended since the last round.
     gone: Mutex<Vec<DesktopId>>,
+    /// What machines are born from.
+    stock: Mutex<StockReport>,
     ended: Mutex<bool>,
     end: Condvar,
 }
@@ -122,7 +130,9 @@ impl Governor {
     pub(crate) fn open(config: &MemoryConfig, run: &Path) -> Self {
         let ksm = if config.merge { Ksm::open(Path::new(KSM_DIR), &run.join(KSM_NOTE)) } else { Err(not_wanted()) };
         let round = Round::new(ksm, &run.join(SHARING_NOTE));
+        let sharing = round.sharing();
         Self {
+            sharing,
             config: config.clone(),
             proc: PathBuf::from("/proc"),
             known: Mutex::default(),
@@ -130,6 +140,7 @@ impl Governor {
             round: Mutex::new(round),
             report: Mutex::default(),
             gone: Mutex::default(),
+            stock: Mutex::default(),
             ended: Mutex::new(false),
             end: Condvar::new(),
         }
@@ -166,6 +177,8 @@ impl Governor {
     /// What the host has for desktops. `held` is what they have of it already.
     fn host(&self, held: u64) -> Result<HostState, qvd_virt::Error> {
         let mut host = HostState::read(&self.proc)?;
+        let stock = *lock(&self.stock);
+        let held = held.saturating_add(stock.templates_memory.get()).saturating_add(stock.ready_memory.get());
         if let Some(total) = self.config.total.filter(|&total| total < host.total) {
             host.total = total;
             host.available = host.available.min(Bytes::new(total.get().saturating_sub(held)));
@@ -209,9 +222,52 @@ impl Governor {
         Ok(Admitted { needs_room })
     }
 
+    /// Takes note of what machines are born from.
+    pub(crate) fn note_stock(&self, stock: StockReport) {
+        *lock(&self.stock) = stock;
+    }
+
+    /// What could be had, beside what those take that are coming up, in hundredths of
+    /// all; none while others wait for memory, or where nothing is known.
+    fn left_percent(&self, beside: Bytes) -> u64 {
+        let starting = lock(&self.starting);
+        let held = self.guests(&starting).values().map(|one| one.resident.get()).sum();
+        let coming: u64 = starting.values().map(|request| request.minimum.get()).sum();
+        drop(starting);
+        let Ok(host) = self.host(held) else { return 0 };
+        if host.pressure_percent >= PRESSED_PERCENT {
+            return 0;
+        }
+        host.available.get().saturating_sub(coming + beside.get()).saturating_mul(100) / host.total.get().max(1)
+    }
+
+    /// Whether there is room for something that nobody has asked for yet.
+    pub(crate) fn has_room_for(&self, need: Bytes) -> bool {
+        self.left_percent(need) >= SPARE_PERCENT
+    }
+
+    /// Whether there is none for what was made so.
+    pub(crate) fn is_short(&self) -> bool {
+        self.left_percent(Bytes::new(0)) < SHORT_PERCENT
+    }
+
     /// Those of whom nothing is known but that they were let start.
     pub(crate) fn started(&self) -> Vec<DesktopId> {
         lock(&self.starting).keys().copied().collect()
+    }
+
+    /// Lets a desktop that is about to start offer its memory for merging; false where
+    /// pages are not merged, or desktops of another tenant share theirs.
+    pub(crate) fn offers_memory(&self, id: DesktopId, tenant: &TenantName) -> bool {
+        self.sharing.let_share(id, tenant, true).unwrap_or_else(|error| {
+            tracing::warn!(desktop = %id, error = &error as &dyn std::error::Error, "it does not share its memory");
+            false
+        })
+    }
+
+    /// Takes note of a desktop that was adopted.
+    pub(crate) fn found(&self, id: DesktopId, tenant: &TenantName, shares: bool) {
+        self.sharing.found(id, tenant, shares);
     }
 
     /// Takes note of what a desktop has now.
@@ -229,6 +285,7 @@ impl Governor {
         lock(&self.known).remove(&id);
         starting.remove(&id);
         lock(&self.gone).push(id);
+        self.sharing.forget(id);
     }
 
     /// What the last round came to, if there was one.
@@ -371,11 +428,30 @@ mod tests {
     }
 
     #[test]
+    fn what_stands_ready_goes_before_a_start_would_and_comes_back_later() {
+        let capped = MemoryConfig { total: Some(Bytes::mib(1000)), ..MemoryConfig::default() };
+        let (_proc, governor) = governor(4000, 3000, capped);
+        assert!(!governor.is_short() && governor.has_room_for(Bytes::mib(48)));
+        let stock = |mib| StockReport { ready: 1, ready_memory: Bytes::mib(mib), ..StockReport::default() };
+        // Between both, what is there stays and no more is made.
+        governor.note_stock(stock(900));
+        assert!(!governor.is_short() && !governor.has_room_for(Bytes::mib(48)));
+        // So it is while somebody comes up: who has nothing yet will.
+        governor.admit(&spec(1, Virtualizer::Container, Bytes::gib(1))).unwrap();
+        governor.admit(&spec(2, Virtualizer::Container, Bytes::gib(1))).unwrap();
+        governor.note_stock(stock(910));
+        assert!(governor.is_short());
+        governor.note_stock(StockReport::default());
+        assert!(governor.has_room_for(Bytes::mib(48)));
+    }
+
+    #[test]
     fn a_host_that_does_not_say_refuses_nobody() {
         let (proc, governor) = governor(100, 1, MemoryConfig::default());
         std::fs::remove_file(proc.path().join("meminfo")).unwrap();
         governor.admit(&spec(1, Virtualizer::Container, Bytes::gib(1))).unwrap();
         assert!(governor.report().is_none());
+        assert!(governor.is_short(), "nothing is made there that nobody has asked for");
     }
 
     #[test]

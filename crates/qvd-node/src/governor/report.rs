@@ -20,8 +20,24 @@ pub struct MemoryReport {
     /// Why equal pages are not merged here, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_merging: Option<String>,
+    /// What machines are born from.
+    #[serde(default)]
+    pub stock: StockReport,
     /// Each desktop that runs.
     pub desktops: Vec<DesktopMemory>,
+}
+
+/// Templates of machines, and clones of them that stand ready for nobody yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StockReport {
+    /// How many templates there are.
+    pub templates: u32,
+    /// What they have of the host's memory, whatever their clones do.
+    pub templates_memory: Bytes,
+    /// How many clones stand ready.
+    pub ready: u32,
+    /// What these have of the host's memory for themselves.
+    pub ready_memory: Bytes,
 }
 
 /// A desktop's part.

@@ -3,14 +3,14 @@
 use std::{
     collections::HashMap,
     path::Path,
-    sync::{MutexGuard, TryLockError},
+    sync::{Arc, MutexGuard, TryLockError},
     time::{Duration, Instant},
 };
 
-use qvd_core::{Bytes, DesktopId};
+use qvd_core::{Bytes, DesktopId, Virtualizer};
 use qvd_virt::memory::{Activity, Decision, Guest, HostState, Ksm, MergeCost, Request, Share, Tenant, decide};
 
-use super::{DesktopMemory, Governor, MemoryReport, activity, lock, sharing::Sharing};
+use super::{DesktopMemory, Governor, MemoryReport, StockReport, activity, lock, sharing::Sharing};
 use crate::desktop::Desktop;
 
 /// Least that is worth asking back.
@@ -93,7 +93,9 @@ impl Seen {
 #[derive(Debug)]
 pub(crate) struct Round {
     ksm: Result<Ksm, String>,
-    sharing: Sharing,
+    sharing: Arc<Sharing>,
+    /// Whether equal pages are looked for at the moment.
+    merging: bool,
     seen: HashMap<DesktopId, Seen>,
     /// What was logged of the host last, so that it is not said every time.
     told: Option<String>,
@@ -110,7 +112,12 @@ impl Round {
         if let Err(why) = &ksm {
             tracing::info!(why, "equal pages are not merged");
         }
-        Self { ksm, sharing, seen: HashMap::new(), told: None, closed: false }
+        Self { ksm, sharing: Arc::new(sharing), merging: false, seen: HashMap::new(), told: None, closed: false }
+    }
+
+    /// Whose desktops share pages.
+    pub(super) fn sharing(&self) -> Arc<Sharing> {
+        Arc::clone(&self.sharing)
     }
 
     pub(super) fn close(&mut self) -> Result<(), qvd_virt::Error> {
@@ -178,7 +185,7 @@ impl Governor {
         for share in &decision.guests {
             desktops.with(share.id, &mut |reached| round.act(reached, share, decision.merge.run));
         }
-        *lock(&self.report) = Some(report(&host, &all, &round));
+        *lock(&self.report) = Some(report(&host, &all, &round, *lock(&self.stock)));
     }
 
     /// Takes note of what a desktop has, on its own; not if somebody goes round,
@@ -214,6 +221,7 @@ impl Governor {
         let Reached { desktop, attached, resting } = reached;
         let id = desktop.id();
         let tenant = round.sharing.number(&desktop.spec.tenant);
+        let merging = round.merging;
         let seen = round.seen.entry(id).or_default();
         // What stands still takes no more than it did.
         let still = resting && seen.resting && seen.reclaimed.get() == 0;
@@ -242,9 +250,12 @@ impl Governor {
             used: usage.used.min(usage.left.unwrap_or(maximum)),
             activity: activity(attached, resting, seen.busy),
             balloon: usage.left.is_some(),
-            mergeable: desktop.machine.balloon().is_some(),
+            mergeable: desktop.machine.is_mergeable(),
         };
-        seen.profit = desktop.machine.balloon().filter(|_| seen.merges).and_then(|balloon| balloon.merge_profit());
+        // Nobody has a profit that stands still, and a machine none that was not told to merge.
+        let shares = guest.mergeable && (seen.merges || desktop.spec.virtualizer == Virtualizer::Container);
+        let profit = (merging && shares).then(|| desktop.machine.container().merge_profit().ok()).flatten();
+        seen.profit = profit.map(|profit| profit.profit_bytes);
         self.note(Measured { guest, resident: usage.resident });
     }
 }
@@ -261,6 +272,7 @@ impl Round {
     /// Starts, steers or stops the kernel's merging.
     fn merge(&mut self, decision: &Decision) {
         let (Ok(ksm), false) = (&mut self.ksm, self.closed) else { return };
+        self.merging = decision.merge.run;
         let chosen = if decision.merge.run { self.sharing.choose(decision.merge.tenant) } else { Ok(()) };
         if let Err(error) = chosen.and_then(|()| ksm.apply(decision.merge)) {
             self.say(format!("equal pages are not merged as they should: {}", qvd_core::causes(&error).join(": ")));
@@ -278,10 +290,16 @@ impl Round {
         let failed = |what: &str, error: crate::machine::Failure| tracing::info!(desktop = %id, error, "{what}");
         // One that stands still would not answer.
         if let Some(balloon) = desktop.machine.balloon().filter(|_| !resting) {
-            let shares = merge && self.ksm.is_ok() && !self.closed && self.sharing.is_with(&desktop.spec.tenant);
-            if shares && !seen.merges {
-                match balloon.merge() {
-                    Ok(()) => seen.merges = true,
+            if merge && self.ksm.is_ok() && !self.closed && !seen.merges {
+                let shares = self.sharing.let_share(id, &desktop.spec.tenant, false);
+                let merged = shares.map_err(Into::into).and_then(|shares| {
+                    if shares {
+                        balloon.merge()?;
+                    }
+                    Ok(shares)
+                });
+                match merged {
+                    Ok(shares) => seen.merges = shares,
                     Err(error) => failed("its pages are not merged", error),
                 }
             }
@@ -294,15 +312,15 @@ impl Round {
             }
         }
         if share.reclaim.get() >= RECLAIM_LEAST {
-            match desktop.machine.reclaim(share.reclaim) {
+            match desktop.machine.container().reclaim(share.reclaim) {
                 Ok(()) => seen.reclaimed = share.reclaim,
-                Err(error) => failed("it keeps its memory", error),
+                Err(error) => failed("it keeps its memory", error.into()),
             }
         }
     }
 }
 
-fn report(host: &HostState, all: &[Measured], round: &Round) -> MemoryReport {
+fn report(host: &HostState, all: &[Measured], round: &Round, stock: StockReport) -> MemoryReport {
     let desktops = all.iter().map(|one| {
         let Measured { guest, resident } = *one;
         let seen = round.seen.get(&guest.id);
@@ -331,6 +349,7 @@ fn report(host: &HostState, all: &[Measured], round: &Round) -> MemoryReport {
         pressure_percent: host.pressure_percent,
         merging: round.cost(),
         not_merging: round.ksm.as_ref().err().cloned(),
+        stock,
         desktops: desktops.collect(),
     }
 }

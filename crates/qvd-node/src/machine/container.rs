@@ -1,14 +1,10 @@
 //! Desktops in containers.
 
-use std::{
-    os::fd::{BorrowedFd, OwnedFd},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{os::fd::OwnedFd, path::PathBuf, time::Duration};
 
-use qvd_core::{Bytes, UidRange};
+use qvd_core::UidRange;
 use qvd_storage::Root;
-use qvd_virt::{Container, Exit, Freezer};
+use qvd_virt::{Container, Exit};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     fs::{Mode, OFlags},
@@ -23,29 +19,23 @@ pub(crate) struct InContainer {
     container: Container,
     root: Box<dyn Root>,
     ids: UidRange,
+    /// Whether its memory is offered for merging.
+    merges: bool,
 }
 
 impl InContainer {
-    pub(crate) fn new(container: Container, root: Box<dyn Root>, ids: UidRange) -> Self {
-        Self { container, root, ids }
+    pub(crate) fn new(container: Container, root: Box<dyn Root>, ids: UidRange, merges: bool) -> Self {
+        Self { container, root, ids, merges }
     }
 }
 
 impl Machine for InContainer {
-    fn pidfd(&self) -> BorrowedFd<'_> {
-        self.container.pidfd()
+    fn container(&self) -> &Container {
+        &self.container
     }
 
     fn exit(&mut self) -> Result<Option<Exit>, Failure> {
         Ok(self.container.try_wait()?)
-    }
-
-    fn freezer(&self) -> Option<Freezer> {
-        self.container.freezer()
-    }
-
-    fn cpu_time(&self) -> Result<Duration, Failure> {
-        Ok(self.container.cpu_time()?)
     }
 
     fn uses_sound(&self) -> Result<bool, Failure> {
@@ -70,35 +60,22 @@ impl Machine for InContainer {
         Ok((root, self.ids))
     }
 
-    fn page_out(&self) -> Result<u64, Failure> {
-        Ok(self.container.page_out()?)
-    }
-
     fn memory(&mut self, _: bool) -> Result<Usage, Failure> {
         let used = self.container.memory()?;
         Ok(Usage { resident: used, used, left: None })
     }
 
-    fn reclaim(&self, amount: Bytes) -> Result<(), Failure> {
-        Ok(self.container.reclaim(amount)?)
+    fn is_mergeable(&self) -> bool {
+        self.merges
     }
 
-    /// What it does not use is the host's already, and none of its pages are
-    /// merged: they would have to be allowed to be from its birth on.
+    /// What it does not use is the host's already.
     fn balloon(&mut self) -> Option<&mut dyn Balloon> {
         None
     }
 
-    fn reclaim_all(&self) -> Result<(), Failure> {
-        Ok(self.container.reclaim_all()?)
-    }
-
     fn refused_processes(&self) -> Result<u64, Failure> {
         Ok(self.container.refused_processes()?)
-    }
-
-    fn kill(&self) -> Result<(), Failure> {
-        Ok(self.container.kill()?)
     }
 
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use qvd_core::{Bytes, DesktopId, Digest, Instance, Missing, Support, UidRange};
+use qvd_core::{BirthPolicy, Bytes, DesktopId, Digest, Instance, Missing, Support, UidRange};
 use qvd_storage::{GuestBase, Image};
 use qvd_virt::{
     Runtime,
@@ -32,7 +32,7 @@ const KNOWN: &str = "kvm.json";
 pub(crate) struct Machines {
     runtime: Arc<Runtime>,
     config: VmConfig,
-    pub(crate) born: Templates,
+    pub(crate) born: Arc<Templates>,
     init: PathBuf,
     /// Where the answer about KVM is remembered.
     known: PathBuf,
@@ -56,7 +56,7 @@ impl Machines {
         Self {
             runtime,
             config: config.vm.clone(),
-            born: Templates::default(),
+            born: Arc::default(),
             init: config.init.clone(),
             known: config.root.join(KNOWN),
             run: config.run.clone(),
@@ -71,9 +71,14 @@ impl Machines {
         self.config.disk
     }
 
-    /// Whether machines whose system is forgotten are born from templates.
-    pub(crate) const fn templates(&self) -> bool {
-        self.config.templates
+    /// Whether machines of an image whose system is forgotten are born from templates.
+    pub(crate) fn templates(&self, policy: BirthPolicy) -> bool {
+        policy.template.unwrap_or(self.config.templates)
+    }
+
+    /// How many clones of a template of an image stand ready.
+    pub(crate) fn pool(&self, policy: BirthPolicy) -> usize {
+        policy.ready.unwrap_or(self.config.pool).into()
     }
 
     /// Whether machines that were started here are emulated.

@@ -5,21 +5,16 @@ mod hypervisor;
 mod templates;
 mod vm;
 
-use std::{
-    error::Error as StdError,
-    fmt,
-    os::fd::{BorrowedFd, OwnedFd},
-    time::Duration,
-};
+use std::{error::Error as StdError, fmt, os::fd::OwnedFd, time::Duration};
 
 use qvd_core::{Bytes, UidRange};
-use qvd_virt::{ContainerRecord, Exit, Freezer, vm::VmRecord};
+use qvd_virt::{Container, ContainerRecord, Exit, vm::VmRecord};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::{
     container::InContainer,
     hypervisor::{Machines, probe_machines},
-    templates::{Kind, Templates},
+    templates::{Kind, Ready, Templates},
     vm::{Birth, Boot, InVm},
 };
 use crate::guest::Guest;
@@ -32,17 +27,11 @@ const END_GRACE: Duration = Duration::from_secs(2);
 
 /// A running desktop's processes, and the storage that is theirs alone.
 pub(crate) trait Machine: fmt::Debug + Send {
-    /// Becomes readable when that has ended.
-    fn pidfd(&self) -> BorrowedFd<'_>;
+    /// What confines all of them: a machine's is QEMU's.
+    fn container(&self) -> &Container;
 
     /// How its first process ended, if it did.
     fn exit(&mut self) -> Result<Option<Exit>, Failure>;
-
-    /// What stops all of it and lets it go on; `None` on a host that cannot.
-    fn freezer(&self) -> Option<Freezer>;
-
-    /// Processor time that it has used.
-    fn cpu_time(&self) -> Result<Duration, Failure>;
 
     /// Whether somebody may be listening to it.
     fn uses_sound(&self) -> Result<bool, Failure>;
@@ -54,23 +43,15 @@ pub(crate) trait Machine: fmt::Debug + Send {
     /// shifted by.
     fn root(&self) -> Result<(OwnedFd, UidRange), Failure>;
 
-    /// Gives back memory; returns how many bytes the kernel was asked for.
-    fn page_out(&self) -> Result<u64, Failure>;
-
     /// What it has of the host's memory, and needs. One that stands still is not
     /// asked itself.
     fn memory(&mut self, still: bool) -> Result<Usage, Failure>;
 
-    /// Asks for so much of its memory at once.
-    fn reclaim(&self, amount: Bytes) -> Result<(), Failure>;
+    /// Whether its pages are merged with equal ones of others, or can be.
+    fn is_mergeable(&self) -> bool;
 
     /// What moves its memory while it runs; `None` where nothing does.
     fn balloon(&mut self) -> Option<&mut dyn Balloon>;
-
-    /// Gives back what the kernel keeps for it, while it stands still.
-    fn reclaim_all(&self) -> Result<(), Failure> {
-        Ok(())
-    }
 
     /// How often its programs were refused a process because they had as many as
     /// they may, where that is the host's kernel's matter.
@@ -78,8 +59,10 @@ pub(crate) trait Machine: fmt::Debug + Send {
         Ok(0)
     }
 
-    /// Begins to end all of its processes and waits for nothing.
-    fn kill(&self) -> Result<(), Failure>;
+    /// Why nobody can talk with its init any more, if so; told once.
+    fn cut_off(&mut self) -> Option<String> {
+        None
+    }
 
     /// Waits until it has ended by itself, as its init was asked to.
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure>;
@@ -118,9 +101,6 @@ pub(crate) trait Balloon {
 
     /// Lets the kernel merge its pages with equal ones of others that do.
     fn merge(&mut self) -> Result<(), Failure>;
-
-    /// What merging saves of it less what that takes, in bytes, if it is known.
-    fn merge_profit(&self) -> Option<i64>;
 }
 
 /// What is remembered of a running machine.

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::OwnedFd,
     path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -11,7 +11,7 @@ use qvd_core::{Bytes, UidRange};
 use qvd_guest::{BootConfig, Carrier, Identity, Link};
 use qvd_storage::{Device, Disk, DiskFormat};
 use qvd_virt::{
-    Exit, Freezer,
+    Container, Exit,
     vm::{BackingSpec, DiskFormat as Format, DiskSpec, StopLimits, Vm},
 };
 
@@ -167,20 +167,12 @@ fn last_lines(console: &str) -> String {
 }
 
 impl Machine for InVm {
-    fn pidfd(&self) -> BorrowedFd<'_> {
-        self.vm.pidfd()
+    fn container(&self) -> &Container {
+        self.vm.container()
     }
 
     fn exit(&mut self) -> Result<Option<Exit>, Failure> {
         Ok(self.vm.wait(Duration::ZERO)?)
-    }
-
-    fn freezer(&self) -> Option<Freezer> {
-        self.vm.container().freezer()
-    }
-
-    fn cpu_time(&self) -> Result<Duration, Failure> {
-        Ok(self.vm.container().cpu_time()?)
     }
 
     /// Machines have no sound device.
@@ -194,10 +186,6 @@ impl Machine for InVm {
 
     fn root(&self) -> Result<(OwnedFd, UidRange), Failure> {
         Err("what a machine writes is on a disk that it alone reads; run the desktop in a container for this".into())
-    }
-
-    fn page_out(&self) -> Result<u64, Failure> {
-        Ok(self.vm.container().page_out()?)
     }
 
     fn memory(&mut self, still: bool) -> Result<Usage, Failure> {
@@ -215,8 +203,9 @@ impl Machine for InVm {
         Ok(Usage { resident, used: seen.used(), left: Some(self.vm.memory_left()?) })
     }
 
-    fn reclaim(&self, amount: Bytes) -> Result<(), Failure> {
-        Ok(self.vm.container().reclaim(amount)?)
+    /// What a clone has not written to is the template's once already.
+    fn is_mergeable(&self) -> bool {
+        !self.vm.is_clone()
     }
 
     /// A clone has none: the kernel has what clones have in common once already.
@@ -224,12 +213,10 @@ impl Machine for InVm {
         (!self.vm.is_clone()).then_some(self)
     }
 
-    fn reclaim_all(&self) -> Result<(), Failure> {
-        Ok(self.vm.container().reclaim_all()?)
-    }
-
-    fn kill(&self) -> Result<(), Failure> {
-        Ok(self.vm.container().kill()?)
+    /// A guest that does not keep to the protocol is not listened to again.
+    fn cut_off(&mut self) -> Option<String> {
+        let over = self.carrier.is_over();
+        over.then(|| self.carrier.close().err()).flatten().map(|error| qvd_core::causes(&error).join(": "))
     }
 
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
@@ -272,10 +259,6 @@ impl Balloon for InVm {
 
     fn merge(&mut self) -> Result<(), Failure> {
         Ok(self.vm.allow_merging(true)?)
-    }
-
-    fn merge_profit(&self) -> Option<i64> {
-        self.vm.merge_profit().ok().map(|profit| profit.profit_bytes)
     }
 }
 

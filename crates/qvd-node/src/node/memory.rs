@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use qvd_core::{DesktopId, DesktopSpec};
+use qvd_core::{DesktopId, DesktopSpec, Virtualizer};
 
 use super::{Inner, State, lock};
 use crate::{
@@ -38,10 +38,24 @@ impl Inner {
             self.governor.look(self, id);
         }
         let refused = |why| HostError::because(HostErrorKind::Busy, format!("cannot start desktop {}", spec.id), why);
-        if self.governor.admit(spec).map_err(refused)?.needs_room {
+        let mut admitted = self.governor.admit(spec);
+        // Machines that stand ready for nobody come last.
+        if !matches!(&admitted, Ok(admitted) if !admitted.needs_room) && self.release_stock() > 0 {
+            admitted = self.governor.admit(spec);
+        }
+        if admitted.map_err(refused)?.needs_room {
             self.governor.go_round_unless_busy(self);
         }
         Ok(())
+    }
+}
+
+impl Inner {
+    /// Whether a desktop that starts offers its memory for merging.
+    pub(super) fn shares(&self, spec: &DesktopSpec) -> bool {
+        spec.virtualizer == Virtualizer::Container
+            && self.parts.runtime.can_merge()
+            && self.governor.offers_memory(spec.id, &spec.tenant)
     }
 }
 

@@ -1,12 +1,12 @@
 //! A desktop in a virtual machine: booted, or born from a template.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
-use qvd_core::{Bytes, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange};
+use qvd_core::{Bytes, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
 use qvd_guest::{BootConfig, HOME_SERIAL, Identity, ROOT_SERIAL, Writable};
 use qvd_net::TapSpec;
 use qvd_storage::{Disk, GuestBase, Image};
-use qvd_virt::vm::{NicSpec, Qemu, Slot, Template, VmSpec};
+use qvd_virt::vm::{NicSpec, Qemu, Slot, Template, Vm, VmSpec};
 
 use super::{Made, Start, Undo, init_config, refused};
 use crate::{
@@ -14,17 +14,22 @@ use crate::{
     desktop::{Parts, failed, micros, net, note, storage, virt},
     governor::MACHINE_STEP,
     guest::Guest,
-    machine::{Birth, Boot, Failure, InVm, Kind},
+    machine::{Birth, Boot, Failure, InVm, Kind, Ready},
 };
 
 /// Number of the machine that is to become a template: there is one at a time, and
 /// no desktop gets it before ten million others have. Those above try KVM.
 const TEMPLATE: u32 = DesktopId::MAX - 1;
 
+/// Number of the clone that stands ready, or did, with the first range of ids; others
+/// have those below. Nobody else has the range for as long as such a machine lives.
+const READY: u32 = TEMPLATE - 1;
+
 impl Parts {
     pub(super) fn start_vm<'a>(
         &'a self,
         start: &Start<'_>,
+        ready: Option<Ready>,
         guest: &Guest,
         undo: &mut Undo<'a>,
         step: &mut dyn FnMut(StartStep),
@@ -41,7 +46,7 @@ impl Parts {
             return Err(HostError::new(HostErrorKind::Unsupported, reason));
         }
         let base = self.store.guest_base(image).map_err(storage(what))?;
-        let born = self.machines.templates() && spec.root == RootPolicy::Volatile && image.config().session.is_some();
+        let born = self.is_born(spec, image);
         if spec.root == RootPolicy::Volatile {
             undo.step(move || note(id, self.store.remove_guest_root(id)));
         }
@@ -75,10 +80,16 @@ impl Parts {
         let identity = Identity::fresh(&*spec.hostname, network);
         let identity = identity.map_err(failed(HostErrorKind::Failed, what))?;
         let vm = if born {
-            let clone = self.clone_of(start, &base, &disks, nic)?;
+            let clone = match ready {
+                Some(ready) => self.taken(start, ready)?,
+                None => self.clone_of(start, &base)?,
+            };
+            let clone = plugged(clone, &disks, nic, what)?;
             InVm::born(clone, disks, Birth { identity: &identity, listener, guest })
         } else {
-            let (qemu, mut machine) = self.planned(start, &base, id, start.ids)?;
+            let (qemu, mut machine) = self
+                .planned(&Kind::of(spec), image, &base, (id, start.ids), self.records.dir(id))
+                .map_err(refused(what))?;
             for (serial, disk) in [ROOT_SERIAL, HOME_SERIAL].into_iter().zip(&disks) {
                 machine.disks.push(InVm::disk(serial, &**disk).map_err(failed(HostErrorKind::Failed, what))?);
             }
@@ -93,38 +104,103 @@ impl Parts {
         Ok((Box::new(vm), port, timings))
     }
 
-    /// What starts a machine of this kind under another number, and what it is.
+    /// Whether a desktop's machine is born from a template.
+    fn is_born(&self, spec: &DesktopSpec, image: &Image) -> bool {
+        let config = image.config();
+        self.machines.templates(config.defaults.machine)
+            && spec.root == RootPolicy::Volatile
+            && config.session.is_some()
+    }
+
+    /// A clone that stood ready, for a desktop that can be one.
+    pub(super) fn take_ready(&self, spec: &DesktopSpec, image: &Image) -> Option<Ready> {
+        if spec.virtualizer != Virtualizer::Qemu || !self.is_born(spec, image) {
+            return None;
+        }
+        let (ready, dead) = self.machines.born.take(&Kind::of(spec));
+        for one in dead {
+            self.discard_or_log(one);
+        }
+        ready
+    }
+
+    /// What stood ready becomes the desktop's. It keeps its own number.
+    fn taken(&self, start: &Start<'_>, ready: Ready) -> Result<Vm, HostError> {
+        let Start { spec, what, .. } = start;
+        let mut vm = ready.vm;
+        vm.move_sockets(&self.records.dir(spec.id)).map_err(virt(what))?;
+        note(spec.id, self.records.end_ready(vm.id()));
+        tracing::info!(desktop = %spec.id, machine = %vm.id(), "a machine that stood ready was taken");
+        Ok(vm)
+    }
+
+    /// Makes a clone that stands ready for whoever comes.
+    pub(crate) fn make_ready(&self, kind: &Kind, template: &Arc<Template>) -> Result<Ready, Failure> {
+        let image = self.store.image(kind.image)?;
+        let base = self.store.guest_base(&image)?;
+        let mut undo = Undo::default();
+        let uid_slot = self.ranges.take()?;
+        undo.step(move || self.ranges.free(uid_slot));
+        let id = DesktopId::new(READY.saturating_sub(uid_slot))?;
+        let dir = self.records.begin_ready(id)?;
+        undo.step(move || note(id, self.records.end_ready(id)));
+        let ids = UidRange::of_slot(uid_slot)?;
+        let (qemu, machine) = self.planned(kind, &image, &base, (id, ids), dir)?;
+        let vm = qemu.start_clone(machine, template, &kind.tenant.to_string()).inspect_err(|error| {
+            if matches!(error, qvd_virt::Error::Invalid { .. }) {
+                self.machines.born.forget(kind, template);
+            }
+        })?;
+        undo.keep();
+        Ok(Ready { vm, uid_slot })
+    }
+
+    /// Ends a clone that stood ready.
+    pub(crate) fn discard(&self, ready: Ready) -> Result<(), HostError> {
+        let Ready { mut vm, uid_slot } = ready;
+        let id = vm.id();
+        let what = format!("cannot end machine {id}, which stood ready");
+        // Whose processes may run has its range of ids still.
+        vm.close().map_err(virt(&what))?;
+        self.ranges.free(uid_slot);
+        self.records.end_ready(id).map_err(failed(HostErrorKind::Failed, what))
+    }
+
+    pub(crate) fn discard_or_log(&self, ready: Ready) {
+        if let Err(error) = self.discard(ready) {
+            tracing::warn!(error = &error as &dyn std::error::Error, "a machine is left");
+        }
+    }
+
+    /// What starts a machine of a kind, under this number and range, and what it is.
+    /// Its sockets are to be in `dir`.
     fn planned(
         &self,
-        start: &Start<'_>,
+        kind: &Kind,
+        image: &Image,
         base: &GuestBase,
-        id: DesktopId,
-        ids: UidRange,
-    ) -> Result<(Arc<Qemu>, VmSpec), HostError> {
-        let Start { spec, image, what, .. } = start;
-        let planned = self.machines.plan(id, ids, image, base, self.records.dir(id));
-        let (qemu, mut machine) = planned.map_err(refused(what))?;
-        machine.limits = spec.limits;
-        machine.limits.memory = Bytes::new(spec.limits.memory.get().next_multiple_of(MACHINE_STEP));
+        (id, ids): (DesktopId, UidRange),
+        dir: PathBuf,
+    ) -> Result<(Arc<Qemu>, VmSpec), Failure> {
+        let (qemu, mut machine) = self.machines.plan(id, ids, image, base, dir)?;
+        machine.limits = kind.limits();
+        machine.limits.memory = Bytes::new(machine.limits.memory.get().next_multiple_of(MACHINE_STEP));
         Ok((qemu, machine))
     }
 
-    /// A clone that stands still, with its home and its interface. A template that does
-    /// not fit any more, as after an update of QEMU, is made again once.
-    fn clone_of(
-        &self,
-        start: &Start<'_>,
-        base: &GuestBase,
-        disks: &[Box<dyn Disk>],
-        nic: Option<NicSpec>,
-    ) -> Result<qvd_virt::vm::Vm, HostError> {
-        let Start { spec, what, .. } = start;
+    /// A clone that stands still. A template that does not fit any more, as after an
+    /// update of QEMU, is made again once.
+    fn clone_of(&self, start: &Start<'_>, base: &GuestBase) -> Result<Vm, HostError> {
+        let Start { spec, image, what, .. } = start;
+        let config = image.config();
+        let pool = self.machines.pool(config.defaults.machine);
         let tenant = spec.tenant.to_string();
         let kind = Kind::of(spec);
         let started = || -> Result<_, HostError> {
-            let made = self.machines.born.of(&kind, || self.template(start, base));
+            let made = self.machines.born.of(&kind, &config.flavour, pool, || self.template(start, base));
             let template = made.map_err(refused(what))?;
-            let (qemu, machine) = self.planned(start, base, spec.id, start.ids)?;
+            let planned = self.planned(&kind, image, base, (spec.id, start.ids), self.records.dir(spec.id));
+            let (qemu, machine) = planned.map_err(refused(what))?;
             Ok((qemu.start_clone(machine, &template, &tenant), template))
         };
         let clone = match started()? {
@@ -135,15 +211,7 @@ impl Parts {
             }
             (clone, _) => clone,
         };
-        let mut clone = clone.map_err(virt(what))?;
-        for disk in disks {
-            let disk = InVm::disk(HOME_SERIAL, &**disk).map_err(failed(HostErrorKind::Failed, what))?;
-            clone.plug_disk(Slot::First, &disk).map_err(virt(what))?;
-        }
-        if let Some(nic) = nic {
-            clone.plug_nic(Slot::Second, &nic).map_err(virt(what))?;
-        }
-        Ok(clone)
+        clone.map_err(virt(what))
     }
 
     /// Boots a machine of this kind until its session is up, ends the session's
@@ -157,7 +225,10 @@ impl Parts {
         self.begin(id, &mut undo, "cannot make a template")?;
         let guest = Guest::at(self.records.socket(id));
         let listener = guest.listen()?;
-        let (qemu, machine) = self.planned(start, base, id, UidRange::of_slot(slot)?)?;
+        let (qemu, machine) = {
+            let ids = UidRange::of_slot(slot)?;
+            self.planned(&Kind::of(spec), image, base, (id, ids), self.records.dir(id))?
+        };
         let memory = machine.limits.memory;
         let (vm, mold) = qemu.start_template(machine, &spec.tenant.to_string())?;
         let writable = Writable::Memory { bytes: memory.get() / 2 };
@@ -184,6 +255,18 @@ impl Parts {
         disks.push(self.store.guest_home(spec.id, size)?);
         Ok(disks)
     }
+}
+
+/// A clone that stands still gets its home and its interface.
+fn plugged(mut clone: Vm, disks: &[Box<dyn Disk>], nic: Option<NicSpec>, what: &str) -> Result<Vm, HostError> {
+    for disk in disks {
+        let disk = InVm::disk(HOME_SERIAL, &**disk).map_err(failed(HostErrorKind::Failed, what))?;
+        clone.plug_disk(Slot::First, &disk).map_err(virt(what))?;
+    }
+    if let Some(nic) = nic {
+        clone.plug_nic(Slot::Second, &nic).map_err(virt(what))?;
+    }
+    Ok(clone)
 }
 
 fn boot_config(identity: Identity, writable: Writable, home: Option<String>, image: &Image) -> BootConfig {

@@ -1,9 +1,12 @@
 //! The same image as a virtual machine: what a container promises, it keeps too.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
-use qvd_core::{DesktopId, DesktopSpec, DesktopState, RootPolicy, StartStep, Virtualizer};
-use qvd_node::{AccelChoice, EndReason, Exit, Host as _, HostErrorKind, Node, NodeConfig};
+use qvd_core::{Bytes, DesktopId, DesktopSpec, DesktopState, RootPolicy, StartStep, Virtualizer};
+use qvd_node::{AccelChoice, EndReason, Exit, Host as _, HostErrorKind, Node, NodeConfig, StockReport};
 use qvd_testkit::{Need, bed_directory, privileged};
 
 use super::{Host, RFB, greeting, on_a_host, run, stands_still, wait_for_rest};
@@ -94,17 +97,68 @@ fn who(node: &Node, id: DesktopId) -> Vec<String> {
     said(node, id, script).lines().map(|line| line.trim().to_owned()).collect()
 }
 
+/// Waits until so many clones stand ready.
+fn wait_for_stock(node: &Node, ready: u32) -> StockReport {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        let stock = node.memory().unwrap().stock;
+        if stock.ready == ready {
+            return stock;
+        }
+        assert!(Instant::now() < end, "{ready} are to stand ready: {stock:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Processes of the clones that stand ready: of those with a directory there.
+fn standing(host: &Host) -> BTreeSet<u32> {
+    let ids = std::fs::read_dir(host.config.run.join("ready")).unwrap();
+    let group = host.config.instance.cgroup_name();
+    let groups: Vec<_> = ids.map(|entry| format!("{group}/{}", entry.unwrap().file_name().display())).collect();
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid: u32 = entry.unwrap().file_name().to_str()?.parse().ok()?;
+        let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        groups.iter().any(|group| text.lines().any(|line| line.ends_with(group.as_str()))).then_some(pid)
+    });
+    processes.collect()
+}
+
+/// The process that the next node would take over as this desktop.
+fn pid(host: &Host, id: DesktopId) -> u32 {
+    let path = host.config.run.join(format!("desktops/{id}/record.json"));
+    let record: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    record["machine"]["vm"]["container"]["pid"].as_u64().unwrap().try_into().unwrap()
+}
+
+fn is_alive(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
 #[test]
 fn machines_born_from_a_template_are_others_and_have_homes_of_their_own() {
     with_machines(|host| {
         let mut config = config(host);
-        config.vm.templates = true;
-        let [one, other] = [1, 2].map(|number| DesktopSpec { root: RootPolicy::Volatile, ..machine(host, number) });
+        (config.vm.templates, config.vm.pool) = (true, 2);
+        // What they do here is not to wait until somebody wakes them.
+        config.rest_after = Duration::from_secs(3600);
+        let all = [1, 2, 3].map(|number| DesktopSpec { root: RootPolicy::Volatile, ..machine(host, number) });
+        let [one, other, third] = &all;
         let node = Node::open(config.clone()).unwrap();
-        node.ensure_running(&one, &mut |_| {}).unwrap();
-        // The second start has a template: no kernel boots.
-        node.ensure_running(&other, &mut |_| {}).unwrap();
-        for spec in [&one, &other] {
+        node.ensure_running(one, &mut |_| {}).unwrap();
+        // The others have a template, no kernel boots; and clones that stand ready.
+        let stock = wait_for_stock(&node, 2);
+        assert_eq!(stock.templates, 1);
+        assert!(stock.templates_memory > stock.ready_memory && stock.ready_memory > Bytes::mib(10), "{stock:?}");
+        let stood = standing(host);
+        assert_eq!(stood.len(), 2);
+        for spec in [other, third] {
+            node.ensure_running(spec, &mut |_| {}).unwrap();
+            assert!(stood.contains(&pid(host, spec.id)), "it was taken from those that stood ready");
+        }
+        // They are replaced.
+        wait_for_stock(&node, 2);
+        assert!(standing(host).is_disjoint(&stood));
+        for spec in &all {
             assert_eq!(
                 said(&node, spec.id, "cat /sys/block/vd*/serial").trim(),
                 "qvd-home",
@@ -112,11 +166,12 @@ fn machines_born_from_a_template_are_others_and_have_homes_of_their_own() {
             );
         }
 
-        let seen = [who(&node, one.id), who(&node, other.id)];
-        for (first, second) in seen[0].iter().zip(&seen[1]) {
-            assert_ne!(first, second, "{seen:?}");
+        let seen = all.each_ref().map(|spec| who(&node, spec.id));
+        for place in 0..seen[0].len() {
+            let different: BTreeSet<_> = seen.iter().map(|about| &about[place]).collect();
+            assert_eq!(different.len(), seen.len(), "{seen:?}");
         }
-        for (spec, about) in [&one, &other].into_iter().zip(&seen) {
+        for (spec, about) in all.iter().zip(&seen) {
             let port = node.network(spec.id, &[]).unwrap().expect("it has a port");
             assert_eq!(about[..2], [port.ipv4.to_string(), spec.hostname.to_string()], "{about:?}");
             assert_eq!(about[4], port.mac.to_string());
@@ -124,31 +179,81 @@ fn machines_born_from_a_template_are_others_and_have_homes_of_their_own() {
             assert_eq!(greeting(display.stream()), "RFB 003.008\n");
         }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-        let clock: u64 = said(&node, one.id, "date +%s").trim().parse().unwrap();
-        assert!(clock.abs_diff(now) < 60, "its clock says {clock}, the host's {now}");
+        for spec in &all {
+            let clock: u64 = said(&node, spec.id, "date +%s").trim().parse().unwrap();
+            assert!(clock.abs_diff(now) < 60, "its clock says {clock}, the host's {now}");
+        }
 
         // Programs of the session began in the home that is the desktop's own.
         let script = "home=$(stat -Lc %d:%i ~); for dir in /proc/[0-9]*; do [ \"$(cat $dir/comm 2>/dev/null)\" = icewm ] && \
                       stat -Lc %d:%i $dir/cwd; done | sort -u; echo $home; ls -A ~ | wc -l";
-        let places = said(&node, one.id, script);
+        let places = said(&node, third.id, script);
         let places: Vec<_> = places.lines().collect();
         assert_eq!(places[0], places[1], "{places:?}");
         assert_ne!(places[2], "0", "the skeleton is in the new home");
 
-        // The node dies: a clone is taken over as well.
-        said(&node, one.id, "echo kept > ~/mark; echo here > /tmp/mark; sync");
-        run(&node, one.id, true, "echo system > /etc/mark; sync");
-        drop(node);
-        let node = Node::open(config).unwrap();
-        assert_eq!(said(&node, one.id, "cat ~/mark /tmp/mark"), "kept\nhere\n");
+        // The node dies: a clone is taken over as well, of those that stood ready too.
+        said(&node, third.id, "echo kept > ~/mark; echo here > /tmp/mark; sync");
+        run(&node, third.id, true, "echo system > /etc/mark; sync");
         node.stop(one.id, Duration::from_secs(10)).unwrap();
-        node.ensure_running(&one, &mut |_| {}).unwrap();
-        assert_eq!(said(&node, one.id, "cat ~/mark; test ! -e /etc/mark; test ! -e /tmp/mark"), "kept\n");
-        for spec in [&one, &other] {
+        let (runs, stood) = (pid(host, third.id), standing(host));
+        assert_eq!(stood.len(), 2);
+        drop(node);
+        assert!(standing(host).is_empty() && stood.iter().all(|&pid| !is_alive(pid)), "nobody has them any more");
+        let node = Node::open(config).unwrap();
+        assert_eq!(pid(host, third.id), runs);
+        assert_eq!(said(&node, third.id, "cat ~/mark /tmp/mark"), "kept\nhere\n");
+        node.stop(third.id, Duration::from_secs(10)).unwrap();
+        assert!(!is_alive(runs));
+        node.ensure_running(third, &mut |_| {}).unwrap();
+        assert_eq!(said(&node, third.id, "cat ~/mark; test ! -e /etc/mark; test ! -e /tmp/mark"), "kept\n");
+        break_the_line(&node, [&other.id, &third.id].map(|&id| id));
+        // What stands ready goes with the node.
+        wait_for_stock(&node, 2);
+        for spec in &all {
             node.remove(spec.id).unwrap();
         }
         node.shut_down(Duration::ZERO).unwrap();
     });
+}
+
+/// Has root in a guest get hold of its end of the line to the node and do something to
+/// it, a moment after this has returned.
+fn attack(node: &Node, id: DesktopId, what: &str) {
+    let script = format!(
+        r#"for fd in /proc/[0-9]*/fd/0; do case $(readlink $fd) in */vport*) pid=${{fd#/proc/}}; pid=${{pid%%/*}};; esac; done
+        [ -n "$pid" ] && echo caught
+        # Source: Linux unistd_64.h, pidfd_open and pidfd_getfd.
+        setsid perl -e 'sleep 1; my $p = {what}; open(my $line, ">&=", syscall(438, syscall(434, $p, 0), 0, 0)) or die; syswrite($line, $said)' $pid \
+            </dev/null >/dev/null 2>&1 &"#
+    );
+    let (exit, said) = run(node, id, true, &script);
+    assert_eq!((exit, said.as_str()), (Exit::Code(0), "caught\n"));
+}
+
+/// What a hostile guest says, or does not, ends its machine and nothing else.
+fn break_the_line(node: &Node, [talking, silent]: [DesktopId; 2]) {
+    // A frame of a message that is longer than all memory.
+    attack(node, talking, r#"shift() + 0; $said = pack("CxxxVV", 7, 1, 0xffffffff) . "x" x 5000000"#);
+    let end = Instant::now() + Duration::from_secs(60);
+    while node.status(talking).state != DesktopState::Stopped {
+        assert!(Instant::now() < end, "{:?}", node.status(talking));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let why = node.status(talking).ended.unwrap();
+    assert!(why.contains("broke the protocol: a frame that is too long"), "{why}");
+
+    attack(node, silent, r#"shift() + 0; kill("STOP", $p)"#);
+    let end = Instant::now() + Duration::from_secs(60);
+    let error = loop {
+        match node.stats(silent) {
+            Err(error) => break error,
+            Ok(_) => assert!(Instant::now() < end, "it answers still"),
+        }
+    };
+    assert_eq!(error.kind(), HostErrorKind::Timeout, "{error:?}");
+    node.stop(silent, Duration::from_secs(1)).unwrap();
+    assert_eq!(node.status(silent).state, DesktopState::Stopped);
 }
 
 #[test]

@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, net::Ipv4Addr, path::Path, time::Duration};
 
 use qvd_core::{DesktopSpec, NetPolicy, TenantName};
 use qvd_net::{SiteRange, Subnet6};
-use qvd_node::{Host as _, HostErrorKind, Node, NodeConfig, Tenants};
+use qvd_node::{Exit, Host as _, HostErrorKind, Node, NodeConfig, Tenants};
 
-use super::{Host, on_a_host};
+use super::{Host, on_a_host, run};
 
 fn tenant(name: &str) -> TenantName {
     name.parse().unwrap()
@@ -42,6 +42,18 @@ fn of(host: &Host, number: u32, name: &str) -> DesktopSpec {
     DesktopSpec { tenant: tenant(name), net: NetPolicy::internet(), ..host.spec(number) }
 }
 
+/// Whether programs of each have all their memory offered for merging.
+fn sharing<const N: usize>(node: &Node, specs: &[DesktopSpec; N]) -> [bool; N] {
+    specs
+        .each_ref()
+        .map(|spec| run(node, spec.id, false, "grep -q 'merge_any: yes' /proc/self/ksm_stat").0 == Exit::Code(0))
+}
+
+/// Whether this host's kernel can, and says so.
+fn can_share() -> bool {
+    std::fs::read_to_string("/proc/self/ksm_stat").is_ok_and(|text| text.contains("ksm_merge_any"))
+}
+
 #[test]
 fn a_tenants_desktops_have_its_addresses_and_limits_and_keep_them() {
     on_a_host(|host| {
@@ -66,6 +78,9 @@ fn a_tenants_desktops_have_its_addresses_and_limits_and_keep_them() {
         assert!(views[0].policy.internet && views[1].policy.internet);
         assert!(views[2].policy.port && !views[2].policy.internet);
 
+        // One tenant's share equal pages with one another, who came first.
+        assert_eq!(sharing(&node, &specs), [true, true, false, false].map(|yes| yes && can_share()));
+
         // A third tenant finds no addresses, and is told so.
         let error = node.ensure_running(&of(host, 4, "it"), &mut drop).unwrap_err();
         assert_eq!(error.kind(), HostErrorKind::Busy, "{error}");
@@ -77,12 +92,21 @@ fn a_tenants_desktops_have_its_addresses_and_limits_and_keep_them() {
         let node = Node::open(config.clone()).unwrap();
         let again = specs.each_ref().map(|spec| view(&node, spec).ipv4);
         assert_eq!(again, addresses);
+        // While any of those is left that shared before, nobody else's do.
+        node.stop(specs[0].id, Duration::ZERO).unwrap();
+        node.stop(specs[2].id, Duration::ZERO).unwrap();
+        node.ensure_running(&specs[2], &mut drop).unwrap();
+        assert_eq!(
+            sharing(&node, &[&specs[1], &specs[2], &specs[3]].map(Clone::clone)),
+            [true, false, false].map(|yes| yes && can_share())
+        );
         // Also who was stopped, and comes back in another order.
         specs.iter().for_each(|spec| node.stop(spec.id, Duration::ZERO).unwrap());
         for (spec, address) in specs.iter().zip(addresses).rev() {
             node.ensure_running(spec, &mut drop).unwrap();
             assert_eq!(view(&node, spec).ipv4, address);
         }
+        assert_eq!(sharing(&node, &specs), [false, false, false, true].map(|yes| yes && can_share()));
         // Without the range nothing is begun that would lose them.
         drop(node);
         let error = Node::open(host.config.clone()).unwrap_err();

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use qvd_core::Calls;
+use qvd_core::{BirthPolicy, Calls};
 use toml::Spanned;
 
 use super::{DEFAULT_LOCALE, FileSpec, SessionSpec, UserConfig, text};
@@ -100,6 +100,17 @@ pub(super) fn word(text: &str, what: &str) -> Result<(), String> {
 pub(super) fn calls(calls: Calls) -> Result<(), String> {
     match calls {
         Calls::System => Err("calls `system` are for an image's own init: use `desktop` or `application`".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+/// Clones are of templates.
+pub(super) fn machine(machine: BirthPolicy) -> Result<(), String> {
+    match (machine.template, machine.ready) {
+        (Some(false), Some(1..)) => {
+            Err("machines that stand ready are clones of a template: leave out `ready`, or `template = false`"
+                .to_owned())
+        }
         _ => Ok(()),
     }
 }

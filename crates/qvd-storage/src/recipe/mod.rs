@@ -5,7 +5,7 @@ mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use qvd_core::{Bytes, Calls, Device, FlavourName, Geometry, Limits, NetPolicy, RestPolicy, RootPolicy};
+use qvd_core::{BirthPolicy, Bytes, Calls, Device, FlavourName, Geometry, Limits, NetPolicy, RestPolicy, RootPolicy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use toml::Spanned;
@@ -160,6 +160,9 @@ pub struct Defaults {
     /// Which system calls its programs may make.
     #[serde(skip_serializing_if = "Calls::is_usual")]
     pub calls: Calls,
+    /// How it comes to be when it is a virtual machine.
+    #[serde(skip_serializing_if = "BirthPolicy::is_usual")]
+    pub machine: BirthPolicy,
 }
 
 /// The distribution that packages are taken from.
@@ -229,7 +232,10 @@ impl Recipe {
             checked(text, session, check_session)?;
         }
         if let Some(defaults) = &raw.defaults {
-            checked(text, defaults, |defaults| check::calls(defaults.calls))?;
+            checked(text, defaults, |defaults| {
+                check::calls(defaults.calls)?;
+                check::machine(defaults.machine)
+            })?;
         }
         for service in &raw.services {
             checked(text, service, |argv| check_argv(argv, "service"))?;

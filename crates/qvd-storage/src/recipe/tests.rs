@@ -105,6 +105,29 @@ fn a_locale_is_made_and_set() {
 }
 
 #[test]
+fn machines_are_born_as_a_flavour_says_and_not_both_ways() {
+    let born = |lines: &str| with(lines).unwrap().config().defaults.machine;
+    assert!(born("").is_usual());
+    let machine = born("defaults = { machine = { template = true, ready = 4 } }");
+    assert_eq!((machine.template, machine.ready), (Some(true), Some(4)));
+    assert_eq!(born("defaults = { machine = { template = false, ready = 0 } }").template, Some(false));
+    // What is not said is not in the image either: its digest stays what it was.
+    let written = serde_json::to_string(with("").unwrap().config()).unwrap();
+    assert!(!written.contains("machine"), "{written}");
+    for (lines, column, says) in [
+        ("defaults = { machine = { template = false, ready = 1 } }", 12, "leave out `ready`"),
+        ("defaults = { machine = { ready = 300 } }", 34, "300"),
+        ("defaults = { machine = { ready = -1 } }", 34, "-1"),
+        ("defaults = { machine = { template = \"yes\" } }", 37, "boolean"),
+        ("defaults = { machine = { pool = 1 } }", 26, "pool"),
+    ] {
+        let (line, at, reason) = with(lines).unwrap_err();
+        assert_eq!((line, at), (2, column), "{lines}: {reason}");
+        assert!(reason.contains(says), "{reason}");
+    }
+}
+
+#[test]
 fn limits_are_some_and_say_where_they_are_wrong() {
     let recipe = with("limits = { size = \"2GiB\", entries = 1000 }").unwrap();
     assert_eq!((recipe.limits.size, recipe.limits.entries), (Some(Bytes::gib(2)), Some(1000)));

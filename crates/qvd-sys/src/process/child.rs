@@ -17,6 +17,9 @@ pub(super) const READY: u32 = u32::MAX;
 /// gets the record.
 const FAILED: c_long = 127;
 
+/// Source: Linux `include/uapi/linux/prctl.h`.
+const PR_SET_MEMORY_MERGE: c_long = 67;
+
 /// System calls made so far. Only children count, and each has a copy of its
 /// own that begins at zero.
 static CALLS: AtomicU32 = AtomicU32::new(0);
@@ -110,6 +113,7 @@ impl<'a> Child<'a> {
             Op::SetUid(id) => call!(SYS_setresuid, *id, *id, *id)?,
             Op::KeepCapabilities => call!(SYS_prctl, libc::PR_SET_KEEPCAPS, 1, 0, 0, 0)?,
             Op::Capabilities(bits) => set_capabilities(*bits)?,
+            Op::OfferMemory => call!(SYS_prctl, PR_SET_MEMORY_MERGE, 1, 0, 0, 0)?,
             Op::NewSession => call!(SYS_setsid)?,
             Op::NewKeyring => {
                 match call!(SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) {

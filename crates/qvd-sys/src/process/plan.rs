@@ -147,6 +147,9 @@ pub enum Op {
     /// Has exactly the capabilities with these bits set, and hands them on to
     /// the program, whoever runs it. All of them have to be in the bounding set.
     Capabilities(u64),
+    /// Offers all memory of the process, of its children and of whatever they execute to
+    /// be merged with equal pages of others that do.
+    OfferMemory,
     /// Starts a session without a terminal.
     NewSession,
     /// Leaves the parent's session keyring for a new one.

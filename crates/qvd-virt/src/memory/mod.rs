@@ -12,10 +12,12 @@ mod admission;
 mod decision;
 mod host;
 mod ksm;
+mod profit;
 
 pub use admission::{Lack, Request, Shortfall, admit};
 pub use decision::decide;
 pub use ksm::{KSM_DIR, Ksm, MergeCost};
+pub use profit::MergeProfit;
 use std::path::Path;
 
 use qvd_core::{Bytes, DesktopId, Missing, Support};

@@ -24,7 +24,9 @@ use super::{
     sockets::Sockets,
     spec::{Accel, Boot, DiskFormat, Memory},
 };
-use crate::{Container, ContainerMount, ContainerSpec, Error, InheritedFd, Profile, Program, Runtime, error::io_error};
+use crate::{
+    Container, ContainerMount, ContainerSpec, Error, InheritedFd, Merging, Profile, Program, Runtime, error::io_error,
+};
 
 /// Where Debian, Fedora, Arch and others have QEMU for this architecture.
 const BINARIES: [&str; 2] = ["/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"];
@@ -130,7 +132,7 @@ impl Qemu {
             kvm: spec.accel == Accel::Kvm,
             devices: std::collections::BTreeSet::new(),
             // For `Vm::allow_merging`; the guest cannot ask for it.
-            merging: true,
+            merging: Merging::Offered,
             // A clone's memory is a file's, which has none; but QEMU asks for them
             // for its own buffers, most of which it does not fill.
             small_pages: matches!(spec.memory, Memory::Cloned(_)),

@@ -404,6 +404,15 @@ impl Vm {
         Ok(VmRecord { container: self.container.record()?, dir, memory_file: self.memory_file })
     }
 
+    /// Has its sockets in `dir` from here on, of the file system that they are on.
+    /// It keeps its number, also as the name of its cgroup.
+    ///
+    /// # Errors
+    /// They cannot be moved; then it is of no use any more.
+    pub fn move_sockets(&mut self, dir: &Path) -> Result<(), Error> {
+        self.sockets.move_to(dir)
+    }
+
     /// Lets go of it without ending it.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! What a machine does with its memory, and what it may be asked for.
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
 use qvd_core::Bytes;
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ use super::{
     Vm,
     command::{QomGet, QomSet},
 };
-use crate::{Error, error::io_error};
+use crate::Error;
 
 const BALLOON: &str = "/machine/peripheral/balloon0";
 const RAM: &str = "/objects/ram0";
@@ -30,17 +30,6 @@ impl GuestUse {
     pub const fn used(&self) -> Bytes {
         Bytes::new(self.total.get().saturating_sub(self.available.get()))
     }
-}
-
-/// What merging of equal pages costs and wins for one process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MergeProfit {
-    /// Pages of it that are shared.
-    pub merged_pages: u64,
-    /// Pages that the kernel keeps a note of.
-    pub noted_pages: u64,
-    /// What was saved less what the notes take, in bytes.
-    pub profit_bytes: i64,
 }
 
 impl Vm {
@@ -81,25 +70,6 @@ impl Vm {
     /// QEMU is gone.
     pub fn may_merge(&mut self) -> Result<bool, Error> {
         Ok(self.call(&QomGet { path: RAM, property: "merge" })?.as_bool().unwrap_or(false))
-    }
-
-    /// What merging does for it at the moment.
-    ///
-    /// # Errors
-    /// It has ended, or the kernel is older than 6.1.
-    pub fn merge_profit(&self) -> Result<MergeProfit, Error> {
-        let path = format!("/proc/{}/ksm_stat", self.pid());
-        let text = fs::read_to_string(&path).map_err(io_error(format!("read `{path}`")))?;
-        let value = |name: &str| {
-            let words = text.lines().map(|line| line.split([' ', ':']).filter(|word| !word.is_empty()));
-            words.filter_map(|mut words| (words.next()? == name).then(|| words.next()?.parse::<i64>().ok())?).next()
-        };
-        let count = |name| value(name).and_then(|number| u64::try_from(number).ok()).unwrap_or(0);
-        Ok(MergeProfit {
-            merged_pages: count("ksm_merging_pages"),
-            noted_pages: count("ksm_rmap_items"),
-            profit_bytes: value("ksm_process_profit").unwrap_or(0),
-        })
     }
 }
 

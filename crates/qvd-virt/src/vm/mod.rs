@@ -27,7 +27,7 @@ pub use hypervisor::Qemu;
 pub use kernel::GuestKernel;
 pub use kvm::{AccelChoice, Kvm, KvmMemory};
 pub use machine::{Down, HostMemory, StopLimits, StoppedBy, Vm, VmRecord, VmState};
-pub use memory::{GuestUse, MergeProfit};
+pub use memory::GuestUse;
 pub use plug::{Picture, Slot};
 pub use qmp::{Command, Event, QemuVersion, Qmp, QmpError, lines_of};
 pub use spec::{

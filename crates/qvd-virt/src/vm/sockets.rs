@@ -72,6 +72,16 @@ impl Sockets {
         Ok(())
     }
 
+    /// Moves their names into `dir`, of the same file system.
+    pub(crate) fn move_to(&mut self, dir: &Path) -> Result<(), Error> {
+        let moved = Self::at(dir, Stage::Named);
+        for (from, to) in [(&self.control, &moved.control), (&self.link, &moved.link)] {
+            fs::rename(from, to).map_err(io_error(format!("name `{}`", to.display())))?;
+        }
+        *self = moved;
+        Ok(())
+    }
+
     /// They are somebody else's from here on.
     pub(crate) const fn leave(&mut self) {
         self.stage = Stage::Over;

@@ -14,7 +14,7 @@ use std::{
 
 use qvd_core::DesktopId;
 use qvd_testkit::privileged;
-use qvd_virt::{Error, Exit, seal};
+use qvd_virt::{Error, Exit, Merging, seal};
 use rustix::fs::{OFlags, SealFlags};
 
 use crate::{bed::Bed, lifecycle::NEEDS};
@@ -331,6 +331,13 @@ fn nobody_offers_pages_to_be_merged_with_those_of_others() {
             prctl = libc::SYS_prctl,
         );
         assert_eq!(bed.perl(1, &attack), "memory 22 22 ");
+        // Nor does one whose memory its host has offered change that.
+        if bed.runtime.can_merge() {
+            let mut spec = bed.spec(2, &["/usr/bin/perl", "-e", &attack.replace(", 67, 1,", ", 67, 0,")]);
+            spec.profile.merging = Merging::All;
+            let (_, said) = bed.run_spec(spec);
+            assert!(said.starts_with("memory 22 22 ") && said.contains("merge_any: yes"), "{said}");
+        }
     });
 }
 
