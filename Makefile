@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
-.PHONY: demo test check bench density neighbour web init build image browser bed
+.PHONY: demo test check bench density neighbour web init build image browser bed disk
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 T := $(CARGO_TARGET_DIR)
@@ -30,7 +30,7 @@ demo: build init $(STAMP)/demo-tools
 build: $(STAMP)/build-tools $(STAMP)/web
 	cargo build --locked --release -p qvd-bin -p qvd-demo
 
-test: init image browser bed $(STAMP)/test-tools
+test: init image browser bed disk $(STAMP)/test-tools
 	QVD_TEST_PRIVILEGED=1 QVD=$(T)/debug/qvd QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
 		cargo nextest run --locked --workspace --profile ci
 	QVD_TEST_PRIVILEGED=1 QVD_INIT=$(INIT) cargo nextest run --locked -p qvd-libvirt --features libvirt --profile ci
@@ -50,6 +50,13 @@ bed: $(T)/bed/vmlinuz
 
 $(T)/bed/vmlinuz: scripts/bed scripts/bed-init | $(STAMP)/bed-tools
 	scripts/bed $(T)/bed
+
+# A disk with Debian on it, for tests of machines that are not ours.
+disk: $(T)/disk/debian
+
+$(T)/disk/debian: scripts/disk | $(STAMP)/image-tools $(STAMP)/test-tools
+	mkdir -p $(@D)
+	scripts/disk $@
 
 browser: $(STAMP)/browser-tools tests/browser/node_modules/.package-lock.json
 

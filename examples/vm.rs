@@ -229,6 +229,7 @@ impl Bed {
         let boot_ms = ms(began);
         running.wait_session().with_context(|| running.console())?;
         let session_ms = ms(began);
+        running.wait_rest()?;
         let HostMemory { proportional, private } = running.vm.host_memory()?;
         // Nobody holds the line while it is saved.
         drop(running.carrier.take());
@@ -348,6 +349,23 @@ impl Running {
                 other => bail!("the init answered {other:?}"),
             }
         }
+    }
+
+    /// Waits until it uses less than a tenth of a processor: what it would still do,
+    /// every clone of it would do for itself.
+    fn wait_rest(&self) -> Result<()> {
+        const LOOKS_EVERY: Duration = Duration::from_secs(2);
+        let deadline = Instant::now() + BOOTS_WITHIN;
+        let mut before = self.vm.container().cpu_time()?;
+        while Instant::now() < deadline {
+            std::thread::sleep(LOOKS_EVERY);
+            let used = self.vm.container().cpu_time()?;
+            if used.saturating_sub(before) < LOOKS_EVERY / 10 {
+                return Ok(());
+            }
+            before = used;
+        }
+        bail!("it does not come to rest within {BOOTS_WITHIN:?}")
     }
 
     fn stats(&self) -> Result<Stats> {

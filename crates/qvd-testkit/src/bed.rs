@@ -196,6 +196,16 @@ pub fn bed_directory() -> Option<PathBuf> {
     directory()
 }
 
+/// A disk with a Debian that boots by a BIOS and by UEFI and says on its serial port
+/// what it finds: `QVD_TEST_DISK`, or `disk/debian` in the directory that this program
+/// was built in. It is never written to; tests put an overlay on it.
+#[must_use]
+pub fn debian_disk() -> Option<PathBuf> {
+    let named = env::var_os("QVD_TEST_DISK").map(PathBuf::from);
+    let built = env::current_exe().ok()?;
+    named.into_iter().chain(built.ancestors().map(|dir| dir.join("disk/debian"))).find(|disk| disk.is_file())
+}
+
 /// This program, and the test that the calling thread runs.
 fn this_test() -> (String, String) {
     let program = env::current_exe().map(|path| path.display().to_string()).unwrap_or_default();

@@ -13,7 +13,7 @@ mod need;
 mod read;
 mod tree;
 
-pub use bed::{Bed, Ran, bed_directory, in_bed};
+pub use bed::{Bed, Ran, bed_directory, debian_disk, in_bed};
 pub use census::{Census, Difference, Kind, Object, Scope};
 pub use need::{Lack, Need, privileged};
 pub use tree::{copy_program, copy_program_as};

@@ -32,6 +32,8 @@ pub enum Need {
     Kvm,
     /// The test bed, see [`in_bed`](crate::in_bed), and the emulator for it.
     Bed,
+    /// The disk with Debian on it, see [`debian_disk`](crate::debian_disk).
+    DebianDisk,
     /// A program in `PATH`.
     Program(&'static str),
     /// An environment variable that names what the test works on.
@@ -78,6 +80,10 @@ impl Need {
             Self::Bed => match crate::bed::directory() {
                 Some(_) => program("qemu-system-x86_64"),
                 None => Err("it is not built; `make bed` does that".to_owned()),
+            },
+            Self::DebianDisk => match crate::bed::debian_disk() {
+                Some(_) => Ok(()),
+                None => Err("it is not made; `make disk` does that".to_owned()),
             },
             Self::Program(name) => program(name),
             Self::Env(name) => match env::var_os(name) {

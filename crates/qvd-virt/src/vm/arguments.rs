@@ -334,6 +334,10 @@ mod tests {
             let line = arguments(&spec);
             assert!(line.contains(&format!("tcg,tb-size={translated}")), "{memory}: {line:?}");
         }
+        let mut clone = spec();
+        clone.limits.memory = Bytes::mib(512);
+        clone.memory = Memory::Cloned(fd());
+        assert!(has(&clone, "-accel", "tb-size=32"));
     }
 
     #[test]

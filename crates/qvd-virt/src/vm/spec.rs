@@ -229,8 +229,10 @@ impl VmSpec {
     pub const LINK_PORT: &str = "org.qvd.link";
 
     /// Parameters of our own guests' kernel. Without `swiotlb=noforce` it
-    /// takes 64 MiB for devices that cannot reach all memory, which ours can.
-    pub const PARAMETERS: &str = "quiet panic=-1 swiotlb=noforce random.trust_cpu=on console=ttyS0 -- boot";
+    /// takes 64 MiB for devices that cannot reach all memory, which ours can; and
+    /// programs that do not ask for huge pages would get them, most of them unused.
+    pub const PARAMETERS: &str =
+        "quiet panic=-1 swiotlb=noforce transparent_hugepage=madvise random.trust_cpu=on console=ttyS0 -- boot";
 
     /// A machine that boots `kernel` with default limits, no base, no disk
     /// and no network.
@@ -273,12 +275,14 @@ impl VmSpec {
     }
 
     /// Most memory for instructions that were translated for [`Accel::Tcg`]: an eighth of
-    /// the guest's, from 16 to 64 MiB. QEMU's default of 1 GiB would count as the
-    /// desktop's. What has no room any more is translated again when it is needed:
-    /// a minimal guest does with 16 as fast as with 64, and with 8 takes twice as long.
+    /// the guest's, and of a clone's, which runs no boot, a sixteenth; from 16 to 64 MiB.
+    /// QEMU's default of 1 GiB would count as the desktop's. What has no room any more is
+    /// translated again when it is needed: a minimal guest does with 16 as fast as with
+    /// 64, and with 8 takes twice as long.
     #[must_use]
     pub fn translated(&self) -> Bytes {
-        Bytes::mib((self.limits.memory.get() >> 23).clamp(16, 64))
+        let part = if matches!(self.memory, Memory::Cloned(_)) { 16 } else { 8 };
+        Bytes::mib(((self.limits.memory.get() / part) >> 20).clamp(16, 64))
     }
 
     /// Everything that can be found wrong without touching the kernel.

@@ -65,8 +65,14 @@ impl Pins {
                 list.drain(at..(at + 2).min(list.len()));
             }
         }
-        for argument in list.iter_mut().filter(|argument| argument.contains(",id=ram0,")) {
-            *argument = argument.replace("share=on", "share=off");
+        for argument in &mut list {
+            if argument.contains(",id=ram0,") {
+                *argument = argument.replace("share=on", "share=off");
+            }
+            // How much QEMU keeps of what it translated is no part of the machine.
+            if argument.starts_with("tcg,tb-size=") {
+                argument.truncate("tcg".len());
+            }
         }
         let base = spec.base.as_ref().map(|base| {
             let about = rustix::fs::fstat(&base.file).map_err(io_error("look at the base"))?;
@@ -470,6 +476,7 @@ mod tests {
         clone.incoming = true;
         let pins = |spec: &VmSpec, tenant| Pins::of(spec, tenant, QemuVersion::none()).unwrap();
         assert_eq!(template.pins.differs(&pins(&clone, "school")), None);
+        assert!(template.pins.arguments.contains(&"tcg".to_owned()), "{:?}", template.pins.arguments);
         assert!(template.pins.differs(&pins(&clone, "other")).unwrap().contains("another tenant"));
         let newer = Pins { qemu: QemuVersion { major: 10, ..QemuVersion::none() }, ..pins(&clone, "school") };
         assert!(template.pins.differs(&newer).unwrap().contains("another version of QEMU"));

@@ -4,6 +4,7 @@
 mod bed;
 mod boots;
 mod conformance;
+mod debian;
 mod guest;
 mod hostile;
 mod kvm;
