@@ -1,4 +1,4 @@
-use std::{error::Error as _, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeMap, error::Error as _, net::Ipv4Addr, time::Duration};
 
 use qvd_core::{Bytes, Calls, DesktopId, DesktopSpec, DisplayKind, FlavourName, Limits, Tag, UserName};
 use qvd_guest::{ExecRequest, Stats};
@@ -394,15 +394,19 @@ impl Farm {
     pub async fn expire(&self) -> Result<(), FarmError> {
         let Some(repository) = self.repository() else { return Ok(()) };
         let (desktops, now) = (self.desktops(None).await?, self.clock().now());
-        let has_expired = move |desktop: &Desktop, running| {
-            let (flavour, tag, who) = (&desktop.flavour, &desktop.tag, desktop.id.to_string());
-            // Its flavour or its tag may be gone; then nothing urges it.
-            repository.due(flavour, tag, &who, CommitId::new(running), now).is_ok_and(|due| due == Due::Hard)
-        };
         let expired = self.on_host(move |host| {
-            let runs_it =
-                |desktop: &Desktop| host.status(desktop.id).image.is_some_and(|running| has_expired(desktop, running));
-            desktops.iter().filter(|desktop| runs_it(desktop)).map(|desktop| desktop.id).collect::<Vec<_>>()
+            let mut followed = BTreeMap::new();
+            let mut expired = Vec::new();
+            for Desktop { id, flavour, tag, .. } in &desktops {
+                let Some(running) = host.status(*id).image else { continue };
+                // Its flavour or its tag may be gone; then nothing urges it.
+                let read = || repository.followed(flavour, tag).ok();
+                let followed = followed.entry((flavour, tag)).or_insert_with(read);
+                if followed.is_some_and(|it| it.due(&id.to_string(), CommitId::new(running), now) == Due::Hard) {
+                    expired.push(*id);
+                }
+            }
+            expired
         });
         for id in expired.await? {
             match self.stop(id).await {

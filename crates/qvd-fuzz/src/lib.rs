@@ -17,6 +17,7 @@ mod mutate;
 mod parts;
 mod repository;
 mod seeds;
+mod store;
 mod world;
 
 pub use mutate::mutated;
@@ -39,7 +40,7 @@ const fn target(name: &'static str, run: fn(&World, &[u8]) -> bool, inputs: u32)
 }
 
 /// All of them.
-pub const TARGETS: [Target; 21] = [
+pub const TARGETS: [Target; 22] = [
     target("archive", images::archive, 900),
     target("blocks", repository::blocks, 300),
     target("commit", repository::commit, 6000),
@@ -58,6 +59,7 @@ pub const TARGETS: [Target; 21] = [
     target("recipe", images::recipe, 4500),
     target("rpm", repository::rpm, 6000),
     target("signature", repository::signature, 600),
+    target("store", store::store, 150),
     target("tags", repository::tags, 450),
     target("told", images::told, 240),
     target("tree", repository::tree, 2400),

@@ -7,7 +7,7 @@ use qvd_storage::{
     repository::{Commit, Content, Entry, Meta, Node, Tree},
 };
 
-use crate::{World, exchange, parts::join, world::FLAVOUR};
+use crate::{World, exchange, parts::join, store, world::FLAVOUR};
 
 /// The seeds of a target, the first of them one that it takes. They are the same
 /// in each world.
@@ -48,6 +48,7 @@ pub fn seeds(target: &str, world: &World) -> Vec<Vec<u8>> {
         .map(<[u8]>::to_vec)
         .into(),
         "signature" => vec![SIGNATURE.into()],
+        "store" => store::seeds(world),
         "tags" => tags(world),
         "told" => told(),
         "tree" => trees(world),

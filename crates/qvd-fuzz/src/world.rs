@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::OnceLock,
     time::SystemTime,
 };
 
@@ -10,6 +11,8 @@ use qvd_storage::{
     ImageConfig, Repository,
     repository::{CommitId, Entry, Meta, NewCommit, Node, ObjectId, Tree},
 };
+
+use crate::store::Server;
 
 /// A repository with one commit, the same each time.
 #[derive(Debug)]
@@ -19,6 +22,7 @@ pub struct World {
     /// A content that is there.
     pub(crate) object: ObjectId,
     dir: tempfile::TempDir,
+    server: OnceLock<Server>,
 }
 
 /// Flavour of the commit.
@@ -58,12 +62,17 @@ impl World {
             };
             (repository.commit_tree(&staging, &tree, new).unwrap(), object)
         };
-        Self { repository, commit, object, dir }
+        Self { repository, commit, object, dir, server: OnceLock::new() }
     }
 
     /// A path in a directory that is this world's alone.
     pub(crate) fn at(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// A server that answers what it is told to.
+    pub(crate) fn server(&self) -> &Server {
+        self.server.get_or_init(Server::start)
     }
 
     /// A repository with nothing in it, for one input.

@@ -63,7 +63,7 @@ macro_rules! short {
 
 short! {
     archive blocks commit frames guest keys log names oci packages pull qcow2 qmp question receive recipe rpm
-    signature tags told tree
+    signature store tags told tree
 }
 
 /// Some seeds have ids of trees and commits in them; who changes these formats

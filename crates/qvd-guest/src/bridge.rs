@@ -407,7 +407,7 @@ impl Bridge {
     fn tell(&mut self, number: u32, message: &Value, fds: Vec<OwnedFd>) {
         // A terminal can be read by whatever holds it: what a program gets as
         // its output is only written to.
-        let exec = message.get("exec").is_some() && fds.len() == MAX_FDS;
+        let exec = ["exec", "exec_still"].iter().any(|name| message.get(name).is_some()) && fds.len() == MAX_FDS;
         let mut body = vec![u8::try_from(fds.len()).unwrap_or(u8::MAX)];
         for (index, fd) in fds.into_iter().enumerate() {
             let ways = match (exec, index) {

@@ -31,7 +31,8 @@ pub use connections::has_streams;
 pub use frame::{LinkError, frames_of};
 pub use link::{Carrier, GuestLink, Link, carry_in_guest};
 pub use message::{
-    ExecRequest, Exit, GuestError, GuestMemory, InitConfig, Reply, Request, SessionConfig, SessionState, Stats, VERSION,
+    ExecRequest, Exit, GuestError, GuestMemory, InitConfig, Reply, Request, STILL_MAX, SessionConfig, SessionState,
+    Stats, VERSION,
 };
 
 /// Descriptors that the init inherits besides standard input, output and error.

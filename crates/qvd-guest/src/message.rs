@@ -1,7 +1,7 @@
 //! What is said. Both ends are built from this file; [`VERSION`] changes when
 //! an old init could misunderstand a new node or the other way round.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use qvd_core::{DisplayKind, Geometry};
 use serde::{Deserialize, Serialize};
@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 /// Version of this protocol. An init that was started by an older node keeps
 /// speaking its own; the node compares what [`Reply::Status`] says.
 pub const VERSION: u32 = 1;
+
+/// How long a machine's programs may be held for one.
+pub const STILL_MAX: Duration = Duration::from_secs(30 * 60);
 
 /// What an init is to do, from the image's recipe and the desktop's spec.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +70,10 @@ pub enum Request {
     /// [`Request::Resize`] and [`Request::Signal`] may follow on the same
     /// connection; when it is closed before the end, the program gets SIGHUP.
     Exec(ExecRequest),
+    /// As [`Request::Exec`] on three descriptors, while everybody else inside a machine
+    /// stands still, at most [`STILL_MAX`]: they go on when the program has ended or the
+    /// connection is closed. A container refuses: its host holds it.
+    ExecStill(ExecRequest),
     /// Only after [`Request::Exec`] with `tty`: the terminal's new size.
     Resize {
         /// Rows of text.

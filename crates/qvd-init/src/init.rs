@@ -14,7 +14,9 @@ use nix::sys::{
     signalfd::{SfdFlags, SignalFd},
 };
 use qvd_core::DisplayKind;
-use qvd_guest::{Channel, Exit, GuestError, InitConfig, Reply, Request, SessionState, Stats, VERSION};
+use qvd_guest::{
+    Channel, ExecRequest, Exit, GuestError, InitConfig, Reply, Request, STILL_MAX, SessionState, Stats, VERSION,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     io::Errno,
@@ -31,7 +33,9 @@ use crate::{
     reap, session,
     session::{Action, Client, Event, Moment, Role, Session},
     spawn::{self, Identity, Program},
-    stats, x11,
+    stats,
+    still::Still,
+    x11,
 };
 
 /// Most connections from the node at once.
@@ -159,6 +163,8 @@ struct Init {
     port: Option<OwnedFd>,
     /// Whether the machine was saved and goes on as another.
     cloned: bool,
+    /// Who has everybody else held, and for how long at most.
+    held: Option<(Client, Moment, Still)>,
     /// When what is left is killed, once stopping.
     stopping: Option<Moment>,
     done: bool,
@@ -197,6 +203,7 @@ impl Init {
             children: BTreeMap::new(),
             connections: BTreeMap::new(),
             next: 0,
+            held: None,
             stopping: None,
             done: false,
         };
@@ -300,6 +307,14 @@ impl Init {
             }
             return;
         }
+        if let Some((client, until, _)) = self.held {
+            // Nothing is started for those who stand still.
+            if now < until {
+                return;
+            }
+            self.log.note("the desktop was held for too long");
+            self.hung_up(client);
+        }
         for index in 0..self.services.len() {
             self.serve_service(index, now);
         }
@@ -338,9 +353,10 @@ impl Init {
     /// How long nothing is due.
     fn patience(&self) -> Option<Timespec> {
         let now = self.now();
-        let due = match self.stopping {
-            Some(kill_at) => Some(kill_at),
-            None => {
+        let due = match (self.stopping, &self.held) {
+            (Some(kill_at), _) => Some(kill_at),
+            (None, Some((_, until, _))) => Some(*until),
+            (None, None) => {
                 let session = self.graphical.as_ref().and_then(|graphical| {
                     let look = (graphical.looks > 0).then(|| now + LOOK_AGAIN.0);
                     graphical.machine.deadline(now).into_iter().chain(look).min()
@@ -423,6 +439,7 @@ impl Init {
             }
             Some(Child::Program(index)) => self.session(Some(Event::ProgramEnded(index, exit))),
             Some(Child::Exec(id)) => {
+                self.let_go(id);
                 self.answer(id, &Reply::Exited(exit));
                 self.connections.remove(&id);
             }
@@ -457,7 +474,7 @@ impl Init {
             for event in events.drain(..) {
                 graphical.machine.note(now, event, &mut actions);
             }
-            if self.stopping.is_none() {
+            if self.stopping.is_none() && self.held.is_none() {
                 graphical.machine.step(now, &mut actions);
             }
             for action in actions {
@@ -591,6 +608,7 @@ impl Init {
     }
 
     fn hung_up(&mut self, id: Client) {
+        self.let_go(id);
         let Some(connection) = self.connections.remove(&id) else { return };
         match connection.purpose {
             Purpose::Exec(exec) => {
@@ -625,17 +643,14 @@ impl Init {
                     (_, Some(_)) => self.refuse(id, "open the display", "the desktop is going down"),
                 }
             }
-            (Request::Exec(request), Purpose::Unknown) => {
-                let session = self.graphical.as_ref().filter(|_| !request.root);
-                let (env, identity) = match session {
-                    Some(graphical) => (&graphical.env, graphical.desktop.user().clone()),
-                    None => (&self.env, Identity::root()),
-                };
-                match Exec::start(&request, fds, env, &identity) {
-                    Ok(exec) => self.started(id, exec),
-                    Err(e) => self.refuse(id, "run a program", &e.to_string()),
-                }
+            (Request::Exec(_) | Request::ExecStill(_), Purpose::Unknown) if self.held.is_some() => {
+                self.refuse(id, "run a program", "everybody stands still while an image is made; try again later");
             }
+            (Request::Exec(request), Purpose::Unknown) => self.exec(id, &request, fds),
+            (Request::ExecStill(request), Purpose::Unknown) => match self.hold_all(id) {
+                Ok(()) => self.exec(id, &request, fds),
+                Err(reason) => self.refuse(id, "hold its programs", &reason),
+            },
             (Request::Identify(identity), Purpose::Unknown) => {
                 if self.port.is_none() {
                     return self.refuse(id, "take another identity", "a container has that of its host");
@@ -659,6 +674,40 @@ impl Init {
             }
             (Request::Resize { .. } | Request::Signal { .. }, Purpose::Unknown) => {
                 self.refuse(id, "reach a program", "none was started on this connection");
+            }
+        }
+    }
+
+    /// Has everybody stand still until the program of this client has ended.
+    fn hold_all(&mut self, id: Client) -> Result<(), String> {
+        if self.port.is_none() {
+            return Err("those of a container are held by its host".to_owned());
+        }
+        if self.stopping.is_some() {
+            return Err("the desktop is going down".to_owned());
+        }
+        let carriers = self.children.iter().filter(|(_, child)| **child == Child::Carrier);
+        let still = Still::begin(&carriers.map(|(pid, _)| *pid).collect::<Vec<_>>()).map_err(|e| e.to_string())?;
+        self.held = Some((id, self.now() + STILL_MAX, still));
+        Ok(())
+    }
+
+    /// Lets everybody go on, if they are held for this client.
+    fn let_go(&mut self, id: Client) {
+        self.held.take_if(|(client, ..)| *client == id);
+    }
+
+    fn exec(&mut self, id: Client, request: &ExecRequest, fds: Vec<OwnedFd>) {
+        let session = self.graphical.as_ref().filter(|_| !request.root);
+        let (env, identity) = match session {
+            Some(graphical) => (&graphical.env, graphical.desktop.user().clone()),
+            None => (&self.env, Identity::root()),
+        };
+        match Exec::start(request, fds, env, &identity) {
+            Ok(exec) => self.started(id, exec),
+            Err(e) => {
+                self.let_go(id);
+                self.refuse(id, "run a program", &e.to_string());
             }
         }
     }
@@ -725,6 +774,8 @@ impl Init {
     /// Asks everything to end, and ends itself when it did or the time is up.
     fn stop(&mut self, grace: Duration) {
         let kill_at = self.now() + grace;
+        // Who is held hears no signal.
+        self.held = None;
         self.stopping = Some(self.stopping.map_or(kill_at, |before| before.min(kill_at)));
         // As PID 1, this is everything inside but the init itself.
         for signal in [NixSignal::SIGTERM, NixSignal::SIGCONT] {

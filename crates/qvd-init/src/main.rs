@@ -13,6 +13,7 @@ mod reap;
 mod session;
 mod spawn;
 mod stats;
+mod still;
 mod x11;
 
 use std::{env, process::ExitCode};

@@ -40,6 +40,18 @@ pub(crate) fn running_as(uid: u32) -> Vec<u32> {
     processes().into_iter().filter(is_theirs).collect()
 }
 
+/// Whether a process is the kernel's own.
+///
+/// Source: proc(5), the ninth field of `stat`; Linux `include/linux/sched.h`,
+/// `PF_KTHREAD`.
+pub(crate) fn is_kernels(pid: u32) -> bool {
+    const PF_KTHREAD: u32 = 0x0020_0000;
+    let stat = read(&format!("/proc/{pid}/stat"), MAX_READ).unwrap_or_default();
+    // Before this there is a name, which may have anything in it.
+    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(6)?.parse::<u32>().ok());
+    flags.is_some_and(|flags| flags & PF_KTHREAD != 0)
+}
+
 /// Proportional set size of one process in bytes, if we may see it.
 pub(crate) fn pss(pid: u32) -> Option<u64> {
     pss_bytes(&read(&format!("/proc/{pid}/smaps_rollup"), MAX_READ)?)

@@ -24,6 +24,8 @@ use crate::{ExecSession, ExecStdio, HostError, HostErrorKind};
 /// An init that works answers such requests within microseconds; a desktop
 /// whose processors are all taken may need longer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// The same, once all programs of a machine stand still.
+const STILL: Duration = Duration::from_secs(60);
 
 /// Why the init did not do as asked.
 #[derive(Debug, thiserror::Error)]
@@ -155,17 +157,26 @@ impl Guest {
     pub(crate) fn exec(&self, request: ExecRequest) -> Result<ExecSession, Error> {
         if request.tty.is_some() {
             let mut channel = self.ask(&Request::Exec(request))?;
-            let mut fds = started(&mut channel)?;
+            let mut fds = started(&mut channel, ANSWER)?;
             let tty = fds.pop().ok_or_else(|| Error::Unexpected("no descriptor with the terminal".to_owned()))?;
             return Ok(ExecSession::new(ExecStdio::Tty(tty), channel));
         }
+        self.on_pipes(&Request::Exec(request), ANSWER)
+    }
+
+    /// Runs a program inside a machine while everybody else there stands still.
+    pub(crate) fn exec_still(&self, request: ExecRequest) -> Result<ExecSession, Error> {
+        self.on_pipes(&Request::ExecStill(request), STILL)
+    }
+
+    fn on_pipes(&self, request: &Request, limit: Duration) -> Result<ExecSession, Error> {
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::Pipes(e.into()));
         let (in_read, stdin) = pipe()?;
         let (stdout, out_write) = pipe()?;
         let (stderr, err_write) = pipe()?;
         let theirs = [in_read.as_fd(), out_write.as_fd(), err_write.as_fd()];
-        let mut channel = self.ask_with(&Request::Exec(request), &theirs)?;
-        started(&mut channel)?;
+        let mut channel = self.ask_with(request, &theirs)?;
+        started(&mut channel, limit)?;
         Ok(ExecSession::new(ExecStdio::Pipes { stdin, stdout, stderr }, channel))
     }
 
@@ -198,8 +209,8 @@ impl Guest {
     }
 }
 
-fn started(channel: &mut Channel) -> Result<Vec<OwnedFd>, Error> {
-    match channel.recv(ANSWER)? {
+fn started(channel: &mut Channel, limit: Duration) -> Result<Vec<OwnedFd>, Error> {
+    match channel.recv(limit)? {
         (Reply::Started { .. }, fds) => Ok(fds),
         (other, _) => Err(unexpected(other)),
     }

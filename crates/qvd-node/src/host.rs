@@ -95,8 +95,9 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// cannot start.
     ///
     /// # Errors
-    /// It does not run and no root of it is kept; it is of a machine; the flavour has
-    /// moved on since it started; or something in it cannot be in an image.
+    /// It does not run and no root of it is kept that this host can read, which it can
+    /// of no machine; the flavour has moved on since it started; or something in it
+    /// cannot be in an image.
     fn commit(&self, id: DesktopId, new: &NewVersion) -> Result<Version, HostError>;
 
     /// Builds the image that a recipe file describes and makes it the head

@@ -442,7 +442,13 @@ impl Host for Node {
         // While it is held, nobody starts it.
         let live = slot.live(id)?;
         let Some(desktop) = live.as_ref() else { return self.inner.parts.commit_stopped(id, new) };
-        let (root, ids) = Parts::root_of(desktop)?;
+        let Some((root, ids)) = Parts::root_of(desktop)? else {
+            let base = desktop.spec.image;
+            // Telling takes long: whoever looks at the desktop, or stops it, does not wait.
+            drop(live);
+            let (guest, awake) = (self.inner.guest(id)?, slot.wake(id)?);
+            return self.inner.parts.commit_told((id, base), &guest, awake, new);
+        };
         let made = lock(&slot.rest).still(|| self.inner.parts.commit(desktop, root.as_fd(), ids, new));
         made.map_err(|e| HostError::because(HostErrorKind::Failed, format!("cannot hold desktop {id}"), e))?
     }

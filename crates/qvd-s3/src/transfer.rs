@@ -9,7 +9,11 @@ use std::{
 };
 
 use futures_util::{StreamExt, TryStreamExt, stream};
-use object_store::{GetResult, ObjectStore, ObjectStoreExt, PutMode, PutPayload, UpdateVersion, path::Path};
+use object_store::{
+    GetResult, ObjectStore, ObjectStoreExt, PutMode, PutPayload, UpdateVersion,
+    list::{PaginatedListOptions, PaginatedListStore},
+    path::Path,
+};
 use qvd_core::{FlavourName, Tag};
 use qvd_storage::{
     Error,
@@ -26,6 +30,8 @@ const AT_ONCE: usize = 32;
 /// Contents up to this many bytes, compressed, are fetched many at once; of
 /// what is longer one is read at a time, as it arrives.
 const SMALL_BYTES: u64 = 256 << 10;
+/// Most answers that a list of names may have; each has up to a thousand.
+const PAGES_MAX: usize = 100;
 /// Largest list and largest move of a tag that are read, in bytes.
 const LIST_MAX_BYTES: u64 = 1 << 20;
 /// Largest tree that is read, in bytes: as compressed, and as it is.
@@ -60,11 +66,33 @@ impl Store {
 
     /// The last names below a path: of what is there, and of what more is below.
     fn names<T: FromStr>(&self, below: &Path) -> Result<Vec<T>, Error> {
-        let list = self.wait(self.client().list_with_delimiter(Some(below)));
-        let list = list.map_err(|error| self.failed("list", below, error))?;
-        let paths = list.common_prefixes.iter().chain(list.objects.iter().map(|object| &object.location));
+        let (list, whole) = self.list(below, true, PAGES_MAX)?;
+        if !whole {
+            let what = format!("what is below `{below}` in `{}`", self.name);
+            return Err(Error::DamagedPart { what, reason: format!("it has more than {PAGES_MAX} pages of names") });
+        }
         // A name that cannot be one is somebody else's.
-        Ok(paths.filter_map(|path| path.filename()?.parse().ok()).collect())
+        Ok(list.iter().filter_map(|path| path.filename()?.parse().ok()).collect())
+    }
+
+    /// What is below a path, or directly below it, and whether that is all: no more
+    /// than so many answers are asked for, for a store may go on for ever.
+    fn list(&self, below: &Path, directly: bool, pages: usize) -> Result<(Vec<Path>, bool), Error> {
+        let prefix = format!("{below}/");
+        let mut all = Vec::new();
+        let delimiter = directly.then(|| "/".into());
+        let mut options = PaginatedListOptions { delimiter, ..PaginatedListOptions::default() };
+        for _ in 0..pages {
+            let page = self.wait(self.client().list_paginated(Some(&prefix), options.clone()));
+            let page = page.map_err(|error| self.failed("list", below, error))?;
+            all.extend(page.result.common_prefixes);
+            all.extend(page.result.objects.into_iter().map(|object| object.location));
+            options.page_token = page.page_token;
+            if options.page_token.is_none() {
+                return Ok((all, true));
+            }
+        }
+        Ok((all, false))
     }
 
     fn tag(&self, flavour: &FlavourName, tag: &Tag) -> Result<Option<Versioned<Option<CommitId>>>, Error> {
@@ -188,10 +216,7 @@ impl Destination for Store {
         let below = self.at(&["objects"]);
         // One request tells of a thousand: as long as that is less than to ask
         // for each, and so costs what the change costs, not what is there.
-        let list = self.client().list(Some(&below)).take(ids.len().saturating_add(1000));
-        let known: Result<Vec<Path>, _> = self.wait(list.map_ok(|object| object.location).try_collect());
-        let known = known.map_err(|error| self.failed("list", &below, error))?;
-        let all_listed = known.len() < ids.len().saturating_add(1000);
+        let (known, all_listed) = self.list(&below, false, ids.len() / 1000 + 2)?;
         let known: HashSet<Path> = known.into_iter().collect();
         let (mut missing, mut unsure) = (HashSet::new(), Vec::new());
         for id in ids {

@@ -401,7 +401,7 @@ fn a_rollout_gives_a_new_commit_to_some_first() {
     // Those who have the new one, and those who do not get it yet, are let alone.
     let who = |new: bool| more.iter().position(|got| *got == new).unwrap().to_string();
     let due = |who: &str, running, after_s| {
-        repository.due(&flavour, &tag, who, running, SystemTime::now() + Duration::from_secs(after_s)).unwrap()
+        repository.followed(&flavour, &tag).unwrap().due(who, running, SystemTime::now() + Duration::from_secs(after_s))
     };
     assert_eq!(due(&who(true), two, 10_000), Due::Nothing);
     assert_eq!(due(&who(false), one, 10_000), Due::Nothing);

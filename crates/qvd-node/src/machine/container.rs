@@ -47,7 +47,7 @@ impl Machine for InContainer {
         Ok(qvd_guest::has_streams(&net))
     }
 
-    fn root(&self) -> Result<(OwnedFd, UidRange), Failure> {
+    fn root(&self) -> Result<Option<(OwnedFd, UidRange)>, Failure> {
         let root: PathBuf = format!("/proc/{}/root", self.container.pid()).into();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(&root, flags, Mode::empty()).map_err(std::io::Error::from)?;
@@ -57,7 +57,7 @@ impl Machine for InContainer {
         {
             return Err("its first process has ended".into());
         }
-        Ok((root, self.ids))
+        Ok(Some((root, self.ids)))
     }
 
     fn memory(&mut self, _: bool) -> Result<Usage, Failure> {

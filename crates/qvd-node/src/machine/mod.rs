@@ -40,8 +40,8 @@ pub(crate) trait Machine: fmt::Debug + Send {
     fn has_streams(&self, guest: &Guest) -> Result<bool, Failure>;
 
     /// Its root directory as it is now, and the range that owners in it are
-    /// shifted by.
-    fn root(&self) -> Result<(OwnedFd, UidRange), Failure>;
+    /// shifted by; none if only what runs in it can read that.
+    fn root(&self) -> Result<Option<(OwnedFd, UidRange)>, Failure>;
 
     /// What it has of the host's memory, and needs. One that stands still is not
     /// asked itself.

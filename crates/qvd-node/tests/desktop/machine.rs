@@ -9,7 +9,11 @@ use qvd_core::{Bytes, DesktopId, DesktopSpec, DesktopState, RootPolicy, StartSte
 use qvd_node::{AccelChoice, EndReason, Exit, Host as _, HostErrorKind, Node, NodeConfig, StockReport};
 use qvd_testkit::{Need, bed_directory, privileged};
 
-use super::{Host, RFB, greeting, on_a_host, run, stands_still, wait_for_rest};
+use super::{
+    Host, RFB, greeting, on_a_host, run, stands_still,
+    told::{expect_none_of_the_dead, expect_version},
+    wait_for_rest,
+};
 
 fn config(host: &Host) -> NodeConfig {
     let mut config = host.config.clone();
@@ -22,7 +26,7 @@ fn machine(host: &Host, number: u32) -> DesktopSpec {
     DesktopSpec { virtualizer: Virtualizer::Qemu, root: RootPolicy::Persistent, ..host.spec(number) }
 }
 
-fn said(node: &Node, id: DesktopId, script: &str) -> String {
+pub(crate) fn said(node: &Node, id: DesktopId, script: &str) -> String {
     let (exit, said) = run(node, id, false, script);
     assert_eq!(exit, Exit::Code(0), "{script}: {said}");
     said
@@ -63,8 +67,10 @@ fn the_same_image_runs_as_a_machine_is_adopted_and_keeps_its_home() {
         let (exit, _) = run(&node, id, true, "echo system > /etc/mark; sync");
         assert_eq!(exit, Exit::Code(0));
 
-        // The node dies; the machine runs on, even at rest, and is taken over.
         drop(display);
+        expect_version(&node, &spec);
+
+        // The node dies; the machine runs on, even at rest, and is taken over.
         drop(node);
         config.rest_after = Duration::ZERO;
         let node = Node::open(config.clone()).unwrap();
@@ -84,6 +90,7 @@ fn the_same_image_runs_as_a_machine_is_adopted_and_keeps_its_home() {
         assert_eq!(node.status(id).state, DesktopState::Stopped);
         node.ensure_running(&spec, &mut |_| {}).unwrap();
         assert_eq!(said(&node, id, "cat ~/mark /etc/mark; test ! -e /tmp/mark"), "kept\nsystem\n");
+        expect_none_of_the_dead(&node, id);
         node.remove(id).unwrap();
         node.shut_down(Duration::ZERO).unwrap();
     });

@@ -6,6 +6,7 @@ mod confine;
 mod home;
 mod machine;
 mod tenants;
+mod told;
 
 use std::{
     collections::BTreeMap,

@@ -64,7 +64,7 @@ pub use id::{CommitId, ObjectId, TreeId};
 pub use packages::{PackageKind, Packages};
 pub use push::Destination;
 pub use reference::{Reference, ReferenceError, Revision};
-pub use rollout::{Due, Rollout};
+pub use rollout::{Due, Followed, Rollout};
 pub use signing::{Policy, Signatures, SigningKey, VerifyingKey};
 pub use source::{Directory, Source};
 pub use staging::{Added, Staging};

@@ -58,6 +58,35 @@ struct Kept {
     rollout: Rollout,
 }
 
+/// What desktops that follow a tag get, as it was when it was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Followed {
+    to: CommitId,
+    kept: Option<Kept>,
+}
+
+impl Followed {
+    /// The commit that `who` gets at its next start.
+    #[must_use]
+    pub fn commit(&self, who: &str) -> CommitId {
+        let before = self.kept.filter(|kept| !is_canary(who, self.to, kept.rollout.canary_percent));
+        before.and_then(|kept| kept.before).unwrap_or(self.to)
+    }
+
+    /// What `who` has to expect that has run `running` until `now`.
+    #[must_use]
+    pub fn due(&self, who: &str, running: CommitId, now: SystemTime) -> Due {
+        let Some(kept) = self.kept.filter(|_| self.commit(who) != running) else { return Due::Nothing };
+        let since = UNIX_EPOCH + Duration::from_secs(kept.published_unix_s);
+        let passed = |after: Option<u64>| after.is_some_and(|after| now >= since + Duration::from_secs(after));
+        match (passed(kept.rollout.soft_after_s), passed(kept.rollout.hard_after_s)) {
+            (_, true) => Due::Hard,
+            (true, false) => Due::Soft,
+            (false, false) => Due::Nothing,
+        }
+    }
+}
+
 impl Repository {
     /// Puts a tag on a commit that desktops are to get in steps. Publishing what
     /// the tag is on already changes the steps: a larger percentage only adds
@@ -104,12 +133,11 @@ impl Repository {
         self.move_tag(flavour, tag, Expect::At(here), Some(to), by)
     }
 
-    /// The commit that `who` gets at its next start: what the tag is on, or what
-    /// it was on before while only others have the new one.
+    /// What desktops that follow a tag get, read once for all of them.
     ///
     /// # Errors
     /// [`Error::NoSuchFlavour`] or [`Error::NoSuchTag`].
-    pub fn follow(&self, flavour: &FlavourName, tag: &Tag, who: &str) -> Result<CommitId, Error> {
+    pub fn followed(&self, flavour: &FlavourName, tag: &Tag) -> Result<Followed, Error> {
         let Some(to) = self.tagged(flavour, tag)? else {
             let known: Vec<String> = self.tags(flavour)?.keys().map(|tag| format!("`{tag}`")).collect();
             return Err(match known.is_empty() {
@@ -117,42 +145,20 @@ impl Repository {
                 false => Error::NoSuchTag { flavour: flavour.clone(), tag: tag.clone(), known },
             });
         };
-        let kept = self.kept(flavour, tag)?.filter(|kept| kept.commit == to);
-        Ok(match kept.and_then(|kept| Some((kept, kept.before?))) {
-            Some((kept, before)) if !is_canary(who, to, kept.rollout.canary_percent) && self.has_commit(before) => {
-                before
-            }
-            _ => to,
-        })
+        let mut kept = self.kept(flavour, tag)?.filter(|kept| kept.commit == to);
+        if let Some(kept) = &mut kept {
+            kept.before.take_if(|before| !self.has_commit(*before));
+        }
+        Ok(Followed { to, kept })
     }
 
-    /// What `who` has to expect that has run `running` until `now`.
+    /// The commit that `who` gets at its next start: what the tag is on, or what
+    /// it was on before while only others have the new one.
     ///
     /// # Errors
-    /// As [`Repository::follow`].
-    pub fn due(
-        &self,
-        flavour: &FlavourName,
-        tag: &Tag,
-        who: &str,
-        running: CommitId,
-        now: SystemTime,
-    ) -> Result<Due, Error> {
-        if self.follow(flavour, tag, who)? == running {
-            return Ok(Due::Nothing);
-        }
-        let Some(kept) =
-            self.kept(flavour, tag)?.filter(|kept| self.tagged(flavour, tag).ok() == Some(Some(kept.commit)))
-        else {
-            return Ok(Due::Nothing);
-        };
-        let since = UNIX_EPOCH + Duration::from_secs(kept.published_unix_s);
-        let passed = |after: Option<u64>| after.is_some_and(|after| now >= since + Duration::from_secs(after));
-        Ok(match (passed(kept.rollout.soft_after_s), passed(kept.rollout.hard_after_s)) {
-            (_, true) => Due::Hard,
-            (true, false) => Due::Soft,
-            (false, false) => Due::Nothing,
-        })
+    /// As [`Repository::followed`].
+    pub fn follow(&self, flavour: &FlavourName, tag: &Tag, who: &str) -> Result<CommitId, Error> {
+        Ok(self.followed(flavour, tag)?.commit(who))
     }
 
     /// The rollout of what a tag is on now, if there is one.

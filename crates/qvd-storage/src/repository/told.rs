@@ -18,15 +18,14 @@ use super::{
 };
 use crate::Error;
 
-/// What a shell runs inside, as root, to tell and to pack: everybody else stands
-/// still meanwhile. First it tells of each file on the root's file system: kind,
+/// What a shell runs inside, as root, to tell and to pack, while everybody else
+/// stands still. First it tells of each file on the root's file system: kind,
 /// device, length in bytes, times of change and of content, path; a record ends
 /// with a zero byte, the list with an empty record. Then it reads paths, each
 /// ended by a zero byte, and writes an archive of what they name.
 ///
 /// It takes the `find` and the `tar` of GNU in the image.
 pub const TELL: &str = r"exec 2>/dev/null; export LC_ALL=C; cd / || exit 9
-    trap 'kill -CONT -1' EXIT; trap 'exit 1' HUP TERM PIPE; kill -STOP -1
     find . -xdev -printf '%y %D %s %C@ %T@ %P\0' && printf '\0' &&
     tar --null --no-unquote --no-recursion --format=posix --numeric-owner --xattrs --xattrs-include='*' -T - -cf -";
 
@@ -164,7 +163,13 @@ fn record(told: &mut impl BufRead) -> io::Result<Option<Told>> {
     if bytes.is_empty() {
         return Ok(None);
     }
-    parse(&bytes).map(Some).ok_or_else(|| bad(format!("it told `{}`", String::from_utf8_lossy(&bytes))))
+    parse(&bytes).map(Some).ok_or_else(|| bad(format!("it told `{}`", excerpt(&bytes))))
+}
+
+/// So much of a record as an error can show.
+fn excerpt(record: &[u8]) -> String {
+    const SHOWN: usize = 80;
+    record.get(..SHOWN).unwrap_or(record).escape_ascii().to_string()
 }
 
 fn parse(record: &[u8]) -> Option<Told> {

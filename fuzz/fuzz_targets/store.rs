@@ -1,0 +1,2 @@
+#![no_main]
+qvd_fuzz_targets::fuzz!("store");
