@@ -59,6 +59,8 @@ impl Rules<'_> {
 
         lines.chain("outward");
         if self.internet {
+            // Of no connection: nothing would translate its address.
+            lines.push(format!("ct state invalid {}", DropReason::Policy.verdict()));
             lines.push(format!("ip saddr @{INTERNET} goto outward_free"));
             lines.push(format!("ip6 saddr @{INTERNET6} goto outward_free"));
             lines.push(format!("ip saddr vmap @{OUTWARD}"));

@@ -76,6 +76,13 @@ pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from(sum).unwrap()
 }
 
+/// Sets the checksum of a TCP segment: of a wrong one it is no part of a connection.
+pub(crate) fn sum_segment(from: Ipv4Addr, to: Ipv4Addr, head: &mut [u8], payload: &[u8]) {
+    let length = u16::try_from(head.len() + payload.len()).unwrap().to_be_bytes();
+    let sum = checksum(&[&from.octets()[..], &to.octets(), &[0, 6], &length, head, payload].concat());
+    head[16..18].copy_from_slice(&sum.to_be_bytes());
+}
+
 /// An echo request that `mark` completes.
 pub(crate) fn echo_request(from: Ipv4Addr, to: Ipv4Addr, mark: &[u8; super::world::MARK_LEN]) -> Vec<u8> {
     let mut header = [8, 0, 0, 0, 0, 1, 0, 1];

@@ -49,6 +49,8 @@ enum Story {
     Unasked(IpAddr),
     /// The first segment of a connection, that promises to take longer ones than can come.
     Segment,
+    /// The last of one that never was.
+    Reset,
     /// A question to the gateway that its kernel answers.
     Echo(IpAddr),
     /// A question for the gateway's link address.
@@ -110,7 +112,11 @@ impl Stage {
                 self.fate(&frame, &mark)
             }
             Story::Segment => {
-                let (frame, mark) = self.segment();
+                let (frame, mark) = self.segment(0x02);
+                self.fate(&frame, &mark)
+            }
+            Story::Reset => {
+                let (frame, mark) = self.segment(0x04);
                 self.fate(&frame, &mark)
             }
             Story::Echo(to) => {
@@ -261,11 +267,13 @@ impl Stage {
         format!("the host hears {}", host.recv(&mut packet).is_ok())
     }
 
-    /// A first segment with the longest MSS that there is, to another host.
-    fn segment(&mut self) -> (Vec<u8>, [u8; MARK_LEN]) {
+    /// A segment with these flags and the longest MSS that there is, to another host.
+    fn segment(&mut self, flags: u8) -> (Vec<u8>, [u8; MARK_LEN]) {
         let (own, gateway, mark) = (self.site.a.station(), self.site.gateway(), self.site.mark());
-        let ports = [20_000_u16, 9].map(u16::to_be_bytes).concat();
-        let head = [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 0, 0x60, 2, 4, 0, 0, 0, 0, 0, 2, 4, 0xff, 0xff]].concat();
+        let ports = [&mark[10..], &[0, 9]].concat();
+        let mut head =
+            [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 0, 0x60, flags, 4, 0, 0, 0, 0, 0, 2, 4, 0xff, 0xff]].concat();
+        frames::sum_segment(own.ip, FAR, &mut head, &mark);
         let packet = frames::ipv4(own.ip, FAR, frames::Ip { protocol: 6, ..frames::Ip::default() }, &head);
         let frame = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
         ([&frame[..], &mark].concat(), mark)
@@ -361,7 +369,9 @@ fn seen(frame: &[u8]) -> (IpAddr, IpAddr, Option<[u8; 2]>) {
 type Scene = (NetPolicy, NetPolicy, Vec<Story>);
 
 fn scenes() -> Vec<Scene> {
-    use Story::{Answer, Asked, Burst, Connections, Echo, Group, Packet, Related, Segment, Solicitation, Unasked};
+    use Story::{
+        Answer, Asked, Burst, Connections, Echo, Group, Packet, Related, Reset, Segment, Solicitation, Unasked,
+    };
     let gateway = IpAddr::from(subnet().gateway());
     let nobody = Ipv4Addr::new(10, 66, 0, 99);
     let hosts: [IpAddr; 7] = [
@@ -375,7 +385,7 @@ fn scenes() -> Vec<Scene> {
     ];
     let mut all: Vec<Story> = hosts.into_iter().flat_map(|to| [Packet(to, 17, 443), Packet(to, 6, 443)]).collect();
     all.extend([Answer(OUTSIDE.into()), Answer(OUTSIDE6.into()), Unasked(OUTSIDE.into()), Unasked(OUTSIDE6.into())]);
-    all.extend([Related, Asked, Solicitation, Segment, Echo(UPLINK.into())]);
+    all.extend([Related, Asked, Solicitation, Segment, Reset, Echo(UPLINK.into())]);
     for (to, group) in [(gateway, GROUP.into()), (gateway6().into(), GROUP6.into())] {
         all.extend([Echo(to), Packet(to, 17, 53), Packet(to, 17, SERVICE), Group(group)]);
     }

@@ -79,6 +79,23 @@ fn a_policy_lets_through_what_it_names() {
     }
 }
 
+/// What is part of no connection has no address translated, so it does not get out.
+#[test]
+fn what_is_of_no_connection_stays_in() {
+    for backend in Backend::ALL {
+        on_a_host(|| {
+            let mut site = Site::new(with_names(backend), NetPolicy::internet(), NetPolicy::host_only());
+            for (to, checksum) in [(IpAddr::from(OUTSIDE), 14 + 20 + 16), (IpAddr::from(OUTSIDE6), 14 + 40 + 16)] {
+                let (frame, mark) = site.frame(to, 6, 443);
+                assert!(site.arrives(&frame, &mark), "{backend}: {to}");
+                let (mut frame, mark) = site.frame(to, 6, 443);
+                frame[checksum] ^= 1;
+                assert!(!site.arrives(&frame, &mark), "{backend}: {to}");
+            }
+        });
+    }
+}
+
 /// What a policy does not let through is counted for the reason.
 #[test]
 fn what_a_policy_stops_is_counted() {

@@ -108,6 +108,13 @@ impl Site {
         };
         let frame = match to {
             IpAddr::V4(to) => {
+                let mut head = head;
+                if protocol == 1 {
+                    let sum = frames::checksum(&[&head[..], &mark].concat());
+                    head[2..4].copy_from_slice(&sum.to_be_bytes());
+                } else if protocol == 6 {
+                    frames::sum_segment(own.ip, to, &mut head, &mark);
+                }
                 let packet = frames::ipv4(own.ip, to, frames::Ip { protocol, ..frames::Ip::default() }, &head);
                 frames::ethernet(gateway.mac, own.mac, frames::IPV4, &[packet, mark.to_vec()].concat())
             }

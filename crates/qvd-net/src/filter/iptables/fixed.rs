@@ -76,6 +76,8 @@ impl Text {
         };
         let internet = self.config.internet;
         let (mut desk, mut outward, mut inward) = (Vec::new(), Vec::new(), Vec::new());
+        // Of no connection: nothing would translate its address.
+        outward.extend(internet.then(|| "-m conntrack --ctstate INVALID -j DROP".to_owned()));
         outward.extend(internet.then(|| to("-o", "near")).into_iter().flatten());
         outward.push(BETWEEN.to_owned());
         if internet {
