@@ -164,6 +164,18 @@ fn bomb(program: &str, args: &[&str]) -> Vec<u8> {
 }
 
 #[test]
+fn a_directory_of_endless_files_is_refused_before_they_are_read() {
+    let (dir, repository) = repository();
+    let tree = dir.path().join("tree/etc");
+    fs::create_dir_all(&tree).unwrap();
+    fs::File::create(tree.join("endless")).unwrap().set_len(1 << 42).unwrap();
+    let staging = repository.stage().unwrap();
+    let error = staging.import(&dir.path().join("tree"), 64 << 20).unwrap_err();
+    let error = qvd_core::causes(&error).join(": ");
+    assert!(error.contains("tree/etc/endless") && error.contains("more than 67108864 bytes"), "{error}");
+}
+
+#[test]
 fn bombs_are_refused_before_they_fill_anything() {
     for (program, args) in [("gzip", ["-9c"].as_slice()), ("xz", &["-1c"]), ("bzip2", &["-9c"])] {
         let bomb = bomb(program, args);

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::Read as _,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
@@ -15,8 +16,8 @@ use qvd_core::Tag;
 use qvd_storage::{
     Error, ImageConfig, Repository,
     repository::{
-        Change, CommitId, Content, Directory, Due, Expect, Keep, NewCommit, Policy, Reference, Rollout, SigningKey,
-        VerifyingKey, Wanted,
+        Change, CommitId, Content, Directory, Due, Expect, Keep, NewCommit, Node, Policy, Reference, Rollout,
+        SigningKey, VerifyingKey, Wanted,
         archive::{Format, IMPORT_MAX_BYTES},
     },
 };
@@ -377,6 +378,42 @@ fn every_form_of_an_export_is_the_same_tree_when_imported() {
             assert_eq!(staging.import(&to, IMPORT_MAX_BYTES).unwrap().encode().0, tree, "{name}");
         }
     });
+}
+
+#[test]
+fn large_files_are_kept_as_they_are_whether_they_are_new_or_were_there() {
+    let (_dir, at, repository) = bed();
+    let large = |number: usize, first: u8| {
+        let content = (0..1_500_000).map(|n| u8::try_from((n * (number + 1)) % 251).unwrap());
+        [vec![first], content.collect()].concat()
+    };
+    // More new ones than are read twice.
+    for number in 0..8 {
+        fs::write(at.join(format!("large{number}")), large(number, 0)).unwrap();
+    }
+    let one = commit(&repository, &at, "new");
+    let objects = || walkdir(&repository.dir().join("objects"));
+    let before = objects();
+    for number in 0..2 {
+        fs::write(at.join(format!("large{number}")), large(number, 1)).unwrap();
+    }
+    let two = commit(&repository, &at, "two of them");
+    assert_eq!(objects(), before + 2);
+    for (id, first) in [(one, 0), (two, 1)] {
+        repository.verify(id).unwrap();
+        let tree = repository.tree_of(&repository.commit(id).unwrap()).unwrap();
+        for number in 0..8 {
+            let Node::File { object: Some(object), size_bytes, .. } =
+                tree.get(format!("large{number}").as_ref()).unwrap().node
+            else {
+                panic!("large{number} is no file");
+            };
+            let mut kept = Vec::new();
+            repository.object(object).unwrap().read_to_end(&mut kept).unwrap();
+            assert_eq!(size_bytes, 1_500_001);
+            assert!(kept == large(number, if number < 2 { first } else { 0 }), "large{number}");
+        }
+    }
 }
 
 #[test]

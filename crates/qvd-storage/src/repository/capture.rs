@@ -14,7 +14,9 @@ use qvd_core::{FlavourName, Missing, Tag, UidRange};
 use rustix::fs::{AtFlags, Stat, StatxFlags, statx};
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{Commit, CommitId, Content, Entry, Meta, Node, Repository, Staging, Tree, packages};
+use super::{
+    Commit, CommitId, Content, Entry, Meta, Node, Repository, Staging, Tree, archive::IMPORT_MAX_BYTES, packages,
+};
 use crate::{Error, glob};
 
 /// What stays with the desktop and is in no image: secrets, what tells one desktop
@@ -295,7 +297,7 @@ impl Repository {
         let what = Path::new("the desktop's root");
         self.capture_by(base, new, |staging, before| {
             let past = Past::new(before, top, ids).map_err(Error::io("read", what))?;
-            let entries = staging.scan_live(what, top, &past)?;
+            let entries = staging.scan_live(what, top, &past, IMPORT_MAX_BYTES)?;
             let left_out = past.left_out.take();
             Ok(Found { entries, covered: past.covered.take(), left_out, files_read: past.read.take() })
         })

@@ -21,6 +21,7 @@ use rustix::{
 
 use super::{
     Entry, Meta, Node, Staging, TREE_MAX_ENTRIES, Tree,
+    archive::bad,
     capture::{Look, Past},
     encoding,
     staging::Added,
@@ -43,32 +44,34 @@ impl Staging<'_> {
     /// # Errors
     /// Something in it cannot be read, or cannot be in a tree.
     pub fn scan(&self, dir: &Path, omit: &dyn Fn(&Path) -> bool) -> Result<Tree, Error> {
-        let top = fsio::open_dir(dir).map_err(Error::io("open", dir))?;
-        let entries = self.scan_at(dir, top.as_fd(), omit)?;
-        Ok(Tree::new(entries)?)
+        self.scan_up_to(dir, omit, u64::MAX)
     }
 
-    /// As [`Staging::scan`], of an open directory that `what` names in errors.
-    pub(crate) fn scan_at(
+    /// As [`Staging::scan`]; files of more than `max_bytes` altogether are refused. A
+    /// sparse one has as many as it says.
+    pub(crate) fn scan_up_to(&self, dir: &Path, omit: &dyn Fn(&Path) -> bool, max_bytes: u64) -> Result<Tree, Error> {
+        let top = fsio::open_dir(dir).map_err(Error::io("open", dir))?;
+        Ok(Tree::new(self.scan_with((dir, top.as_fd()), omit, None, max_bytes)?)?)
+    }
+
+    /// As [`Staging::scan_up_to`], of a root that a desktop has been writing to, which
+    /// `what` names in errors; what has not changed does not count.
+    pub(crate) fn scan_live(
         &self,
         what: &Path,
         top: BorrowedFd<'_>,
-        omit: &dyn Fn(&Path) -> bool,
+        past: &Past<'_>,
+        max_bytes: u64,
     ) -> Result<Vec<Entry>, Error> {
-        self.scan_with(what, top, omit, None)
-    }
-
-    /// As [`Staging::scan_at`], of a root that a desktop has been writing to.
-    pub(crate) fn scan_live(&self, what: &Path, top: BorrowedFd<'_>, past: &Past<'_>) -> Result<Vec<Entry>, Error> {
-        self.scan_with(what, top, &|_| false, Some(past))
+        self.scan_with((what, top), &|_| false, Some(past), max_bytes)
     }
 
     fn scan_with(
         &self,
-        what: &Path,
-        top: BorrowedFd<'_>,
+        (what, top): (&Path, BorrowedFd<'_>),
         omit: &dyn Fn(&Path) -> bool,
         past: Option<&Past<'_>>,
+        max_bytes: u64,
     ) -> Result<Vec<Entry>, Error> {
         let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
         let (send, receive) = mpsc::sync_channel::<(usize, File)>(OPEN_MAX);
@@ -78,11 +81,12 @@ impl Staging<'_> {
             loop {
                 let next = receive.lock().unwrap_or_else(PoisonError::into_inner).recv();
                 let Ok((number, mut file)) = next else { break };
-                let added = self.put(&mut file);
+                let added = self.put_file(&mut file);
                 results.lock().unwrap_or_else(PoisonError::into_inner).push((number, added));
             }
         };
-        let mut walk = Walk { top, omit, past, entries: Vec::new(), linked: HashMap::new(), at: PathBuf::new() };
+        let (entries, linked, at) = (Vec::new(), HashMap::new(), PathBuf::new());
+        let mut walk = Walk { top, omit, past, entries, linked, at, max_bytes, bytes: 0 };
         let walked = thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(work);
@@ -125,6 +129,9 @@ struct Walk<'a> {
     linked: HashMap<(u64, u64), (usize, u32)>,
     /// Where it is, for errors.
     at: PathBuf,
+    /// How many bytes may be read, and how many are to be.
+    max_bytes: u64,
+    bytes: u64,
 }
 
 impl Walk<'_> {
@@ -188,6 +195,12 @@ impl Walk<'_> {
                     return Err(Errno::NOENT.into());
                 }
                 let (known, link) = self.link(&stat);
+                if !known {
+                    self.bytes = self.bytes.saturating_add(u64::try_from(stat.st_size).unwrap_or(0));
+                }
+                if self.bytes > self.max_bytes {
+                    return Err(bad(format!("with it there are more than {} bytes", self.max_bytes)));
+                }
                 if !known && send.send((self.entries.len(), file)).is_err() {
                     return Err(io::Error::other("the threads that read have ended"));
                 }

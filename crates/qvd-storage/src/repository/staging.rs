@@ -3,12 +3,12 @@
 use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},
-    io::{self, Read, Write},
+    io::{self, Read, Seek, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI32, AtomicU64, Ordering},
     },
 };
 
@@ -18,6 +18,11 @@ use crate::{Error, fsio};
 /// Contents up to this length are hashed before anything is written, so that
 /// what is there already costs no write.
 const IN_MEMORY_BYTES: usize = 1 << 20;
+/// How many more large files may turn out to be new than to be there before none is
+/// read beforehand.
+const GUESSES: i32 = 4;
+/// Largest file that is.
+const READ_TWICE_MAX_BYTES: u64 = 1 << 30;
 /// Above this many files one sync of the file system is cheaper than one each.
 const SYNC_EACH_MAX: usize = 48;
 /// Who may read what a repository holds is decided at its top directory.
@@ -34,6 +39,8 @@ pub struct Staging<'r> {
     dir: tempfile::TempDir,
     next: AtomicU64,
     waiting: Mutex<Waiting>,
+    /// How many files more may be read twice: see [`Staging::put_file`].
+    guesses: AtomicI32,
     _lock: Lock,
 }
 
@@ -57,6 +64,7 @@ impl<'r> Staging<'r> {
             dir: dir.map_err(Error::io("make a directory in", &incoming))?,
             next: AtomicU64::new(0),
             waiting: Mutex::default(),
+            guesses: AtomicI32::new(GUESSES),
             _lock: lock,
         })
     }
@@ -81,6 +89,25 @@ impl<'r> Staging<'r> {
         let (id, len) = verity::copy(&mut start.as_slice().chain(from), |bytes| file.write_all(bytes))?;
         self.stage(path, self.repository.objects.path(id), len)?;
         Ok((Some(id), len))
+    }
+
+    /// As [`Staging::put`], of a file. One that is too large for memory is first only
+    /// read: after a small change it is there already, and need not be written. Where
+    /// that turns out to be wrong too often, it is not tried any more.
+    pub(crate) fn put_file(&self, file: &mut File) -> io::Result<Added> {
+        let bytes = file.metadata()?.len();
+        let fits = (IN_MEMORY_BYTES as u64 + 1..=READ_TWICE_MAX_BYTES).contains(&bytes);
+        if fits && self.guesses.load(Ordering::Relaxed) > 0 {
+            let (id, len) = verity::copy(&mut Read::take(&mut *file, bytes), |_| Ok(()))?;
+            if self.has(id) {
+                self.guesses.fetch_add(1, Ordering::Relaxed);
+                return Ok((Some(id), len));
+            }
+            self.guesses.fetch_sub(1, Ordering::Relaxed);
+            file.rewind()?;
+        }
+        // Somebody may make it longer all the time.
+        self.put(&mut Read::take(file, bytes))
     }
 
     /// Adds a content.

@@ -41,7 +41,7 @@ impl Staging<'_> {
     pub fn import(&self, from: &Path, max_bytes: u64) -> Result<Tree, Error> {
         let meta = std::fs::metadata(from).map_err(Error::io("read", from))?;
         if meta.is_dir() {
-            return self.scan(from, &|_| false);
+            return self.scan_up_to(from, &|_| false, max_bytes);
         }
         let mut file = File::open(from).map_err(Error::io("open", from))?;
         self.import_archive(&mut file, max_bytes).map_err(|error| refused_as(from, error))
