@@ -9,6 +9,10 @@ use super::spec::{Accel, BaseDevice, Boot, Devices, DiskFormat, Memory, VmSpec};
 /// Bytes of the guest's console that are kept.
 pub(crate) const CONSOLE_BYTES: u32 = 64 * 1024;
 
+/// A disk that cannot grow stops the machine instead of failing in the guest, whose
+/// file system would not recover; any other failure is the guest's to hear of.
+const WHEN_FULL: &str = "werror=enospc,rerror=report";
+
 /// What a descriptor is for; its number inside comes with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Numbers {
@@ -70,7 +74,8 @@ pub(crate) fn arguments(spec: &VmSpec) -> Vec<String> {
             Devices::Virtio => "virtio-blk-pci".to_owned(),
             Devices::Emulated => format!("ide-hd,bus=ide.{index}"),
         };
-        line.add("-device", format!("{device},id={node}-dev,drive={node},serial={}{boot}", disk.serial));
+        let serial = &disk.serial;
+        line.add("-device", format!("{device},id={node}-dev,drive={node},serial={serial},{WHEN_FULL}{boot}"));
     }
     for (index, nic) in spec.nics.iter().enumerate() {
         let tap = numbers.take();

@@ -78,6 +78,7 @@ impl Qemu {
         let id = spec.id;
         let _span = info_span!("start machine", desktop = %id).entered();
         spec.check()?;
+        whole_base(&spec)?;
         let mut argv = vec![self.binary.display().to_string()];
         argv.extend(arguments(&spec));
         let program = File::open(&self.binary).map_err(io_error(format!("open `{}`", self.binary.display())))?;
@@ -162,6 +163,18 @@ impl Qemu {
         vm.look()?;
         Ok(Some(vm))
     }
+}
+
+/// Refuses a base that has become shorter: a guest that reads what is missing of its
+/// memory would end QEMU at some time.
+fn whole_base(spec: &VmSpec) -> Result<(), Error> {
+    let Some(base) = &spec.base else { return Ok(()) };
+    let length = rustix::fs::fstat(&base.file).map_err(io_error("look at the base"))?.st_size;
+    if length.cast_unsigned() < base.size.get() {
+        let what = format!("a base of {length} bytes for desktop {}", spec.id);
+        return Err(Error::Invalid { what, reason: "it is shorter than it was: its file was changed; make it again" });
+    }
+    Ok(())
 }
 
 /// Why QEMU did not greet: what it said when it ended, or else what failed.

@@ -35,6 +35,10 @@ pub enum VmState {
     Running,
     /// Its processors stand still; its memory is kept.
     Paused,
+    /// As [`VmState::Paused`], because a file of its disks could not grow: the file
+    /// system that it is on is full. Nothing is lost: the write is done when
+    /// [`Vm::resume`] is called, or the machine stands still again.
+    Full,
     /// It is off, or on the way there.
     Down(Down),
 }
@@ -212,6 +216,7 @@ impl Vm {
             // Why it went down first is what counts.
             (_, down @ VmState::Down(_)) => down,
             ("RESUME", _) => VmState::Running,
+            ("BLOCK_IO_ERROR", _) if event.data.get("action").is_some_and(|action| action == "stop") => VmState::Full,
             ("STOP", VmState::Running) => VmState::Paused,
             ("GUEST_PANICKED", _) => VmState::Down(Down::Panic),
             ("SHUTDOWN", _) if reason.starts_with("host") => VmState::Down(Down::Host),
@@ -248,6 +253,7 @@ impl Vm {
             "prelaunch" | "inmigrate" => VmState::Waiting,
             "shutdown" => VmState::Down(Down::Guest),
             "guest-panicked" => VmState::Down(Down::Panic),
+            "io-error" => VmState::Full,
             _ => VmState::Paused,
         };
         Ok(())
@@ -345,7 +351,7 @@ impl Vm {
         if ended || (matches!(self.state, VmState::Down(_)) && self.is_down(ANSWERS_WITHIN)?) {
             return Ok(StoppedBy::Itself);
         }
-        if self.state == VmState::Paused {
+        if matches!(self.state, VmState::Paused | VmState::Full) {
             // It could not hear. If it cannot go on, it is killed below.
             let _resumed = self.resume();
         }

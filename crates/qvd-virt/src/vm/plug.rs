@@ -118,7 +118,7 @@ impl Vm {
             self.call(&BlockdevAdd(block))?;
             let device = json!({
                 "driver": "virtio-blk-pci", "id": format!("{name}-dev"), "bus": name, "drive": node,
-                "serial": disk.serial,
+                "serial": disk.serial, "werror": "enospc", "rerror": "report",
             });
             let added = self.call(&DeviceAdd(device)).map(drop);
             added.inspect_err(|_| drop(self.call(&BlockdevDel { node: &node })))

@@ -61,11 +61,10 @@ impl Bed {
 /// Waits until the machine does what `wanted` says.
 pub fn wait_for(vm: &mut Vm, wanted: impl Fn(VmState) -> bool) {
     let deadline = Instant::now() + SOON;
-    loop {
-        let state = vm.watch(deadline.saturating_duration_since(Instant::now())).unwrap();
-        if wanted(state) {
-            return;
-        }
+    // What was waited for may have come with the answer to a command.
+    let mut state = vm.state();
+    while !wanted(state) {
         assert!(Instant::now() < deadline, "{state:?}: {}", vm.console().unwrap());
+        state = vm.watch(deadline.saturating_duration_since(Instant::now())).unwrap();
     }
 }

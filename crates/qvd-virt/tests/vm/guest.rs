@@ -14,8 +14,8 @@ use std::{
 
 use qvd_core::Bytes;
 use qvd_guest::{
-    Base, BootConfig, Carrier, Channel, ExecRequest, Exit, Identity, InitConfig, Link, Reply, Request, Stats, VERSION,
-    Writable,
+    Base, BootConfig, Carrier, Channel, ExecRequest, Exit, Identity, InitConfig, Link, LinkError, Reply, Request,
+    Stats, VERSION, Writable,
 };
 use qvd_testkit::{bed_directory, privileged};
 use qvd_virt::vm::{BaseDevice, BaseSpec, GuestKernel, StopLimits, StoppedBy, Vm, VmSpec};
@@ -137,14 +137,24 @@ impl Guest {
     }
 
     /// The same after the process that drove it has died.
-    pub fn adopted(mut self, guests: &Guests<'_>) -> Self {
+    pub fn adopted(self, guests: &Guests<'_>) -> Self {
+        let mut guest = self.adopted_asleep(guests);
+        guest.reconnect();
+        guest
+    }
+
+    /// The same for one whose init does not answer now.
+    pub fn adopted_asleep(mut self, guests: &Guests<'_>) -> Self {
         drop(self.carrier.take());
         let record = self.vm.detach().unwrap();
         let vm = guests.bed.qemu.adopt(&record).unwrap().unwrap();
-        let link = Link::reconnect(vm.link(), SOON).unwrap();
-        let mut guest = Self { vm, carrier: None, control: self.control };
-        guest.carry(link);
-        guest
+        Self { vm, carrier: None, control: self.control }
+    }
+
+    /// Takes up the line to its init again.
+    pub fn reconnect(&mut self) {
+        let link = Link::reconnect(self.vm.link(), SOON).unwrap();
+        self.carry(link);
     }
 
     fn ask(&self, request: &Request, fds: &[std::os::fd::BorrowedFd<'_>]) -> Channel {
@@ -182,6 +192,17 @@ impl Guest {
         let (exit, said) = self.try_sh(script);
         assert_eq!(exit, Exit::Code(0), "{script}: {said}");
         said.trim().to_owned()
+    }
+
+    /// Why the line to its init has ended, once it has.
+    pub fn line_ends(&mut self) -> LinkError {
+        let mut carrier = self.carrier.take().unwrap();
+        let deadline = std::time::Instant::now() + SOON;
+        while !carrier.is_over() {
+            assert!(std::time::Instant::now() < deadline, "{}", self.vm.console().unwrap());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        carrier.close().unwrap_err()
     }
 
     /// Asks its init to end it.

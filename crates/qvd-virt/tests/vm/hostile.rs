@@ -16,6 +16,7 @@ use std::{
 };
 
 use qvd_core::{DesktopId, Instance, UidRange};
+use qvd_guest::Link;
 use qvd_sys::process::traced::{self, Counted, End};
 use qvd_virt::{
     Error, Exit, Runtime,
@@ -221,4 +222,45 @@ fn whatever_a_killed_process_leaves_of_a_machine_is_swept() {
         // The next start finds the sockets of the last, and goes on.
         live(&short);
     });
+}
+
+/// Takes the port to the host away from the guest's init, as its root can, and says what the
+/// host never expects: noise, then the longest lengths without end.
+const TURNS: &str = "sleep 1; cd /sys/bus/virtio/drivers/virtio_console; for d in virtio*; do
+    echo $d >unbind; echo $d >bind; done
+    until [ -e /dev/vport*p1 ]; do sleep 0.1; done
+    head -c 4194304 /dev/urandom >$(echo /dev/vport*p1)
+    while true; do tr '\\000' '\\377' </dev/zero >$(echo /dev/vport*p1); done";
+
+#[test]
+fn a_guest_that_turns_against_the_line_to_it_ends_that_and_nothing_else() {
+    with_guests(|guests| {
+        let vm = guests.bed.qemu.start(guests.spec(1)).unwrap();
+        let mut guest = guests.boot(vm);
+        guest.sh(&format!("{{ {TURNS}; }} >/dev/console 2>&1 </dev/null &"));
+        let error = guest.line_ends().to_string();
+        assert!(error.contains("broke the protocol"), "{error}");
+        let resident = resident_mib();
+        // Whoever takes up the line again hears nothing that makes sense, within bounds.
+        for _ in 0..3 {
+            let again = Link::reconnect(guest.vm.link(), Duration::from_secs(10));
+            assert!(again.is_err(), "{error}; then: {again:?}");
+        }
+        assert!(resident_mib() < resident + 32, "{resident} MiB became {}", resident_mib());
+        // It is still a machine that can be driven.
+        assert_eq!(guest.vm.watch(Duration::ZERO).unwrap(), VmState::Running);
+        guest.vm.pause().unwrap();
+        assert_eq!(guest.vm.state(), VmState::Paused);
+        guest.vm.resume().unwrap();
+        assert_eq!(guest.vm.stop(AT_ONCE, || false).unwrap(), StoppedBy::Kill);
+        assert!(guest.vm.wait(SOON).unwrap().is_some());
+        guest.close();
+    });
+}
+
+/// What this process has in memory.
+fn resident_mib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_ascii_whitespace().next().unwrap().parse::<u64>().unwrap() >> 10
 }

@@ -5,6 +5,7 @@ mod bed;
 mod boots;
 mod conformance;
 mod debian;
+mod full;
 mod guest;
 mod hostile;
 mod kvm;
