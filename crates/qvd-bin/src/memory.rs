@@ -16,7 +16,7 @@ pub(crate) struct Memory {
     /// Most that all desktops may be promised together, in hundredths of the memory; no limit, unless given
     #[arg(long, value_name = "PERCENT")]
     memory_promise: Option<u32>,
-    /// Never merge equal pages of machines; otherwise they are when memory is short, if nobody else on this host has started that
+    /// Never merge equal pages of desktops; otherwise they are when memory is short, if nobody else on this host has started that
     #[arg(long)]
     no_merging: bool,
 }

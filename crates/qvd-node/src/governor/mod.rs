@@ -52,7 +52,7 @@ pub struct MemoryConfig {
     pub total: Option<Bytes>,
     /// How often it is measured and decided.
     pub every: Duration,
-    /// Whether equal pages of machines are merged when memory is short.
+    /// Whether equal pages of a tenant's desktops are merged when memory is short.
     pub merge: bool,
     /// Most that all desktops may be promised together, in hundredths of the
     /// memory. `None` does not limit it: most never need what they may have.

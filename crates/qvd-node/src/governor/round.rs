@@ -223,8 +223,9 @@ impl Governor {
         let tenant = round.sharing.number(&desktop.spec.tenant);
         let merging = round.merging;
         let seen = round.seen.entry(id).or_default();
-        // What stands still takes no more than it did.
+        // What stands still takes no more than it did, and less only while it is merged.
         let still = resting && seen.resting && seen.reclaimed.get() == 0;
+        let still = still && !(merging && desktop.machine.is_mergeable());
         if still || seen.silent_until.is_some_and(|until| Instant::now() < until) {
             return;
         }
