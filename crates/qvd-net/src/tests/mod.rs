@@ -20,6 +20,7 @@ mod policy_property;
 mod property;
 mod responder;
 mod site;
+mod stage;
 mod tap;
 mod tenants;
 mod vectors;

@@ -1,0 +1,358 @@
+//! Small stories of a desktop and what is behind its port, told in words that can be
+//! compared: who hears what, as what it arrives, and what is counted.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+
+use qvd_core::NetPolicy;
+use qvd_sys::packet::PacketSocket;
+
+use super::{
+    frames::{self, Station},
+    groups::{GROUP, GROUP6},
+    internet::{OUTSIDE, UPLINK},
+    mutation::grown,
+    site::{FAR, FAR6, Site, with_names},
+    vectors::{link_option, neighbour_discovery, solicited_node, summed},
+    world::{INSTANCE, MARK_LEN, PATIENCE, heard_before, holds, subnet},
+};
+use crate::{Backend, Mac, NetConfig, Subnet6, netlink::Netlink, network::find};
+
+/// Where programs of the host listen, in both families.
+pub(super) const SERVICE: u16 = 4100;
+/// The address of the second desktop of a site.
+pub(super) const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 9);
+/// Where a program of the desktop answers.
+const INSIDE: u16 = 7000;
+
+/// Something that is done and seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Story {
+    /// A packet of the desktop's, of a flow of its own.
+    Packet(IpAddr, u8, u16),
+    /// What answers such a packet from outside.
+    Answer(IpAddr),
+    /// What the desktop says about such an answer that it has no use for.
+    Related,
+    /// A packet from outside that nobody asked for.
+    Unasked(IpAddr),
+    /// The first segment of a connection, that promises to take longer ones than can come.
+    Segment,
+    /// The last of one that never was.
+    Reset,
+    /// A question to the gateway that its kernel answers.
+    Echo(IpAddr),
+    /// A question for the gateway's link address.
+    Solicitation,
+    /// A question of the host's to a program of the desktop's.
+    Asked,
+    /// A packet to a group.
+    Group(IpAddr),
+    /// Several connections; how many get out.
+    Connections,
+    /// Many long packets; whether most get out.
+    Burst,
+}
+
+/// A site with programs that listen.
+pub(super) struct Stage {
+    site: Site,
+    at_a: PacketSocket,
+    programs: [UdpSocket; 2],
+    inside: UdpSocket,
+    /// The link address of the host's that outside knows.
+    uplink: [u8; 6],
+}
+
+pub(super) fn gateway6() -> Ipv6Addr {
+    Subnet6::default_for(INSTANCE).gateway(subnet())
+}
+
+impl Stage {
+    pub(super) fn new(policy: NetPolicy, beside: NetPolicy) -> Self {
+        let config = NetConfig { name_server6: Some(FAR6), ..with_names(Backend::Nft) };
+        let site = Site::new(config, policy, beside);
+        let bridge = find(&mut Netlink::route().unwrap(), &site.network.bridge_name()).unwrap().unwrap().index;
+        let four = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, SERVICE)).unwrap();
+        four.join_multicast_v4(&GROUP, &subnet().gateway()).unwrap();
+        let six = rustix::net::socket(rustix::net::AddressFamily::INET6, rustix::net::SocketType::DGRAM, None).unwrap();
+        rustix::net::sockopt::set_ipv6_v6only(&six, true).unwrap();
+        rustix::net::bind(&six, &std::net::SocketAddr::from((Ipv6Addr::UNSPECIFIED, SERVICE))).unwrap();
+        let six = UdpSocket::from(six);
+        six.join_multicast_v6(&GROUP6, bridge).unwrap();
+        let programs = [four, six];
+        programs.iter().for_each(|program| program.set_nonblocking(true).unwrap());
+        let inside = site.a.inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, INSIDE))).unwrap();
+        inside.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!((site.b.port.address(), site.b.port.ipv6()), (NEIGHBOUR, Some(neighbour6())));
+        let mut stage = Self { at_a: site.a.socket(), site, programs, inside, uplink: [0; 6] };
+        let mark = stage.site.mark();
+        UdpSocket::bind((UPLINK, 0)).unwrap().send_to(&mark, (OUTSIDE, 9)).unwrap();
+        let went = stage.passing(&mark).pop().unwrap();
+        stage.uplink.copy_from_slice(&went[6..12]);
+        stage
+    }
+
+    /// What a story comes to, in words to be compared.
+    pub(super) fn tell(&mut self, story: Story) -> String {
+        match story {
+            Story::Packet(to, protocol, port) => {
+                let (frame, mark) = self.site.frame(to, protocol, port);
+                self.fate(&frame, &mark)
+            }
+            Story::Segment => {
+                let (frame, mark) = self.segment(0x02);
+                self.fate(&frame, &mark)
+            }
+            Story::Reset => {
+                let (frame, mark) = self.segment(0x04);
+                self.fate(&frame, &mark)
+            }
+            Story::Echo(to) => {
+                let (frame, mark) = self.echo(to);
+                self.fate(&frame, &mark)
+            }
+            Story::Solicitation => {
+                let (own, own6) = (self.site.a.station(), self.site.a.port.ipv6().unwrap());
+                let group = solicited_node(gateway6());
+                let question = neighbour_discovery(135, gateway6(), &link_option(1, own.mac));
+                let packet = summed(own6, group, 58, 255, &question, 2);
+                let frame = frames::ethernet(Mac::of_group(group.into()).octets(), own.mac, frames::IPV6, &packet);
+                // The answer names the link's address after the one that was asked for.
+                self.fate(&frame, &[&gateway6().octets()[..], &[2, 1]].concat())
+            }
+            Story::Group(group) => {
+                let (mut frame, mark) = self.site.frame(group, 17, SERVICE);
+                frame[..6].copy_from_slice(&Mac::of_group(group).octets());
+                self.fate(&frame, &mark)
+            }
+            Story::Answer(to) => self.answered(to).0,
+            Story::Related => self.related(),
+            Story::Unasked(from) => {
+                let to: IpAddr = match from {
+                    IpAddr::V4(_) => self.site.a.station().ip.into(),
+                    IpAddr::V6(_) => self.site.a.port.ipv6().unwrap().into(),
+                };
+                let mark = self.site.mark();
+                let packet = datagram((from, 443), (to, 9), &mark);
+                self.outside_says(&packet, &mark)
+            }
+            Story::Asked => self.asked(),
+            Story::Connections => {
+                let begun = (0..6).filter(|_| {
+                    let (frame, mark) = self.site.frame(OUTSIDE.into(), 17, 443);
+                    self.site.arrives(&frame, &mark)
+                });
+                format!("{} connections", begun.count())
+            }
+            Story::Burst => {
+                let mut out = 0;
+                // No more at once than a socket has room for.
+                for _ in 0..8 {
+                    let (frame, mark) = self.long();
+                    (0..50).for_each(|_| self.site.from_a.send(&frame).unwrap());
+                    out += self.passing(&mark).len();
+                }
+                format!("most went out: {}", out > 200)
+            }
+        }
+    }
+
+    /// Sends a packet of the desktop's and looks where it went, what it looks like there,
+    /// whether `needle` comes back, and what is counted.
+    fn fate(&mut self, frame: &[u8], needle: &[u8]) -> String {
+        let before = self.site.a.port.drops().unwrap();
+        self.site.from_a.send(frame).unwrap();
+        let outside = self.passing(needle).first().map(|frame| seen(frame));
+        let (control, own) = (self.site.mark(), self.site.a.station());
+        for to in [own, self.site.b.station()] {
+            self.host_says(to, &control);
+        }
+        let answered =
+            came(&self.at_a, needle, &control).iter().any(|frame| frame[..6] == own.mac && !is_notice(frame));
+        let neighbour = !came(&self.site.at_b, needle, &control).is_empty();
+        let mut packet = [0; 2048];
+        let mut program = false;
+        for socket in &self.programs {
+            while let Ok(length) = socket.recv(&mut packet) {
+                program |= holds(&packet[..length], needle);
+            }
+        }
+        let reasons = grown(&before, self.site.a.port.drops().unwrap());
+        format!("outside {outside:?}, neighbour {neighbour}, program {program}, answered {answered}, {reasons:?}")
+    }
+
+    /// What went out of that with `mark`, once all before it has.
+    fn passing(&mut self, mark: &[u8]) -> Vec<Vec<u8>> {
+        let (control, own, gateway) = (self.site.mark(), self.site.a.station(), self.site.gateway());
+        let arp = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &frames::arp(1, own, gateway.ip));
+        self.site.from_a.send(&[&arp[..], &control].concat()).unwrap();
+        heard_before(&self.site.bridge, mark, &control);
+        self.site.uplink.send(&[&[0xff; 60][..], &control].concat()).unwrap();
+        let mut came = came(&self.site.at_outside, mark, &control);
+        // Not what outside says to it.
+        came.retain(|frame| frame[..6] == Mac::of(INSTANCE, OUTSIDE).octets());
+        came
+    }
+
+    /// A frame of the host's that always comes.
+    fn host_says(&self, to: Station, control: &[u8]) {
+        let gateway = self.site.gateway();
+        let reply = frames::ethernet(to.mac, gateway.mac, frames::ARP, &frames::arp(2, gateway, to.ip));
+        self.site.bridge.send(&[&reply[..], control].concat()).unwrap();
+    }
+
+    /// Sends a packet to the host from outside, and tells whether the desktop gets it.
+    fn outside_says(&mut self, packet: &(u16, Vec<u8>), mark: &[u8]) -> String {
+        let control = self.site.mark();
+        let (ethertype, packet) = packet;
+        let outside = Mac::of(INSTANCE, OUTSIDE).octets();
+        self.site.at_outside.send(&frames::ethernet(self.uplink, outside, *ethertype, packet)).unwrap();
+        self.site.at_outside.send(&[&[0xff; 60][..], &control].concat()).unwrap();
+        heard_before(&self.site.uplink, mark, &control);
+        let own = self.site.a.station();
+        self.host_says(own, &control);
+        let came = came(&self.at_a, mark, &control);
+        format!("came {}", came.iter().any(|frame| frame[..6] == own.mac))
+    }
+
+    /// What comes of an answer to a packet that went out, and what was said.
+    fn answered(&mut self, to: IpAddr) -> (String, Vec<u8>) {
+        let (frame, mark) = self.site.frame(to, 17, 443);
+        self.site.from_a.send(&frame).unwrap();
+        let Some(went) = self.passing(&mark).pop() else {
+            return ("nothing went out".to_owned(), frame);
+        };
+        let mark = self.site.mark();
+        let (from, port) = sender(&went);
+        let packet = datagram((to, 443), (from, port), &mark);
+        (self.outside_says(&packet, &mark), frame)
+    }
+
+    /// What comes of an error about an answer to a packet that went out.
+    fn related(&mut self) -> String {
+        let (_, asked) = self.answered(OUTSIDE.into());
+        let (own, gateway, mark) = (self.site.a.station(), self.site.gateway(), self.site.mark());
+        let (_, port) = sender(&asked);
+        let (_, answer) = datagram((OUTSIDE.into(), 443), (own.ip.into(), port), &mark);
+        // Destination unreachable, because of the port (RFC 792), with the packet's beginning.
+        let mut message = [&[3, 3, 0, 0, 0, 0, 0, 0][..], &answer[..28]].concat();
+        let sum = frames::checksum(&[&message[..], &mark].concat());
+        message[2..4].copy_from_slice(&sum.to_be_bytes());
+        let packet = frames::ipv4(own.ip, OUTSIDE, frames::Ip { protocol: 1, ..frames::Ip::default() }, &message);
+        let frame = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &[&packet[..], &mark].concat());
+        self.fate(&frame, &mark)
+    }
+
+    /// Whether the host hears what a program of the desktop's answers.
+    fn asked(&mut self) -> String {
+        let (own, host) = (self.site.a.station(), UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap());
+        host.set_nonblocking(true).unwrap();
+        host.send_to(b"question", (own.ip, INSIDE)).unwrap();
+        let mut packet = [0; 64];
+        let (length, from) = self.inside.recv_from(&mut packet).unwrap();
+        self.inside.send_to(&packet[..length], from).unwrap();
+        let _gone = self.passing(b"no such mark");
+        format!("the host hears {}", host.recv(&mut packet).is_ok())
+    }
+
+    /// A segment with these flags and the longest MSS that there is, to another host.
+    fn segment(&mut self, flags: u8) -> (Vec<u8>, [u8; MARK_LEN]) {
+        let (own, gateway, mark) = (self.site.a.station(), self.site.gateway(), self.site.mark());
+        let ports = [&mark[10..], &[0, 9]].concat();
+        let mut head =
+            [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 0, 0x60, flags, 4, 0, 0, 0, 0, 0, 2, 4, 0xff, 0xff]].concat();
+        frames::sum_segment(own.ip, FAR, &mut head, &mark);
+        let packet = frames::ipv4(own.ip, FAR, frames::Ip { protocol: 6, ..frames::Ip::default() }, &head);
+        let frame = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
+        ([&frame[..], &mark].concat(), mark)
+    }
+
+    /// An echo request of a number of its own: answers to others are let in as such.
+    fn echo(&mut self, to: IpAddr) -> (Vec<u8>, [u8; MARK_LEN]) {
+        let (own, gateway, mark) = (self.site.a.station(), self.site.gateway(), self.site.mark());
+        let message = |kind: u8| [&[kind, 0, 0, 0][..], &mark[10..], &[0, 1], &mark].concat();
+        let (ethertype, packet) = match to {
+            IpAddr::V4(to) => {
+                let mut message = message(8);
+                let sum = frames::checksum(&message);
+                message[2..4].copy_from_slice(&sum.to_be_bytes());
+                let mut packet =
+                    frames::ipv4(own.ip, to, frames::Ip { protocol: 1, ..frames::Ip::default() }, &message[..8]);
+                packet.extend(mark);
+                (frames::IPV4, packet)
+            }
+            IpAddr::V6(to) => (frames::IPV6, summed(self.site.a.port.ipv6().unwrap(), to, 58, 64, &message(128), 2)),
+        };
+        (frames::ethernet(gateway.mac, own.mac, ethertype, &packet), mark)
+    }
+
+    fn long(&mut self) -> (Vec<u8>, [u8; MARK_LEN]) {
+        let (own, gateway, mark) = (self.site.a.station(), self.site.gateway(), self.site.mark());
+        let head = [&[5000_u16, 443, 1008, 0].map(u16::to_be_bytes).concat()[..], &[0; 988]].concat();
+        let packet = frames::ipv4(own.ip, OUTSIDE, frames::Ip { protocol: 17, ..frames::Ip::default() }, &head);
+        let frame = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
+        ([&frame[..], &mark].concat(), mark)
+    }
+}
+
+/// Frames with `mark` that came before the one with `control`, which has to come.
+fn came(socket: &PacketSocket, mark: &[u8], control: &[u8]) -> Vec<Vec<u8>> {
+    let mut came = Vec::new();
+    loop {
+        let frame = socket.receive(PATIENCE).unwrap().expect("the control frame did not come");
+        if holds(&frame, control) {
+            return came;
+        }
+        if holds(&frame, mark) {
+            came.push(frame);
+        }
+    }
+}
+
+/// Whether a kernel says by it that a packet went wrong or has a shorter way, which it
+/// does only so often.
+fn is_notice(frame: &[u8]) -> bool {
+    let of =
+        |ethertype: u16, next: usize, protocol| frame[12..14] == ethertype.to_be_bytes() && frame[next] == protocol;
+    (of(frames::IPV4, 23, 1) && matches!(frame[34], 3 | 5))
+        || (of(frames::IPV6, 20, 58) && matches!(frame[54], 1 | 137))
+}
+
+/// A datagram that ends with `mark`, behind its ethertype.
+fn datagram((from, port): (IpAddr, u16), (to, at): (IpAddr, u16), mark: &[u8; MARK_LEN]) -> (u16, Vec<u8>) {
+    match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => (frames::IPV4, [&frames::udp(from, to, (port, at))[..], mark].concat()),
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let payload = [&frames::udp_header((port, at))[..], mark].concat();
+            (frames::IPV6, summed(from, to, 17, 64, &payload, 6))
+        }
+        _ => panic!("{from} and {to} are of two families"),
+    }
+}
+
+/// Whom a datagram says it is from.
+fn sender(frame: &[u8]) -> (IpAddr, u16) {
+    let port = |at: usize| u16::from_be_bytes(frame[at..at + 2].try_into().unwrap());
+    if frame[12..14] == frames::IPV4.to_be_bytes() {
+        let ip: [u8; 4] = frame[26..30].try_into().unwrap();
+        return (ip.into(), port(34));
+    }
+    let ip: [u8; 16] = frame[22..38].try_into().unwrap();
+    (ip.into(), port(54))
+}
+
+/// What rules may change of a packet: both addresses, and the MSS of a segment that has one.
+fn seen(frame: &[u8]) -> (IpAddr, IpAddr, Option<[u8; 2]>) {
+    let (from, _) = sender(frame);
+    if from.is_ipv6() {
+        let to: [u8; 16] = frame[38..54].try_into().unwrap();
+        return (from, to.into(), None);
+    }
+    let to: [u8; 4] = frame[30..34].try_into().unwrap();
+    let has_mss = frame[23] == 6 && frame[46] == 0x60;
+    (from, to.into(), has_mss.then(|| [frame[56], frame[57]]))
+}
+
+pub(super) fn neighbour6() -> Ipv6Addr {
+    Subnet6::default_for(INSTANCE).address(subnet(), NEIGHBOUR)
+}
