@@ -62,17 +62,15 @@ impl Records {
         // What stood ready for nobody is not taken over.
         let ready = run.join("ready");
         remove_all(&ready)?;
-        std::fs::DirBuilder::new().mode(0o700).create(&ready)?;
+        make(&ready)?;
         Ok(Self { dir, ready })
     }
 
     /// Makes the directory of a machine that is to stand ready.
     pub(crate) fn begin_ready(&self, id: DesktopId) -> io::Result<PathBuf> {
         let dir = self.ready.join(id.to_string());
-        match std::fs::create_dir(&dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-            _ => Ok(dir),
-        }
+        make(&dir)?;
+        Ok(dir)
     }
 
     /// Forgets one that does not stand ready any more.
@@ -92,11 +90,7 @@ impl Records {
 
     /// Makes the directory of a desktop about to start.
     pub(crate) fn begin(&self, id: DesktopId) -> io::Result<()> {
-        use std::os::unix::fs::DirBuilderExt;
-        match std::fs::DirBuilder::new().mode(0o700).create(self.dir(id)) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            other => other,
-        }
+        make(&self.dir(id))
     }
 
     /// Writes a record, whole or not at all.
@@ -132,6 +126,15 @@ impl Records {
         }
         ids.sort_unstable();
         Ok(ids)
+    }
+}
+
+/// Makes a directory that nobody but root can enter, if it is not there.
+fn make(dir: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    match std::fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
     }
 }
 

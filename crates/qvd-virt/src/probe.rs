@@ -79,6 +79,13 @@ pub(crate) fn landlock() -> io::Result<Option<u32>> {
     Ok(held.is_yes().then_some(version))
 }
 
+/// Whether all pages of a container can be offered for merging.
+pub(crate) fn merging() -> io::Result<Support> {
+    let mut plan = Plan::new();
+    plan.step("offer its memory for merging", Op::OfferMemory);
+    child(Namespaces::USER, plan, "merging of all pages of a process")
+}
+
 fn limited(hierarchies: &[Hierarchy], controller: Controller) -> Support {
     let found = |h: &Hierarchy| h.controllers.contains(&controller) || (controller == Controller::Freezer && h.unified);
     if hierarchies.iter().any(found) {

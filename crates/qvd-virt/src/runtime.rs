@@ -298,17 +298,7 @@ impl Runtime {
     /// refuse it to whoever is not root on the host.
     #[must_use]
     pub fn can_merge(&self) -> bool {
-        *self.can_merge.get_or_init(|| {
-            let mut plan = Plan::new();
-            plan.step("offer its memory for merging", Op::OfferMemory);
-            plan.step("report", Op::Ready);
-            let tried = spawn(plan, Namespaces::USER, None).map(|mut child| {
-                let ready = matches!(child.event(PLAN_WITHIN), Ok(Event::Ready { .. }));
-                let reaped = child.process_mut().wait(PLAN_WITHIN);
-                ready && reaped.is_ok()
-            });
-            tried.unwrap_or(false)
-        })
+        *self.can_merge.get_or_init(|| probe::merging().is_ok_and(|support| support.is_yes()))
     }
 
     /// Takes over a container that another process, or an earlier life of this

@@ -7,9 +7,9 @@ use qvd_sys::packet::{ETHERTYPE_ALL, PacketSocket};
 
 use super::{
     frames::{self, Station},
-    internet::{NAMES, Outside, wait_for_bridge},
+    internet::{NAMES, OUTSIDE, Outside, wait_for_bridge},
     vectors,
-    world::{Desktop, INSTANCE, config, heard_before, one_processor, subnet},
+    world::{Desktop, INSTANCE, came_before, config, heard_before, one_processor, subnet},
 };
 use crate::{Backend, Mac, NetConfig, Network};
 
@@ -134,23 +134,36 @@ impl Site {
 
     /// Whether a packet of the first desktop gets to anybody.
     pub(super) fn arrives(&mut self, frame: &[u8], mark: &[u8; 12]) -> bool {
-        let (own, gateway) = (self.a.station(), self.gateway());
         self.from_a.send(frame).unwrap();
+        let outside = !self.passing(mark).is_empty();
         let control = self.mark();
-        let arp = |to: [u8; 6], from: Station, target| {
-            frames::ethernet(to, from.mac, frames::ARP, &frames::arp(1, from, target))
-        };
-        self.from_a.send(&[&arp(frames::BROADCAST, own, gateway.ip)[..], &control].concat()).unwrap();
-        heard_before(&self.bridge, mark, &control);
-        self.uplink.send(&[&[0xff; 60][..], &control].concat()).unwrap();
-        let outside = heard_before(&self.at_outside, mark, &control);
-        self.bridge.send(&[&arp(self.b.station().mac, gateway, self.b.station().ip)[..], &control].concat()).unwrap();
+        self.host_says(self.b.station(), &control);
         let neighbour = heard_before(&self.at_b, mark, &control);
         let (mut packet, mut program) = ([0; 2048], false);
         while let Ok(length) = self.program.recv(&mut packet) {
             program |= packet[..length] == mark[..];
         }
         outside || neighbour || program
+    }
+
+    /// What went out of that with `mark`, once all before it has.
+    pub(super) fn passing(&mut self, mark: &[u8]) -> Vec<Vec<u8>> {
+        let (control, own, gateway) = (self.mark(), self.a.station(), self.gateway());
+        let arp = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &frames::arp(1, own, gateway.ip));
+        self.from_a.send(&[&arp[..], &control].concat()).unwrap();
+        heard_before(&self.bridge, mark, &control);
+        self.uplink.send(&[&[0xff; 60][..], &control].concat()).unwrap();
+        let mut came = came_before(&self.at_outside, mark, &control);
+        // Not what outside says to it.
+        came.retain(|frame| frame[6..12] != Mac::of(INSTANCE, OUTSIDE).octets());
+        came
+    }
+
+    /// A frame of the host's that always comes.
+    pub(super) fn host_says(&self, to: Station, control: &[u8]) {
+        let gateway = self.gateway();
+        let reply = frames::ethernet(to.mac, gateway.mac, frames::ARP, &frames::arp(2, gateway, to.ip));
+        self.bridge.send(&[&reply[..], control].concat()).unwrap();
     }
 
     pub(super) fn reaches(&mut self, to: impl Into<IpAddr>, protocol: u8, port: u16) -> bool {

@@ -7,13 +7,13 @@ use qvd_core::NetPolicy;
 use qvd_sys::packet::PacketSocket;
 
 use super::{
-    frames::{self, Station},
+    frames,
     groups::{GROUP, GROUP6},
     internet::{OUTSIDE, UPLINK},
     mutation::grown,
     site::{FAR, FAR6, Site, with_names},
     vectors::{link_option, neighbour_discovery, solicited_node, summed},
-    world::{INSTANCE, MARK_LEN, PATIENCE, heard_before, holds, subnet},
+    world::{INSTANCE, MARK_LEN, PATIENCE, came_before, heard_before, holds, subnet},
 };
 use crate::{Backend, Mac, NetConfig, Subnet6, netlink::Netlink, network::find};
 
@@ -87,7 +87,7 @@ impl Stage {
         let mut stage = Self { at_a: site.a.socket(), site, programs, inside, uplink: [0; 6] };
         let mark = stage.site.mark();
         UdpSocket::bind((UPLINK, 0)).unwrap().send_to(&mark, (OUTSIDE, 9)).unwrap();
-        let went = stage.passing(&mark).pop().unwrap();
+        let went = stage.site.passing(&mark).pop().unwrap();
         stage.uplink.copy_from_slice(&went[6..12]);
         stage
     }
@@ -150,7 +150,7 @@ impl Stage {
                 for _ in 0..8 {
                     let (frame, mark) = self.long();
                     (0..50).for_each(|_| self.site.from_a.send(&frame).unwrap());
-                    out += self.passing(&mark).len();
+                    out += self.site.passing(&mark).len();
                 }
                 format!("most went out: {}", out > 200)
             }
@@ -162,14 +162,14 @@ impl Stage {
     fn fate(&mut self, frame: &[u8], needle: &[u8]) -> String {
         let before = self.site.a.port.drops().unwrap();
         self.site.from_a.send(frame).unwrap();
-        let outside = self.passing(needle).first().map(|frame| seen(frame));
+        let outside = self.site.passing(needle).first().map(|frame| seen(frame));
         let (control, own) = (self.site.mark(), self.site.a.station());
         for to in [own, self.site.b.station()] {
-            self.host_says(to, &control);
+            self.site.host_says(to, &control);
         }
         let answered =
-            came(&self.at_a, needle, &control).iter().any(|frame| frame[..6] == own.mac && !is_notice(frame));
-        let neighbour = !came(&self.site.at_b, needle, &control).is_empty();
+            came_before(&self.at_a, needle, &control).iter().any(|frame| frame[..6] == own.mac && !is_notice(frame));
+        let neighbour = !came_before(&self.site.at_b, needle, &control).is_empty();
         let mut packet = [0; 2048];
         let mut program = false;
         for socket in &self.programs {
@@ -181,26 +181,6 @@ impl Stage {
         format!("outside {outside:?}, neighbour {neighbour}, program {program}, answered {answered}, {reasons:?}")
     }
 
-    /// What went out of that with `mark`, once all before it has.
-    fn passing(&mut self, mark: &[u8]) -> Vec<Vec<u8>> {
-        let (control, own, gateway) = (self.site.mark(), self.site.a.station(), self.site.gateway());
-        let arp = frames::ethernet(frames::BROADCAST, own.mac, frames::ARP, &frames::arp(1, own, gateway.ip));
-        self.site.from_a.send(&[&arp[..], &control].concat()).unwrap();
-        heard_before(&self.site.bridge, mark, &control);
-        self.site.uplink.send(&[&[0xff; 60][..], &control].concat()).unwrap();
-        let mut came = came(&self.site.at_outside, mark, &control);
-        // Not what outside says to it.
-        came.retain(|frame| frame[..6] == Mac::of(INSTANCE, OUTSIDE).octets());
-        came
-    }
-
-    /// A frame of the host's that always comes.
-    fn host_says(&self, to: Station, control: &[u8]) {
-        let gateway = self.site.gateway();
-        let reply = frames::ethernet(to.mac, gateway.mac, frames::ARP, &frames::arp(2, gateway, to.ip));
-        self.site.bridge.send(&[&reply[..], control].concat()).unwrap();
-    }
-
     /// Sends a packet to the host from outside, and tells whether the desktop gets it.
     fn outside_says(&mut self, packet: &(u16, Vec<u8>), mark: &[u8]) -> String {
         let control = self.site.mark();
@@ -210,8 +190,8 @@ impl Stage {
         self.site.at_outside.send(&[&[0xff; 60][..], &control].concat()).unwrap();
         heard_before(&self.site.uplink, mark, &control);
         let own = self.site.a.station();
-        self.host_says(own, &control);
-        let came = came(&self.at_a, mark, &control);
+        self.site.host_says(own, &control);
+        let came = came_before(&self.at_a, mark, &control);
         format!("came {}", came.iter().any(|frame| frame[..6] == own.mac))
     }
 
@@ -219,7 +199,7 @@ impl Stage {
     fn answered(&mut self, to: IpAddr) -> (String, Vec<u8>) {
         let (frame, mark) = self.site.frame(to, 17, 443);
         self.site.from_a.send(&frame).unwrap();
-        let Some(went) = self.passing(&mark).pop() else {
+        let Some(went) = self.site.passing(&mark).pop() else {
             return ("nothing went out".to_owned(), frame);
         };
         let mark = self.site.mark();
@@ -251,7 +231,7 @@ impl Stage {
         let mut packet = [0; 64];
         let (length, from) = self.inside.recv_from(&mut packet).unwrap();
         self.inside.send_to(&packet[..length], from).unwrap();
-        let _gone = self.passing(b"no such mark");
+        let _gone = self.site.passing(b"no such mark");
         format!("the host hears {}", host.recv(&mut packet).is_ok())
     }
 
@@ -292,20 +272,6 @@ impl Stage {
         let packet = frames::ipv4(own.ip, OUTSIDE, frames::Ip { protocol: 17, ..frames::Ip::default() }, &head);
         let frame = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
         ([&frame[..], &mark].concat(), mark)
-    }
-}
-
-/// Frames with `mark` that came before the one with `control`, which has to come.
-fn came(socket: &PacketSocket, mark: &[u8], control: &[u8]) -> Vec<Vec<u8>> {
-    let mut came = Vec::new();
-    loop {
-        let frame = socket.receive(PATIENCE).unwrap().expect("the control frame did not come");
-        if holds(&frame, control) {
-            return came;
-        }
-        if holds(&frame, mark) {
-            came.push(frame);
-        }
     }
 }
 

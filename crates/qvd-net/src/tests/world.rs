@@ -408,19 +408,30 @@ pub(crate) fn holds(frame: &[u8], mark: &[u8]) -> bool {
     frame.windows(mark.len()).any(|window| window == mark)
 }
 
-/// Whether a frame with `mark` came before the one with `control`, which has
-/// to come.
+/// Frames with `mark` that came before the one with `control`, which has to come.
+pub(crate) fn came_before(socket: &PacketSocket, mark: &[u8], control: &[u8]) -> Vec<Vec<u8>> {
+    frames_before(socket, |frame| holds(frame, mark), control)
+}
+
+/// Whether there were any.
 pub(crate) fn heard_before(socket: &PacketSocket, mark: &[u8], control: &[u8]) -> bool {
-    heard_either_before(socket, mark, mark, control)
+    !came_before(socket, mark, control).is_empty()
 }
 
 fn heard_either_before(socket: &PacketSocket, mark: &[u8], bare: &[u8], control: &[u8]) -> bool {
-    let mut heard = false;
+    !frames_before(socket, |frame| holds(frame, mark) || frame == bare, control).is_empty()
+}
+
+fn frames_before(socket: &PacketSocket, wanted: impl Fn(&[u8]) -> bool, control: &[u8]) -> Vec<Vec<u8>> {
+    let mut came = Vec::new();
     loop {
         let frame = socket.receive(PATIENCE).unwrap().expect("the control frame did not come");
-        heard |= holds(&frame, mark) || frame == bare;
-        if holds(&frame, control) {
-            return heard;
+        let last = holds(&frame, control);
+        if wanted(&frame) {
+            came.push(frame);
+        }
+        if last {
+            return came;
         }
     }
 }

@@ -48,9 +48,7 @@ impl Inner {
         }
         Ok(())
     }
-}
 
-impl Inner {
     /// Whether a desktop that starts offers its memory for merging.
     pub(super) fn shares(&self, spec: &DesktopSpec) -> bool {
         spec.virtualizer == Virtualizer::Container

@@ -225,10 +225,8 @@ impl Parts {
         self.begin(id, &mut undo, "cannot make a template")?;
         let guest = Guest::at(self.records.socket(id));
         let listener = guest.listen()?;
-        let (qemu, machine) = {
-            let ids = UidRange::of_slot(slot)?;
-            self.planned(&Kind::of(spec), image, base, (id, ids), self.records.dir(id))?
-        };
+        let ids = UidRange::of_slot(slot)?;
+        let (qemu, machine) = self.planned(&Kind::of(spec), image, base, (id, ids), self.records.dir(id))?;
         let memory = machine.limits.memory;
         let (vm, mold) = qemu.start_template(machine, &spec.tenant.to_string())?;
         let writable = Writable::Memory { bytes: memory.get() / 2 };

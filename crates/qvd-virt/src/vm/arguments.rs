@@ -11,7 +11,9 @@ pub(crate) const CONSOLE_BYTES: u32 = 64 * 1024;
 
 /// A disk that cannot grow stops the machine instead of failing in the guest, whose
 /// file system would not recover; any other failure is the guest's to hear of.
-const WHEN_FULL: &str = "werror=enospc,rerror=report";
+pub(super) const WHEN_WRITING_FAILS: &str = "enospc";
+/// See [`WHEN_WRITING_FAILS`].
+pub(super) const WHEN_READING_FAILS: &str = "report";
 
 /// What a descriptor is for; its number inside comes with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +77,8 @@ pub(crate) fn arguments(spec: &VmSpec) -> Vec<String> {
             Devices::Emulated => format!("ide-hd,bus=ide.{index}"),
         };
         let serial = &disk.serial;
-        line.add("-device", format!("{device},id={node}-dev,drive={node},serial={serial},{WHEN_FULL}{boot}"));
+        let failing = format!("werror={WHEN_WRITING_FAILS},rerror={WHEN_READING_FAILS}");
+        line.add("-device", format!("{device},id={node}-dev,drive={node},serial={serial},{failing}{boot}"));
     }
     for (index, nic) in spec.nics.iter().enumerate() {
         let tap = numbers.take();

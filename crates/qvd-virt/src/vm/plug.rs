@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::{
     QmpError, Vm,
-    arguments::mac,
+    arguments::{WHEN_READING_FAILS, WHEN_WRITING_FAILS, mac},
     command::{
         AddFd, BlockResize, BlockdevAdd, BlockdevDel, DeviceAdd, DeviceDel, GetFd, NetdevAdd, NetdevDel,
         QueryGeneration, QueryNodes, RemoveFd, Screendump, SnapshotDelete, Transaction,
@@ -118,7 +118,7 @@ impl Vm {
             self.call(&BlockdevAdd(block))?;
             let device = json!({
                 "driver": "virtio-blk-pci", "id": format!("{name}-dev"), "bus": name, "drive": node,
-                "serial": disk.serial, "werror": "enospc", "rerror": "report",
+                "serial": disk.serial, "werror": WHEN_WRITING_FAILS, "rerror": WHEN_READING_FAILS,
             });
             let added = self.call(&DeviceAdd(device)).map(drop);
             added.inspect_err(|_| drop(self.call(&BlockdevDel { node: &node })))
