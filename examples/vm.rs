@@ -6,7 +6,8 @@
 //!
 //! `DIR` is a file tree, for instance one that an image was exported to; `FILE`
 //! is such a tree as an EROFS, or a disk of any system, raw or qcow2, which is
-//! booted by a BIOS. A tree without a kernel boots the one below `--kernel DIR`.
+//! booted by a BIOS, or with `--uefi` by UEFI; with `--says TEXT` until its console
+//! says that. A tree without a kernel boots the one below `--kernel DIR`.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "an example shows what it does")]
 
 use std::{
@@ -32,7 +33,7 @@ use qvd::virt::{
     Runtime,
     vm::{
         BaseDevice, BaseSpec, Boot, DiskFormat, DiskSpec, GuestKernel, HostMemory, Qemu, StopLimits, Template, Vm,
-        VmSpec,
+        VmSpec, VmState,
     },
 };
 use serde_json::{Value, json};
@@ -46,6 +47,8 @@ struct Options {
     kernel: Option<PathBuf>,
     init: Option<PathBuf>,
     block: bool,
+    uefi: bool,
+    says: Option<String>,
     template: bool,
     count: u32,
     memory: Bytes,
@@ -181,7 +184,8 @@ impl Bed {
             }
             Image::Disk { file, qcow2 } => {
                 // What the guest writes goes to an overlay that is forgotten.
-                let mut spec = VmSpec::new(id, ids, Boot::Bios, dir.clone());
+                let boot = if self.options.uefi { Boot::uefi()? } else { Boot::Bios };
+                let mut spec = VmSpec::new(id, ids, boot, dir.clone());
                 spec.disks.push(overlay(&dir, file, *qcow2)?);
                 spec.screen = true;
                 spec
@@ -210,6 +214,9 @@ impl Bed {
             let memory = running.stats()?.memory.unwrap_or_default();
             line["guest_cached_mib"] = json!(mib(memory.cached));
             line["guest_free_mib"] = json!(mib(memory.free));
+        } else if let Some(text) = &self.options.says {
+            line["says"] = json!(running.wait_words(text)?);
+            line["boot_ms"] = json!(ms(began));
         }
         Ok((running, line))
     }
@@ -375,6 +382,21 @@ impl Running {
         }
     }
 
+    /// Waits until a line of the console has `text` in it; that line.
+    fn wait_words(&mut self, text: &str) -> Result<String> {
+        let deadline = Instant::now() + BOOTS_WITHIN;
+        let mut said = String::new();
+        loop {
+            if let Some(line) = said.lines().find(|line| line.contains(text)) {
+                return Ok(line.trim().to_owned());
+            }
+            ensure!(Instant::now() < deadline, "nothing says `{text}` within {BOOTS_WITHIN:?}, but: {said}");
+            let state = self.vm.watch(Duration::from_millis(200))?;
+            ensure!(!matches!(state, VmState::Down(_)), "the machine ended before it said `{text}`: {said}");
+            said.push_str(&self.vm.console()?);
+        }
+    }
+
     /// What the guest's kernel said last, for an error.
     fn console(&mut self) -> String {
         let text = self.vm.console().unwrap_or_default();
@@ -410,13 +432,15 @@ fn mib(bytes: u64) -> u64 {
 
 impl Options {
     fn parse() -> Result<Self> {
-        let usage = "usage: vm --image DIR|FILE [--template] [--count N] [--memory MIB] [--block] [--kernel DIR] \
-                     [--init FILE] [--json]";
+        let usage = "usage: vm --image DIR|FILE [--template] [--count N] [--memory MIB] [--block] [--uefi] \
+                     [--says TEXT] [--kernel DIR] [--init FILE] [--json]";
         let mut options = Self {
             image: PathBuf::new(),
             kernel: None,
             init: None,
             block: false,
+            uefi: false,
+            says: None,
             template: false,
             count: 1,
             memory: Bytes::mib(256),
@@ -430,6 +454,8 @@ impl Options {
                 "--init" => options.init = Some(value()?.into()),
                 // As a disk: what a guest's own page cache costs.
                 "--block" => options.block = true,
+                "--uefi" => options.uefi = true,
+                "--says" => options.says = Some(value()?),
                 "--template" => options.template = true,
                 "--count" => options.count = value()?.parse().context("`--count` is a number")?,
                 "--memory" => options.memory = Bytes::mib(value()?.parse().context("`--memory` is a number of MiB")?),

@@ -126,7 +126,7 @@ fn killed_while_a_machine_is_made_and_ended_it_is_found_again_or_gone() {
 }
 
 #[test]
-#[ignore = "takes minutes: two machines at every step, and more moments"]
+#[ignore = "takes a minute and more: two machines at every step, and more moments"]
 fn killed_at_each_step_and_at_many_moments_machines_are_found_again_or_gone() {
     let steps = [StartStep::Root, StartStep::Confinement, StartStep::Port, StartStep::Init];
     kill_at(&MANY_MOMENTS_MS, &steps.map(|step| [step; 2]).concat());

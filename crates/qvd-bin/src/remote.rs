@@ -221,6 +221,7 @@ fn details(info: &DesktopInfo) -> String {
     lines.extend(desktop.address.map(|address| ("address", address.to_string())));
     lines.extend(status.image.map(|commit| ("runs", commit.hex().chars().take(12).collect())));
     lines.extend(status.step.map(|step| ("step", step.text().to_owned())));
+    lines.extend(status.lacks_room.then(|| ("waits", "for room on the host's disk".to_owned())));
     lines.extend(status.ended.clone().map(|why| ("ended", one_line(&why))));
     lines.iter().map(|(name, value)| format!("{name:<10} {value}")).collect::<Vec<_>>().join("\n")
 }

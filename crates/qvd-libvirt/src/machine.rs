@@ -14,9 +14,9 @@ use qvd_virt::{
 use serde::{Deserialize, Serialize};
 use virt::domain::Domain;
 use virt_sys::{
-    VIR_DOMAIN_AFFECT_LIVE, VIR_DOMAIN_CRASHED, VIR_DOMAIN_PAUSED, VIR_DOMAIN_SHUTOFF, VIR_DOMAIN_SHUTOFF_DESTROYED,
-    VIR_DOMAIN_SHUTOFF_SHUTDOWN, VIR_DOMAIN_UNDEFINE_MANAGED_SAVE, VIR_DOMAIN_UNDEFINE_NVRAM,
-    VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA,
+    VIR_DOMAIN_AFFECT_LIVE, VIR_DOMAIN_CRASHED, VIR_DOMAIN_PAUSED, VIR_DOMAIN_PAUSED_IOERROR, VIR_DOMAIN_SHUTOFF,
+    VIR_DOMAIN_SHUTOFF_DESTROYED, VIR_DOMAIN_SHUTOFF_SHUTDOWN, VIR_DOMAIN_UNDEFINE_MANAGED_SAVE,
+    VIR_DOMAIN_UNDEFINE_NVRAM, VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA,
 };
 
 use crate::{Error, Files, events::Changes, hypervisor::failed};
@@ -91,6 +91,8 @@ impl LibvirtVm {
         let reason = u32::try_from(reason).unwrap_or(0);
         let seen = match state {
             VIR_DOMAIN_PAUSED if self.fresh => VmState::Waiting,
+            // Disks have no other error that a domain stands still for; see `xml`.
+            VIR_DOMAIN_PAUSED if reason == VIR_DOMAIN_PAUSED_IOERROR => VmState::Full,
             VIR_DOMAIN_PAUSED => VmState::Paused,
             VIR_DOMAIN_CRASHED => VmState::Down(Down::Panic),
             VIR_DOMAIN_SHUTOFF => VmState::Down(match reason {
@@ -187,7 +189,7 @@ impl LibvirtVm {
         if self.wait(Duration::ZERO)?.is_some() {
             return Ok(StoppedBy::Itself);
         }
-        if matches!(self.state, VmState::Paused | VmState::Waiting) {
+        if matches!(self.state, VmState::Paused | VmState::Waiting | VmState::Full) {
             // It could not hear. If it cannot go on, it is ended below.
             let _resumed = self.resume();
         }

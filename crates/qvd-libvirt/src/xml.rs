@@ -143,7 +143,13 @@ fn devices(spec: &VmSpec, qemu: bool, files: &Files) -> Result<Node, Error> {
             _ => ("raw", None),
         };
         let mut node = Node::new("disk").with("type", "file").with("device", "disk");
-        node.push(Node::new("driver").with("name", "qemu").with("type", format).with("discard", "unmap"));
+        node.push(
+            Node::new("driver")
+                .with("name", "qemu")
+                .with("type", format)
+                .with("discard", "unmap")
+                .with("error_policy", "enospace"),
+        );
         node.push(Node::new("source").with("file", text(file)?));
         if format == "qcow2" {
             // What is said here is all: what the header says is not followed.

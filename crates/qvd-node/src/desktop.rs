@@ -126,6 +126,12 @@ impl Desktop {
         self.condemn("its programs went on forking at their limit");
     }
 
+    /// Whether it stands still for want of room on the host; lets it go on once there is some.
+    pub(crate) fn lacks_room(&mut self) -> bool {
+        let stands = self.machine.stands_still();
+        self.known("whether it stands still", stands, false)
+    }
+
     /// Begins to end it if nobody can talk with its init any more, nor see it.
     pub(crate) fn end_cut_off(&mut self) {
         if let Some(why) = self.machine.cut_off() {
@@ -252,8 +258,11 @@ impl Parts {
         let guest = Guest::at(self.records.socket(id));
         let image = self.store.image(spec.image)?;
         let ids = UidRange::of_slot(uid_slot)?;
-        let machine = self.adopt_machine(&spec, &image, ids, (&machine, merges), &guest)?;
-        guest.check()?;
+        let mut machine = self.adopt_machine(&spec, &image, ids, (&machine, merges), &guest)?;
+        // One that stands still cannot answer yet.
+        if !machine.stands_still()? {
+            guest.check()?;
+        }
         let port = match address {
             None => None,
             Some(address) => {

@@ -246,6 +246,7 @@ impl Host for FakeHost {
             resting: false,
             ended: None,
             image: running.map(|running| running.spec.image),
+            lacks_room: false,
         }
     }
 

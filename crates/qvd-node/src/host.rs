@@ -211,6 +211,10 @@ pub struct DesktopStatus {
     /// The commit that it runs.
     #[serde(default)]
     pub image: Option<Digest>,
+    /// Whether it stands still because its host has no room for what it writes. It goes
+    /// on by itself once there is some.
+    #[serde(default)]
+    pub lacks_room: bool,
 }
 
 /// Where the time of a start went, in microseconds.

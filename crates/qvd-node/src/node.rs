@@ -236,6 +236,11 @@ impl Watcher for Weak<Inner> {
             {
                 // What stands still forks nothing: of thousands at rest, none is asked.
                 if !lock(&slot.rest).is_resting() {
+                    let lacks_room = desktop.lacks_room();
+                    lock(&slot.face).lacks_room = lacks_room;
+                    if lacks_room {
+                        continue;
+                    }
                     desktop.end_bomb();
                     desktop.end_cut_off();
                 }
@@ -369,6 +374,7 @@ impl Host for Node {
             resting,
             ended: face.ended.clone(),
             image: face.image.filter(|_| state == DesktopState::Running),
+            lacks_room: face.lacks_room && state == DesktopState::Running,
         }
     }
 

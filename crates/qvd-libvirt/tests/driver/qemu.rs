@@ -2,17 +2,19 @@
 
 use std::{
     fs::{self, File, Permissions},
+    io::Write as _,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::fs::{MetadataExt as _, PermissionsExt as _},
+        unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
-    time::Duration,
+    process::Command,
+    time::{Duration, Instant},
 };
 
 use qvd_core::{Bytes, DesktopId, Instance, UidRange};
 use qvd_guest::Link;
-use qvd_libvirt::{DomainRecord, Libvirt};
+use qvd_libvirt::{DomainRecord, Libvirt, LibvirtVm};
 use qvd_sys::tap;
 use qvd_testkit::{Census, Need, Scope, bed_directory, privileged};
 use qvd_virt::{
@@ -36,6 +38,14 @@ const WAITS: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
 /// Or switches the machine off. Source: QEMU's firmware puts the ACPI registers of q35
 /// at 0x600; of them 4 is PM1 control, and bit 13 of that means off (ACPI 4.8.3.2.1).
 const ENDS: &[u8] = &[0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef, 0xf4, 0xeb, 0xfd];
+
+/// Writes a sector that the disk's file has no place for yet, then goes on to [`ENDS`].
+/// Source: the BIOS's int 13h, function 3: one sector, cylinder 1, head 0, of disk 80h; what is
+/// written is this code.
+const WRITES: &[u8] = &[
+    0x31, 0xc0, 0x8e, 0xc0, 0xbb, 0x00, 0x7c, 0xb8, 0x01, 0x03, 0xb9, 0x01, 0x01, 0xba, 0x80, 0x00, 0xcd, 0x13, 0x73,
+    0x03, 0xf4, 0xeb, 0xfd,
+];
 
 struct Domains {
     libvirt: Libvirt,
@@ -102,16 +112,20 @@ impl Domains {
     }
 }
 
+/// A disk that a BIOS boots `code` from, and that has a cylinder: others are not booted.
+fn bootable(code: &[u8]) -> Vec<u8> {
+    let mut disk = vec![0; 4 << 20];
+    disk[..code.len()].copy_from_slice(code);
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk
+}
+
 impl Virtualizer for Domains {
     fn start(&self, id: DesktopId, behaviour: Behaviour) -> Result<Box<dyn Machine>, Failure> {
         let mut spec = VmSpec::new(id, self.ids, Boot::Bios, self.own(id.number()));
         spec.limits.memory = Bytes::mib(64);
         let path = self.path(&format!("disk-{id}"));
-        // A BIOS boots no disk without a cylinder.
-        let mut sector = vec![0; 4 << 20];
-        let code = if behaviour == Behaviour::Ends { ENDS } else { WAITS };
-        sector[..code.len()].copy_from_slice(code);
-        sector[510..512].copy_from_slice(&[0x55, 0xaa]);
+        let mut sector = bootable(if behaviour == Behaviour::Ends { ENDS } else { WAITS });
         let mut format = DiskFormat::Raw;
         if behaviour == Behaviour::Broken {
             // Looks like an image, and is none: QEMU ends when it is started.
@@ -203,7 +217,59 @@ fn a_guest_of_libvirt_speaks_with_us_and_has_our_port_and_its_own_user() {
                 assert_eq!(vm.wait(SOON).unwrap(), Some(Down::Host));
                 vm.close().unwrap();
                 assert_eq!(fs::metadata(&raw).unwrap().uid(), 0, "the disk is as it was");
-                assert!(std::process::Command::new("ip").args(["link", "del", &name]).status().unwrap().success());
+                assert!(Command::new("ip").args(["link", "del", &name]).status().unwrap().success());
+            });
+        });
+    });
+}
+
+/// Waits until a domain is in this state.
+fn wait_for(vm: &mut LibvirtVm, state: VmState) {
+    let end = Instant::now() + SOON;
+    while vm.watch(Duration::from_secs(1)).unwrap() != state {
+        assert!(Instant::now() < end, "{:?} is not {state:?}", vm.state());
+    }
+}
+
+#[test]
+fn a_domain_whose_disk_cannot_grow_says_so_and_goes_on_when_there_is_room() {
+    privileged(NEEDS, || {
+        without_kvm("qemu::a_domain_whose_disk_cannot_grow_says_so_and_goes_on_when_there_is_room", || {
+            with_domains(|domains| {
+                // Of 64 KiB, and nothing of it is left.
+                let small = domains.path("small");
+                fs::create_dir(&small).unwrap();
+                let mount = ["-t", "tmpfs", "-o", "size=64k,mode=711", "tmpfs"];
+                assert!(Command::new("mount").args(mount).arg(&small).status().unwrap().success());
+                let (disk, filler) = (small.join("disk"), small.join("filler"));
+                let code = bootable(&[WRITES, ENDS].concat());
+                let file = File::options().read(true).write(true).create_new(true).open(&disk).unwrap();
+                file.write_all_at(&code[..512], 0).unwrap();
+                file.set_len(code.len() as u64).unwrap();
+                while fs::OpenOptions::new().create(true).append(true).open(&filler).unwrap().write(&[1; 4096]).is_ok()
+                {
+                }
+
+                let mut spec = VmSpec::new(DesktopId::new(1).unwrap(), domains.ids, Boot::Bios, domains.own(1));
+                spec.limits.memory = Bytes::mib(64);
+                spec.disks.push(DiskSpec { serial: "root".to_owned(), file: file.into(), format: DiskFormat::Raw });
+                let mut vm = domains.libvirt.start(spec).unwrap();
+                vm.resume().unwrap();
+                wait_for(&mut vm, VmState::Full);
+                let record = vm.detach().unwrap();
+                let mut vm = domains.libvirt.adopt(&record).unwrap().unwrap();
+                assert_eq!(vm.state(), VmState::Full);
+                vm.resume().unwrap();
+                wait_for(&mut vm, VmState::Full);
+                // Once it has written, it switches itself off.
+                fs::remove_file(&filler).unwrap();
+                vm.resume().unwrap();
+                wait_for(&mut vm, VmState::Down(Down::Guest));
+                vm.close().unwrap();
+                let mut written = [0; 4];
+                File::open(&disk).unwrap().read_exact_at(&mut written, 63 * 16 * 512).unwrap();
+                assert_eq!(written, WRITES[..4]);
+                assert!(Command::new("umount").arg(&small).status().unwrap().success());
             });
         });
     });

@@ -2,6 +2,7 @@
 
 mod container;
 mod hypervisor;
+mod standstill;
 mod templates;
 mod vm;
 
@@ -57,6 +58,12 @@ pub(crate) trait Machine: fmt::Debug + Send {
     /// they may, where that is the host's kernel's matter.
     fn refused_processes(&self) -> Result<u64, Failure> {
         Ok(0)
+    }
+
+    /// Looks whether it stands still though nobody wishes that, and does what can be done;
+    /// true if it does.
+    fn stands_still(&mut self) -> Result<bool, Failure> {
+        Ok(false)
     }
 
     /// Why nobody can talk with its init any more, if so; told once.

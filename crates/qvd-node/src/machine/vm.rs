@@ -4,18 +4,18 @@ use std::{
     fs::File,
     os::fd::OwnedFd,
     path::Path,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use qvd_core::{Bytes, UidRange};
-use qvd_guest::{BootConfig, Carrier, Identity, Link};
+use qvd_guest::{BootConfig, Carrier, Identity, Link, LinkError};
 use qvd_storage::{Device, Disk, DiskFormat};
 use qvd_virt::{
     Container, Exit,
-    vm::{BackingSpec, DiskFormat as Format, DiskSpec, StopLimits, Vm},
+    vm::{BackingSpec, DiskFormat as Format, DiskSpec, StopLimits, Vm, VmState},
 };
 
-use super::{Balloon, END_GRACE, Failure, Machine, MachineRecord, Usage};
+use super::{Balloon, END_GRACE, Failure, Machine, MachineRecord, Usage, standstill::Standstill};
 use crate::guest::Guest;
 
 /// How long a kernel may take to come up and find its disks: ten seconds by
@@ -25,6 +25,10 @@ const BOOTS_WITHIN: Duration = Duration::from_secs(120);
 /// How long a machine may take to write back what its disks wait for and switch
 /// itself off, once its programs have ended.
 const OFF_WITHIN: Duration = Duration::from_secs(15);
+
+/// How long an init may take to answer that has just been let go on, before others are
+/// looked at.
+const LOOKS_FOR: Duration = Duration::from_millis(500);
 
 /// Lines of the console that an error shows.
 const CONSOLE_LINES: usize = 4;
@@ -36,12 +40,30 @@ const REPORTS_EVERY: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct InVm {
     vm: Vm,
-    /// Carries what is said at the socket of its init.
-    carrier: Carrier,
+    line: Line,
+    standstill: Option<Standstill>,
     /// What it writes to its system, if that is not its memory, and its home.
     disks: Vec<Box<dyn Disk>>,
     /// Whether it was told to say what it uses.
     reports: bool,
+}
+
+/// What is said at the socket of its init.
+#[derive(Debug)]
+enum Line {
+    /// Is carried.
+    Carried(Carrier),
+    /// Waits until its init, which stood still when it was adopted, answers.
+    Waits { listener: OwnedFd, runs_since: Option<Instant> },
+}
+
+impl Line {
+    fn close(&mut self) -> Result<(), LinkError> {
+        match self {
+            Self::Carried(carrier) => carrier.close(),
+            Self::Waits { .. } => Ok(()),
+        }
+    }
 }
 
 /// What makes a machine a desktop.
@@ -53,6 +75,10 @@ pub(crate) struct Boot<'a> {
 }
 
 impl InVm {
+    const fn new(vm: Vm, line: Line, disks: Vec<Box<dyn Disk>>) -> Self {
+        Self { vm, line, standstill: None, disks, reports: false }
+    }
+
     /// Lets a machine boot, and tells its init what to become.
     pub(crate) fn boot(mut vm: Vm, disks: Vec<Box<dyn Disk>>, boot: Boot<'_>) -> Result<Self, Failure> {
         let mut tell = || -> Result<Carrier, Failure> {
@@ -64,7 +90,7 @@ impl InVm {
             Ok(link.carry(boot.listener.try_clone()?)?)
         };
         match tell() {
-            Ok(carrier) => Ok(Self { vm, carrier, disks, reports: false }),
+            Ok(carrier) => Ok(Self::new(vm, Line::Carried(carrier), disks)),
             Err(error) => Err(given_up(vm, error)),
         }
     }
@@ -80,7 +106,7 @@ impl InVm {
             Ok(carrier)
         };
         match tell() {
-            Ok(carrier) => Ok(Self { vm, carrier, disks, reports: false }),
+            Ok(carrier) => Ok(Self::new(vm, Line::Carried(carrier), disks)),
             Err(error) => Err(given_up(vm, error)),
         }
     }
@@ -88,20 +114,38 @@ impl InVm {
     /// The machine alone, once its session's programs have ended: what a template
     /// is made of.
     pub(crate) fn into_template(self, guest: &Guest) -> Result<Vm, Failure> {
-        let Self { vm, mut carrier, .. } = self;
+        let Self { vm, mut line, .. } = self;
         if let Err(error) = guest.hold(BOOTS_WITHIN) {
             return Err(given_up(vm, error.into()));
         }
-        match carrier.close() {
+        match line.close() {
             Ok(()) => Ok(vm),
             Err(error) => Err(given_up(vm, error.into())),
         }
     }
 
-    /// Takes over a machine that an earlier node left running.
+    /// Takes over a machine that an earlier node left running. The init of one that stands
+    /// still for want of room cannot answer before there is some.
     pub(crate) fn adopt(vm: Vm, disks: Vec<Box<dyn Disk>>, listener: OwnedFd) -> Result<Self, Failure> {
-        let link = Link::reconnect(vm.link(), BOOTS_WITHIN)?;
-        Ok(Self { carrier: link.carry(listener)?, vm, disks, reports: false })
+        let line = match vm.state() {
+            VmState::Full => Line::Waits { listener, runs_since: None },
+            _ => Line::Carried(Link::reconnect(vm.link(), BOOTS_WITHIN)?.carry(listener)?),
+        };
+        Ok(Self::new(vm, line, disks))
+    }
+
+    /// Has what is said to its init carried, if that waited until it runs.
+    fn connect(&mut self) -> Result<(), Failure> {
+        let Line::Waits { listener, runs_since } = &mut self.line else { return Ok(()) };
+        let since = *runs_since.get_or_insert_with(Instant::now);
+        match Link::reconnect(self.vm.link(), LOOKS_FOR) {
+            Ok(link) => {
+                self.line = Line::Carried(link.carry(listener.try_clone()?)?);
+                Ok(())
+            }
+            Err(LinkError::Timeout { .. }) if since.elapsed() < BOOTS_WITHIN => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Opens a disk for QEMU, with what the back end says is behind it.
@@ -214,10 +258,21 @@ impl Machine for InVm {
         (!self.vm.is_clone()).then_some(self)
     }
 
+    fn stands_still(&mut self) -> Result<bool, Failure> {
+        Standstill::tend(&mut self.standstill, &mut self.vm)?;
+        Ok(self.standstill.is_some())
+    }
+
     /// A guest that does not keep to the protocol is not listened to again.
     fn cut_off(&mut self) -> Option<String> {
-        let over = self.carrier.is_over();
-        over.then(|| self.carrier.close().err()).flatten().map(|error| qvd_core::causes(&error).join(": "))
+        if self.standstill.is_none()
+            && let Err(error) = self.connect()
+        {
+            return Some(qvd_core::causes(&*error).join(": "));
+        }
+        let Line::Carried(carrier) = &mut self.line else { return None };
+        let over = carrier.is_over();
+        over.then(|| carrier.close().err()).flatten().map(|error| qvd_core::causes(&error).join(": "))
     }
 
     fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
@@ -228,7 +283,7 @@ impl Machine for InVm {
 
     fn end(&mut self) -> Result<(), Failure> {
         self.vm.close()?;
-        if let Err(error) = self.carrier.close() {
+        if let Err(error) = self.line.close() {
             // It ends with the machine: how is of no account any more.
             tracing::debug!(desktop = %self.vm.id(), %error, "line to a machine that has ended");
         }
@@ -247,9 +302,9 @@ impl Machine for InVm {
     }
 
     fn leave(self: Box<Self>) -> Result<(), Failure> {
-        let Self { vm, mut carrier, .. } = *self;
+        let Self { vm, mut line, .. } = *self;
         vm.detach()?;
-        Ok(carrier.close()?)
+        Ok(line.close()?)
     }
 }
 

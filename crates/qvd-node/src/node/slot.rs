@@ -31,6 +31,8 @@ pub(super) struct Face {
     pub(super) attachment: Option<AttachmentEnd>,
     /// The commit that it runs.
     pub(super) image: Option<Digest>,
+    /// Whether it stands still because its host has no room for what it writes.
+    pub(super) lacks_room: bool,
 }
 
 impl Slot {

@@ -10,7 +10,9 @@ use qvd_node::{AccelChoice, EndReason, Exit, Host as _, HostErrorKind, Node, Nod
 use qvd_testkit::{Need, bed_directory, privileged};
 
 use super::{
-    Host, RFB, greeting, on_a_host, run, stands_still,
+    Host, RFB,
+    full::{Small, fill, with_small_homes},
+    greeting, on_a_host, run, stands_still,
     told::{expect_none_of_the_dead, expect_version},
     wait_for_rest,
 };
@@ -38,62 +40,67 @@ fn with_machines(test: impl FnOnce(&Host) + Send) {
 
 #[test]
 fn the_same_image_runs_as_a_machine_is_adopted_and_keeps_its_home() {
-    with_machines(|host| {
-        let (mut config, spec) = (config(host), machine(host, 1));
-        let id = spec.id;
-        let node = Node::open(config.clone()).unwrap();
-        let mut steps = Vec::new();
-        node.ensure_running(&spec, &mut |step| steps.push(step)).unwrap();
-        assert_eq!(steps.first(), Some(&StartStep::Root));
-        assert_eq!(steps.last(), Some(&StartStep::Session));
+    with_machines(|host| with_small_homes(host, |small| runs_and_is_adopted(host, small)));
+}
 
-        // The image's programs on a kernel of its own, as the image's user.
-        let host_kernel = rustix::system::uname().release().to_string_lossy().into_owned();
-        let about = said(&node, id, "id -u; hostname; uname -r; cat /sys/class/net/eth0/address; ls -A ~ | wc -l");
-        let lines: Vec<_> = about.lines().collect();
-        assert_eq!(lines[..2], ["1000", "desk-1"], "{about}");
-        assert_ne!(lines[2], host_kernel);
-        let port = node.network(id, &[]).unwrap().expect("it has a port");
-        assert_eq!(lines[3], port.mac.to_string());
-        assert!(lines[4].parse::<u32>().unwrap() > 0, "the skeleton is in the new home: {about}");
-        let heard = said(&node, id, &format!("ip -4 -o addr show eth0 2>/dev/null || hostname -I; echo {}", port.ipv4));
-        assert!(heard.contains(&port.ipv4.to_string()), "{heard}");
-        let stats = node.stats(id).unwrap();
-        assert!(stats.memory.is_some_and(|memory| memory.total > 900 << 20), "{stats:?}");
+fn runs_and_is_adopted(host: &Host, small: &Small) {
+    let (mut config, spec) = (config(host), machine(host, 1));
+    let id = spec.id;
+    let node = Node::open(config.clone()).unwrap();
+    let mut steps = Vec::new();
+    node.ensure_running(&spec, &mut |step| steps.push(step)).unwrap();
+    assert_eq!(steps.first(), Some(&StartStep::Root));
+    assert_eq!(steps.last(), Some(&StartStep::Session));
 
-        let display = node.attach(id, RFB, &mut drop).unwrap();
-        assert_eq!(greeting(display.stream()), "RFB 003.008\n");
-        said(&node, id, "echo kept > ~/mark; echo here > /tmp/mark; sync");
-        let (exit, _) = run(&node, id, true, "echo system > /etc/mark; sync");
-        assert_eq!(exit, Exit::Code(0));
+    // The image's programs on a kernel of its own, as the image's user.
+    let host_kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+    let about = said(&node, id, "id -u; hostname; uname -r; cat /sys/class/net/eth0/address; ls -A ~ | wc -l");
+    let lines: Vec<_> = about.lines().collect();
+    assert_eq!(lines[..2], ["1000", "desk-1"], "{about}");
+    assert_ne!(lines[2], host_kernel);
+    let port = node.network(id, &[]).unwrap().expect("it has a port");
+    assert_eq!(lines[3], port.mac.to_string());
+    assert!(lines[4].parse::<u32>().unwrap() > 0, "the skeleton is in the new home: {about}");
+    let heard = said(&node, id, &format!("ip -4 -o addr show eth0 2>/dev/null || hostname -I; echo {}", port.ipv4));
+    assert!(heard.contains(&port.ipv4.to_string()), "{heard}");
+    let stats = node.stats(id).unwrap();
+    assert!(stats.memory.is_some_and(|memory| memory.total > 900 << 20), "{stats:?}");
 
-        drop(display);
-        expect_version(&node, &spec);
+    let display = node.attach(id, RFB, &mut drop).unwrap();
+    assert_eq!(greeting(display.stream()), "RFB 003.008\n");
+    said(&node, id, "echo kept > ~/mark; echo here > /tmp/mark; sync");
+    let (exit, _) = run(&node, id, true, "echo system > /etc/mark; sync");
+    assert_eq!(exit, Exit::Code(0));
 
-        // The node dies; the machine runs on, even at rest, and is taken over.
-        drop(node);
-        config.rest_after = Duration::ZERO;
-        let node = Node::open(config.clone()).unwrap();
-        assert_eq!(node.status(id).state, DesktopState::Running);
-        assert_eq!(said(&node, id, "cat /tmp/mark"), "here\n");
-        wait_for_rest(&node, id);
-        assert!(stands_still(config.instance, id));
-        drop(node);
-        let node = Node::open(config).unwrap();
-        assert_eq!(node.status(id).state, DesktopState::Running);
-        let display = node.attach(id, RFB, &mut drop).unwrap();
-        assert_eq!(greeting(display.stream()), "RFB 003.008\n");
+    drop(display);
+    let node = fill(small, node, &config, id);
+    expect_version(&node, &spec);
 
-        // What was written is there after a stop; what was in memory is not.
-        node.stop(id, Duration::from_secs(10)).unwrap();
-        assert_eq!(display.end_reason(), EndReason::Stopped);
-        assert_eq!(node.status(id).state, DesktopState::Stopped);
-        node.ensure_running(&spec, &mut |_| {}).unwrap();
-        assert_eq!(said(&node, id, "cat ~/mark /etc/mark; test ! -e /tmp/mark"), "kept\nsystem\n");
-        expect_none_of_the_dead(&node, id);
-        node.remove(id).unwrap();
-        node.shut_down(Duration::ZERO).unwrap();
-    });
+    // The node dies; the machine runs on, even at rest, and is taken over.
+    drop(node);
+    config.rest_after = Duration::ZERO;
+    let node = Node::open(config.clone()).unwrap();
+    assert_eq!(node.status(id).state, DesktopState::Running);
+    assert_eq!(said(&node, id, "cat /tmp/mark"), "here\n");
+    wait_for_rest(&node, id);
+    assert!(stands_still(config.instance, id));
+    drop(node);
+    let node = Node::open(config).unwrap();
+    assert_eq!(node.status(id).state, DesktopState::Running);
+    let display = node.attach(id, RFB, &mut drop).unwrap();
+    assert_eq!(greeting(display.stream()), "RFB 003.008\n");
+
+    // What was written is there after a stop; what was in memory is not.
+    node.stop(id, Duration::from_secs(10)).unwrap();
+    assert_eq!(display.end_reason(), EndReason::Stopped);
+    assert_eq!(node.status(id).state, DesktopState::Stopped);
+    node.ensure_running(&spec, &mut |_| {}).unwrap();
+    assert_eq!(said(&node, id, "cat ~/mark /etc/mark; test ! -e /tmp/mark"), "kept\nsystem\n");
+    expect_none_of_the_dead(&node, id);
+    node.stop(id, Duration::ZERO).unwrap();
+    small.close();
+    node.remove(id).unwrap();
+    node.shut_down(Duration::ZERO).unwrap();
 }
 
 /// What tells a machine from others, as its programs see it, once it has its

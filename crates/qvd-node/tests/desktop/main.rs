@@ -3,6 +3,7 @@
 
 mod commit;
 mod confine;
+mod full;
 mod home;
 mod machine;
 mod tenants;

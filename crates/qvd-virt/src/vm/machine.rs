@@ -265,7 +265,7 @@ impl Vm {
     /// QEMU refuses or is gone.
     pub fn resume(&mut self) -> Result<(), Error> {
         self.call(&Cont)?;
-        self.settle()
+        self.catch_up().map(drop)
     }
 
     /// Lets its processors stand still.
@@ -274,15 +274,18 @@ impl Vm {
     /// QEMU refuses or is gone.
     pub fn pause(&mut self) -> Result<(), Error> {
         self.call(&Stop)?;
-        self.settle()
+        self.catch_up().map(drop)
     }
 
-    /// Takes note of the events that came with an answer.
-    fn settle(&mut self) -> Result<(), Error> {
+    /// Takes note of all events that have come, without waiting, and says what it does.
+    ///
+    /// # Errors
+    /// What came is not QMP. That QEMU has ended is seen by [`Vm::wait`].
+    pub fn catch_up(&mut self) -> Result<VmState, Error> {
         loop {
             match self.control.event(Duration::ZERO) {
                 Ok(Some(event)) => self.note(&event),
-                Ok(None) | Err(QmpError::Closed) => return Ok(()),
+                Ok(None) | Err(QmpError::Closed) => return Ok(self.state),
                 Err(source) => return Err(self.failed(source)),
             }
         }

@@ -19,6 +19,7 @@ mod machine;
 mod memory;
 mod plug;
 mod qmp;
+mod room;
 mod sockets;
 mod spec;
 mod template;

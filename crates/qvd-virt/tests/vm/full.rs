@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use qvd_core::Bytes;
 use qvd_sys::mount::{FsContext, Restrictions};
 use qvd_virt::{
     Error,
@@ -94,7 +95,10 @@ fn a_machine_whose_disk_cannot_grow_stands_still_and_goes_on_when_there_is_room(
         // Whoever adopts it is told too.
         let mut guest = guest.adopted_asleep(guests);
         assert_eq!(guest.vm.state(), VmState::Full);
+        let room = || guest.vm.room().unwrap().unwrap();
+        assert!(room() < Bytes::mib(1), "{}", room());
         small.make_room();
+        assert!(room() >= Bytes::mib(4), "{}", room());
         guest.vm.resume().unwrap();
         assert_eq!(guest.vm.state(), VmState::Running);
         guest.reconnect();
