@@ -35,12 +35,14 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod attributes;
 mod bridges;
 mod drops;
 mod elements;
 mod error;
 mod explain;
 mod filter;
+mod flows;
 mod guard;
 mod identity;
 mod kept;

@@ -26,6 +26,7 @@ use crate::{
     Error, Mac, Port, PortSpec, TapSpec, TeardownErrors,
     bridges::{self, Bridges},
     filter::{self, Filter, Notes},
+    flows::Flows,
     leases::Leases,
     mend::Record,
     netlink::Netlink,
@@ -56,6 +57,8 @@ pub(crate) struct Inner {
     netns: OwnedFd,
     route: Mutex<Netlink>,
     pub(crate) filter: Box<dyn Filter>,
+    /// On a network with a way out, which alone tracks connections.
+    flows: Option<Flows>,
     pub(crate) pool: Mutex<Pool>,
     /// The ports that this process has open.
     pub(crate) open: Mutex<BTreeMap<DesktopId, Record>>,
@@ -138,6 +141,7 @@ impl Network {
         let own: Vec<_> = bridges::all(config.instance, &mut route)?.iter().map(|link| link.index).collect();
         refuse_clash(&mut route, &config, &own)?;
         let filter = filter::open(&config, netns.as_fd())?;
+        let flows = config.internet.then(|| Flows::open(&config)).transpose()?;
         let opened = Self::establish(config, without, &mut route, &*filter);
         let (bridges, notes) = opened.inspect_err(|_| {
             if old.is_none() {
@@ -152,7 +156,7 @@ impl Network {
         let responders = Mutex::default();
         let (bridge, bridges) = (bridges.first(), Mutex::new(bridges));
         let inner =
-            Inner { config, bridge, bridges, netns, route, filter, pool, open, cut, responders, notes, without };
+            Inner { config, bridge, bridges, netns, route, filter, flows, pool, open, cut, responders, notes, without };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -269,6 +273,7 @@ impl Network {
             errors.push(error);
             Vec::new()
         });
+        errors.extend(self.inner.flows().and_then(|flows| flows.end(&addresses).err()));
         let mut bridges = lock(&self.inner.bridges);
         let all = bridges.indices();
         let mut route = self.inner.route();
@@ -301,7 +306,8 @@ impl Network {
         responders.clear();
         drop(responders);
         let closed = netns::in_netns(inner.netns.as_fd(), || remove(inner.config, &mut inner.route(), &*inner.filter));
-        closed.map_err(Error::io("enter the network namespace of", self.bridge_name()))?
+        closed.map_err(Error::io("enter the network namespace of", self.bridge_name()))??;
+        inner.flows().map_or(Ok(()), Flows::end_all)
     }
 }
 
@@ -354,6 +360,11 @@ impl Inner {
         let load = || self.filter.establish(&Rules::of(&self.config, self.notes, &self.without));
         let name = self.config.instance.bridge_name();
         netns::in_netns(self.netns(), load).map_err(Error::io("enter the network namespace of", name))?
+    }
+
+    /// What connection tracking holds, if this network asks it.
+    pub(crate) fn flows(&self) -> Option<&Flows> {
+        self.flows.as_ref().filter(|_| !self.without.contains(&Protection::Flows))
     }
 
     pub(crate) fn route(&self) -> MutexGuard<'_, Netlink> {

@@ -169,6 +169,8 @@ impl<'de> Deserialize<'de> for Subnet {
 pub(crate) struct Pool {
     subnet: Subnet,
     taken: BTreeMap<Ipv4Addr, DesktopId>,
+    /// Who had an address last, since this process began.
+    last: BTreeMap<Ipv4Addr, DesktopId>,
     /// Addresses beside those of the subnet.
     extra: BTreeMap<IpAddr, DesktopId>,
     leases: Leases,
@@ -176,7 +178,7 @@ pub(crate) struct Pool {
 
 impl Pool {
     pub(crate) const fn new(subnet: Subnet, leases: Leases) -> Self {
-        Self { subnet, taken: BTreeMap::new(), extra: BTreeMap::new(), leases }
+        Self { subnet, taken: BTreeMap::new(), last: BTreeMap::new(), extra: BTreeMap::new(), leases }
     }
 
     /// Takes `wanted`, or else the address that the desktop had last, or else the
@@ -228,6 +230,12 @@ impl Pool {
         }
         self.extra.extend(extra.iter().map(|&address| (address, desktop)));
         Ok(())
+    }
+
+    /// Whether the one who had an address before was another desktop. Asked once by
+    /// whoever has taken it.
+    pub(crate) fn was_anothers(&mut self, desktop: DesktopId, address: Ipv4Addr) -> bool {
+        self.last.insert(address, desktop).is_some_and(|by| by != desktop)
     }
 
     /// Gives an address back, if this desktop has it, and those beside it.

@@ -102,6 +102,7 @@ impl Port {
         let mut port = Self::reserve(network, spec.desktop, spec.address, &spec.policy, None)?;
         let made = port.create_tap(spec.header).and_then(|(tap, index)| {
             port.index = Some(index);
+            port.begin()?;
             port.confine(index)?;
             port.answer()?;
             port.raise(index)?;
@@ -165,10 +166,11 @@ impl Port {
             pool.give_back(desktop, address);
             return Err(error);
         }
+        let was_anothers = pool.was_anothers(desktop, address);
         drop(pool);
-        let bridge = bridge.map_or_else(|| network.take_room(), Ok).inspect_err(|_| {
-            lock(&network.pool).give_back(desktop, address);
-        })?;
+        let forgotten = if was_anothers { network.filter.forget_drops(identity.mac) } else { Ok(()) };
+        let room = forgotten.and_then(|()| bridge.map_or_else(|| network.take_room(), Ok));
+        let bridge = room.inspect_err(|_| lock(&network.pool).give_back(desktop, address))?;
         Ok(Self { network: Arc::clone(network), desktop, identity, index: None, bridge, access, open: true })
     }
 
@@ -335,8 +337,10 @@ impl Port {
         network.forget_guest(self.identity.mac);
         let mut errors = Vec::new();
         errors.extend(network.filter.remove(&[self.confined()]).err());
+        let addresses: Vec<_> = self.identity.addresses().collect();
+        errors.extend(network.flows().and_then(|flows| flows.end(&addresses).err()));
         let mut route = network.route();
-        for address in self.identity.addresses() {
+        for address in addresses {
             errors.extend(forget_address(&mut route, network, self.bridge, address).err());
         }
         if let Some(index) = self.index.filter(|_| delete_link || !errors.is_empty()) {

@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DropReason, Error, NetConfig, access::Access, drops::Counted, identity::Identity, rules::Rules};
+use crate::{DropReason, Error, Mac, NetConfig, access::Access, drops::Counted, identity::Identity, rules::Rules};
 
 /// What filters the frames of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -124,6 +124,9 @@ pub(crate) trait Filter: fmt::Debug + Send + Sync {
 
     /// What was dropped of a port, by reason, as far as it is counted.
     fn drops(&self, identity: &Identity) -> Result<BTreeMap<DropReason, u64>, Error>;
+
+    /// Forgets what was dropped of a MAC's owner behind the bridge, for whoever has it next.
+    fn forget_drops(&self, mac: Mac) -> Result<(), Error>;
 
     /// The same of all.
     fn all_drops(&self) -> Result<Counted, Error>;

@@ -346,6 +346,21 @@ impl Filter for Nft {
         Ok(counted.into_iter().filter_map(named).collect())
     }
 
+    fn forget_drops(&self, mac: Mac) -> Result<(), Error> {
+        let behind = DropReason::ALL.into_iter().filter(|reason| reason.is_behind_bridge());
+        let element =
+            |reason: DropReason| Element::new(Family::Inet, DROPPED, rules::dropped_behind_key(mac, reason.mark()));
+        let all: Vec<_> = behind.map(element).collect();
+        let refused = || Error::netlink("forget what was dropped on", &*self.table);
+        let mut netfilter = self.netfilter();
+        let counted = elements::counted(&mut netfilter, &self.table, &all).map_err(refused())?;
+        let there: Vec<_> = counted.into_iter().map(|(key, _)| Element::new(Family::Inet, DROPPED, key)).collect();
+        if there.is_empty() {
+            return Ok(());
+        }
+        elements::remove(&mut netfilter, &self.table, &there).map_err(refused())
+    }
+
     fn all_drops(&self) -> Result<Counted, Error> {
         let mut all = Counted::new();
         for family in [Family::Bridge, Family::Inet] {

@@ -24,6 +24,7 @@ impl Port {
     pub(super) fn make(&mut self, netns: BorrowedFd<'_>) -> Result<(), Error> {
         let (index, peer) = self.create(netns)?;
         self.index = Some(index);
+        self.begin()?;
         self.confine(index)?;
         self.configure_inside(netns, peer)?;
         self.raise(index)
@@ -48,8 +49,17 @@ impl Port {
                 other => drop(other.map_err(Error::netlink("take the limit of", &*self.identity.link))?),
             }
         }
+        // What runs goes on with what it has begun.
+        if let Some(flows) = self.network.flows() {
+            flows.keep(&self.identity);
+        }
         self.confine(index)?;
         self.raise(index)
+    }
+
+    /// Whoever had these addresses before has left nothing.
+    pub(super) fn begin(&self) -> Result<(), Error> {
+        self.network.flows().map_or(Ok(()), |flows| flows.begin(&self.identity))
     }
 
     /// A machine asks for its addresses; a container has them.

@@ -226,6 +226,8 @@ pub(crate) enum Protection {
     IgmpReport,
     /// What goes to a group comes only to its members.
     Members,
+    /// Connections end with their port.
+    Flows,
 }
 
 /// What the rules depend on.

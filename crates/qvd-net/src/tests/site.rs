@@ -11,7 +11,7 @@ use super::{
     vectors,
     world::{Desktop, INSTANCE, came_before, config, heard_before, one_processor, subnet},
 };
-use crate::{Backend, Mac, NetConfig, Network};
+use crate::{Backend, Mac, NetConfig, Network, rules::Protection};
 
 /// Another host there.
 pub(super) const FAR: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
@@ -40,9 +40,14 @@ pub(super) struct Site {
 
 impl Site {
     pub(super) fn new(config: NetConfig, of_a: NetPolicy, of_b: NetPolicy) -> Self {
+        Self::without(config, of_a, of_b, &[])
+    }
+
+    /// The same, where some of what stops desktops is left out.
+    pub(super) fn without(config: NetConfig, of_a: NetPolicy, of_b: NetPolicy, without: &[Protection]) -> Self {
         one_processor();
         let outside = Outside::new();
-        let network = Network::open(config).unwrap();
+        let network = Network::open_without(config, without).unwrap();
         let (a, b) = (Desktop::with(&network, 7, of_a), Desktop::with(&network, 8, of_b));
         wait_for_bridge(&network, &a);
         wait_for_bridge(&network, &b);

@@ -1,28 +1,31 @@
 //! Small stories of a desktop and what is behind its port, told in words that can be
 //! compared: who hears what, as what it arrives, and what is counted.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    os::fd::AsFd as _,
+};
 
 use qvd_core::NetPolicy;
-use qvd_sys::packet::PacketSocket;
+use qvd_sys::{netns, packet::PacketSocket};
 
 use super::{
     frames,
     groups::{GROUP, GROUP6},
-    internet::{OUTSIDE, UPLINK},
+    internet::{OUTSIDE, UPLINK, wait_for_bridge},
     mutation::grown,
     site::{FAR, FAR6, Site, with_names},
     vectors::{link_option, neighbour_discovery, solicited_node, summed},
-    world::{INSTANCE, MARK_LEN, PATIENCE, came_before, heard_before, holds, subnet},
+    world::{Desktop, INSTANCE, MARK_LEN, PATIENCE, came_before, desktop, heard_before, holds, subnet},
 };
-use crate::{Backend, Mac, NetConfig, Subnet6, netlink::Netlink, network::find};
+use crate::{Backend, Mac, NetConfig, PortSpec, Subnet6, netlink::Netlink, network::find};
 
 /// Where programs of the host listen, in both families.
 pub(super) const SERVICE: u16 = 4100;
 /// The address of the second desktop of a site.
 pub(super) const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 9);
 /// Where a program of the desktop answers.
-const INSIDE: u16 = 7000;
+pub(super) const INSIDE: u16 = 7000;
 
 /// Something that is done and seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +58,10 @@ pub(super) enum Story {
 
 /// A site with programs that listen.
 pub(super) struct Stage {
-    site: Site,
+    pub(super) site: Site,
     at_a: PacketSocket,
     programs: [UdpSocket; 2],
-    inside: UdpSocket,
+    pub(super) inside: UdpSocket,
     /// The link address of the host's that outside knows.
     uplink: [u8; 6],
 }
@@ -70,7 +73,10 @@ pub(super) fn gateway6() -> Ipv6Addr {
 impl Stage {
     pub(super) fn new(policy: NetPolicy, beside: NetPolicy) -> Self {
         let config = NetConfig { name_server6: Some(FAR6), ..with_names(Backend::Nft) };
-        let site = Site::new(config, policy, beside);
+        Self::on(Site::new(config, policy, beside))
+    }
+
+    pub(super) fn on(site: Site) -> Self {
         let bridge = find(&mut Netlink::route().unwrap(), &site.network.bridge_name()).unwrap().unwrap().index;
         let four = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, SERVICE)).unwrap();
         four.join_multicast_v4(&GROUP, &subnet().gateway()).unwrap();
@@ -90,6 +96,19 @@ impl Stage {
         let went = stage.site.passing(&mark).pop().unwrap();
         stage.uplink.copy_from_slice(&went[6..12]);
         stage
+    }
+
+    /// Another desktop instead of the first, with its address.
+    pub(super) fn replace(&mut self, number: u32) {
+        let (address, policy) = (self.site.a.port.address(), self.site.a.port.policy().clone());
+        self.site.a.port.close().unwrap();
+        let netns = netns::create().unwrap();
+        let spec = PortSpec { desktop: desktop(number), netns: netns.as_fd(), address: Some(address), policy };
+        let port = self.site.network.attach(&spec).unwrap();
+        self.site.a = Desktop { netns, port };
+        wait_for_bridge(&self.site.network, &self.site.a);
+        (self.site.from_a, self.at_a) = (self.site.a.socket(), self.site.a.socket());
+        self.inside = self.site.a.inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, INSIDE))).unwrap();
     }
 
     /// What a story comes to, in words to be compared.
@@ -182,7 +201,7 @@ impl Stage {
     }
 
     /// Sends a packet to the host from outside, and tells whether the desktop gets it.
-    fn outside_says(&mut self, packet: &(u16, Vec<u8>), mark: &[u8]) -> String {
+    pub(super) fn outside_says(&mut self, packet: &(u16, Vec<u8>), mark: &[u8]) -> String {
         let control = self.site.mark();
         let (ethertype, packet) = packet;
         let outside = Mac::of(INSTANCE, OUTSIDE).octets();
@@ -285,7 +304,7 @@ fn is_notice(frame: &[u8]) -> bool {
 }
 
 /// A datagram that ends with `mark`, behind its ethertype.
-fn datagram((from, port): (IpAddr, u16), (to, at): (IpAddr, u16), mark: &[u8; MARK_LEN]) -> (u16, Vec<u8>) {
+pub(super) fn datagram((from, port): (IpAddr, u16), (to, at): (IpAddr, u16), mark: &[u8; MARK_LEN]) -> (u16, Vec<u8>) {
     match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => (frames::IPV4, [&frames::udp(from, to, (port, at))[..], mark].concat()),
         (IpAddr::V6(from), IpAddr::V6(to)) => {
@@ -297,7 +316,7 @@ fn datagram((from, port): (IpAddr, u16), (to, at): (IpAddr, u16), mark: &[u8; MA
 }
 
 /// Whom a datagram says it is from.
-fn sender(frame: &[u8]) -> (IpAddr, u16) {
+pub(super) fn sender(frame: &[u8]) -> (IpAddr, u16) {
     let port = |at: usize| u16::from_be_bytes(frame[at..at + 2].try_into().unwrap());
     if frame[12..14] == frames::IPV4.to_be_bytes() {
         let ip: [u8; 4] = frame[26..30].try_into().unwrap();

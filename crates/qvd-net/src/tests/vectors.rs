@@ -105,7 +105,9 @@ pub(crate) type Named = (String, Vec<u8>);
 
 /// Every further vector, each under a name.
 pub(crate) fn hostile(cast: &Cast) -> Vec<Named> {
-    [link_layer(cast), internet4(cast), extension_chains(cast), neighbour_spoofs(cast), internet6(cast)].concat()
+    let routers = super::routers::claims(cast);
+    [link_layer(cast), internet4(cast), extension_chains(cast), neighbour_spoofs(cast), internet6(cast), routers]
+        .concat()
 }
 
 /// Frames that are wrong before any address of a packet is looked at.

@@ -28,7 +28,7 @@ use qvd_sys::netns;
 
 use self::{chains::Chains, state::State, text::Text};
 use super::{Confined, Filter, Notes};
-use crate::{DropReason, Error, NetConfig, drops::Counted, identity::Identity, program::Program, rules::Rules};
+use crate::{DropReason, Error, Mac, NetConfig, drops::Counted, identity::Identity, program::Program, rules::Rules};
 
 /// What this back end cannot stop, in words for `qvd doctor`.
 pub(super) const GAPS: &[&str] = &[
@@ -182,6 +182,10 @@ impl Filter for Iptables {
 
     fn drops(&self, _: &Identity) -> Result<BTreeMap<DropReason, u64>, Error> {
         Ok(BTreeMap::new())
+    }
+
+    fn forget_drops(&self, _: Mac) -> Result<(), Error> {
+        Ok(())
     }
 
     fn all_drops(&self) -> Result<Counted, Error> {
