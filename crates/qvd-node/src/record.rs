@@ -97,8 +97,7 @@ impl Records {
     pub(crate) fn write(&self, record: &Record) -> io::Result<()> {
         let dir = self.dir(record.spec.id);
         let mut file = tempfile::NamedTempFile::new_in(&dir)?;
-        serde_json::to_writer(&mut file, record)?;
-        file.flush()?;
+        file.write_all(&serde_json::to_vec(record)?)?;
         file.persist(dir.join("record.json")).map_err(|e| e.error)?;
         Ok(())
     }

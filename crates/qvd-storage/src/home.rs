@@ -1,31 +1,26 @@
 //! Homes: the users' files, kept apart from roots and images.
 
+mod skeleton;
+
 use std::{
-    ffi::CString,
-    fmt,
-    fs::File,
-    io,
+    fmt, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use qvd_core::{Bytes, DesktopId, Missing, UserName};
 use qvd_sys::mount::{self, MountError, Restrictions};
-use rustix::{
-    fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, fchmod, fchown, mkdirat, openat, readlinkat, symlinkat},
-    io::Errno,
-};
+use rustix::{fs::AtFlags, io::Errno};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Image, Quota,
     backend::looped::{self, UNLIMITED, disk::Shape},
-    fsio, quota, trash,
+    fsio,
+    home::skeleton::Fresh,
+    quota,
 };
-
-/// Directories nested deeper than this in a skeleton are not one's idea of a home.
-const SKEL_DEPTH_MAX: usize = 32;
 
 /// Whose home it is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -108,33 +103,49 @@ impl Home {
     /// # Errors
     /// As [`Home::open`]; [`Error::Unsupported`] when a limit would not hold.
     pub fn open_with(path: &Path, image: &Image, options: &HomeOptions) -> Result<Self, Error> {
+        let (home, fresh) = Self::find(path, image, options)?;
+        fresh.map_or(Ok(()), |fresh| fresh.settle().map_err(Error::io("make home", path)))?;
+        Ok(home)
+    }
+
+    fn find(path: &Path, image: &Image, options: &HomeOptions) -> Result<(Self, Option<Fresh>), Error> {
         match options.kind {
             HomeKind::Directory => Self::directory(path, image, options.quota),
-            HomeKind::Loop => Self::file_system(path, image, options.quota),
+            HomeKind::Loop => Ok((Self::file_system(path, image, options.quota)?, None)),
         }
     }
 
     /// The home in a store: in `dir` or `disk`, by its kind. One that is there
-    /// stays of the kind that it was made as, with the limits of then.
-    pub(crate) fn in_store(dir: &Path, disk: &Path, image: &Image, options: &HomeOptions) -> Result<Self, Error> {
+    /// stays of the kind that it was made as, with the limits of then. What it
+    /// holds may have to be brought to disk yet.
+    pub(crate) fn in_store(
+        dir: &Path,
+        disk: &Path,
+        image: &Image,
+        options: &HomeOptions,
+    ) -> Result<(Self, Option<Fresh>), Error> {
         let (own, other) = if options.kind == HomeKind::Loop { (disk, dir) } else { (dir, disk) };
         let there = |path: &Path| path.try_exists().map_err(Error::io("open home", path));
         if there(other)? && !there(own)? {
             let kind = if options.kind == HomeKind::Loop { HomeKind::Directory } else { HomeKind::Loop };
             tracing::info!(home = %other.display(), "a home keeps the kind and the limits that it was made with");
-            return Ok(Self { path: other.to_path_buf(), kind });
+            return Ok((Self { path: other.to_path_buf(), kind }, None));
         }
-        Self::open_with(own, image, options)
+        Self::find(own, image, options)
     }
 
-    fn directory(dir: &Path, image: &Image, quota: Quota) -> Result<Self, Error> {
-        match fsio::open_dir(dir) {
-            Ok(there) if !quota.is_unlimited() => limit_again(&there, dir, quota)?,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => create(dir, image, quota)?,
+    fn directory(dir: &Path, image: &Image, quota: Quota) -> Result<(Self, Option<Fresh>), Error> {
+        let fresh = match fsio::open_dir(dir) {
+            Ok(there) => {
+                if !quota.is_unlimited() {
+                    limit_again(&there, dir, quota)?;
+                }
+                Fresh::found(there, dir, image)?
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(create(dir, image, quota)?),
             Err(error) => return Err(Error::io("open home", dir)(error)),
-        }
-        Ok(Self { path: dir.to_path_buf(), kind: HomeKind::Directory })
+        };
+        Ok((Self { path: dir.to_path_buf(), kind: HomeKind::Directory }, fresh))
     }
 
     fn file_system(path: &Path, image: &Image, quota: Quota) -> Result<Self, Error> {
@@ -222,7 +233,7 @@ fn limit_again(there: &OwnedFd, dir: &Path, quota: Quota) -> Result<(), Error> {
 }
 
 /// Makes a home beside its place and renames it there: it is whole or absent.
-fn create(dir: &Path, image: &Image, quota: Quota) -> Result<(), Error> {
+fn create(dir: &Path, image: &Image, quota: Quota) -> Result<Fresh, Error> {
     let io = |op| Error::io(op, dir);
     let parent = dir.parent().unwrap_or(Path::new("/"));
     let scratch = tempfile::Builder::new().prefix(".new-").tempdir_in(parent).map_err(io("make home"))?;
@@ -232,15 +243,16 @@ fn create(dir: &Path, image: &Image, quota: Quota) -> Result<(), Error> {
         let marked = rustix::fs::fsetxattr(&target, LIMITED, b"1", rustix::fs::XattrFlags::empty());
         marked.map_err(Error::io("limit home", dir))?;
     }
-    fill(&target, dir, image)?;
-    publish(scratch.path(), dir, parent).map_err(io("make home"))?;
+    skeleton::supply(&target, dir, image)?;
+    let fresh = Fresh::mark(target, dir, image)?;
+    publish(scratch.path(), dir).map_err(io("make home"))?;
     // The directory is gone from its temporary name, which is not an error.
     if let Err(error) = scratch.close()
         && error.kind() != io::ErrorKind::NotFound
     {
         tracing::warn!(home = %dir.display(), %error, "temporary home left behind");
     }
-    Ok(())
+    Ok(fresh)
 }
 
 /// As [`create`], in a file system of its own.
@@ -257,92 +269,20 @@ fn create_disk(path: &Path, image: &Image, shape: Shape) -> Result<(), Error> {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => return Err(io("make home")(io::Error::from(error))),
         }
-        fill(&top, path, image)?;
+        skeleton::supply(&top, path, image)?;
+        rustix::fs::syncfs(&top).map_err(|error| io("make home")(error.into()))?;
     }
     scratch.as_file().sync_all().map_err(io("make home"))?;
-    publish(scratch.path(), path, parent).map_err(io("make home"))
+    publish(scratch.path(), path).and_then(|()| fsio::sync_dir(parent)).map_err(io("make home"))
 }
 
 /// Gives a finished home its name, unless somebody was quicker and made the same.
-fn publish(made: &Path, name: &Path, parent: &Path) -> io::Result<()> {
+fn publish(made: &Path, name: &Path) -> io::Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     match renameat_with(CWD, made, CWD, name, RenameFlags::NOREPLACE) {
         Err(Errno::EXIST) => Ok(()),
         // A network file system may not know that; what is there has then to be seen first.
         Err(Errno::INVAL | Errno::NOSYS) if !name.try_exists()? => std::fs::rename(made, name),
         other => Ok(other?),
-    }?;
-    fsio::sync_dir(parent)
-}
-
-/// Fills an empty home with the image's skeleton and gives it to its user.
-fn fill(target: &OwnedFd, name: &Path, image: &Image) -> Result<(), Error> {
-    let io = |op| {
-        move |error: io::Error| match Errno::from_io_error(&error) {
-            Some(Errno::PERM | Errno::ACCESS) => {
-                let missing = Missing::Filesystem(
-                    "owners that root may choose (a server that squashes root?); make the directory there, for its user"
-                        .to_owned(),
-                );
-                Error::Unsupported { op: "give a home to its user", missing }
-            }
-            _ => Error::io(op, name)(error),
-        }
-    };
-    let user = &image.config().user;
-    let owner = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    let tree = image.base().open()?;
-    match fsio::open_dir_below(&tree, "etc/skel") {
-        Ok(skel) => copy(skel.as_fd(), target.as_fd(), owner, 0).map_err(io("fill home"))?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(Error::io("read /etc/skel for home", name)(error)),
     }
-    let finish = || -> io::Result<()> {
-        fchown(target, Some(owner.0), Some(owner.1))?;
-        fchmod(target, Mode::from_raw_mode(0o700))?;
-        Ok(rustix::fs::syncfs(target)?)
-    };
-    finish().map_err(io("make home"))
-}
-
-/// Copies directories, files and links; links as such, and nothing else at all.
-fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>, owner: (Uid, Gid), depth: usize) -> io::Result<()> {
-    if depth > SKEL_DEPTH_MAX {
-        return Err(io::Error::other("/etc/skel is nested too deeply"));
-    }
-    for (name, kind) in trash::list(from)? {
-        let name: &CString = &name;
-        match kind {
-            FileType::Directory => {
-                mkdirat(to, name, Mode::RWXU)?;
-                let (source, target) = (fsio::open_dir_below(from, name)?, fsio::open_dir_below(to, name)?);
-                copy(source.as_fd(), target.as_fd(), owner, depth + 1)?;
-                give(&target, &source, owner)?;
-            }
-            FileType::RegularFile => {
-                let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                let source = openat(from, name, OFlags::RDONLY | flags, Mode::empty())?;
-                let target = openat(to, name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | flags, Mode::RUSR)?;
-                let (mut source, mut target) = (File::from(source), File::from(target));
-                io::copy(&mut source, &mut target)?;
-                give(&target, &source, owner)?;
-            }
-            FileType::Symlink => {
-                let link = readlinkat(from, name, Vec::new())?;
-                symlinkat(&link, to, name)?;
-                rustix::fs::chownat(to, name, Some(owner.0), Some(owner.1), AtFlags::SYMLINK_NOFOLLOW)?;
-            }
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-/// Gives a copy to its owner, with the mode of what it was copied from less
-/// the set-id bits.
-fn give(target: impl AsFd, source: impl AsFd, owner: (Uid, Gid)) -> io::Result<()> {
-    let mode = rustix::fs::fstat(source)?.st_mode;
-    fchown(&target, Some(owner.0), Some(owner.1))?;
-    fchmod(&target, Mode::from_raw_mode(mode & 0o777))?;
-    Ok(())
 }

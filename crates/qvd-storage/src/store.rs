@@ -308,7 +308,11 @@ impl Store {
             let parent = path.parent().unwrap_or(&self.root);
             fsio::ensure_private_dir(parent).map_err(Error::io("use", parent))?;
         }
-        Home::in_store(&dir, &disk, image, options)
+        let (home, fresh) = Home::in_store(&dir, &disk, image, options)?;
+        if let Some(fresh) = fresh {
+            self.trash.later(move || fresh.settle_or_say());
+        }
+        Ok(home)
     }
 
     /// Removes a home and everything in it. Removing what is not there is `Ok`.

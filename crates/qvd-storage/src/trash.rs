@@ -31,11 +31,9 @@ pub(crate) struct Trash {
 }
 
 /// What the thread in the background is told to do.
-#[derive(Debug)]
 enum Work {
     Empty,
-    /// Mounts to close, which waits for every processor.
-    Close(Vec<OwnedFd>),
+    Other(Box<dyn FnOnce() + Send>),
 }
 
 #[derive(Debug)]
@@ -73,7 +71,7 @@ impl Trash {
                                 tracing::warn!(%error, "cannot delete what is in the trash; trying again at the next removal");
                             }
                         }
-                        Work::Close(mounts) => drop(mounts),
+                        Work::Other(work) => work(),
                     }
                     match told.recv() {
                         Ok(next) => work = next,
@@ -129,7 +127,13 @@ impl Trash {
     /// the kernel to be sure that nobody looks into them (`synchronize_rcu_expedited`
     /// in Linux `fs/namespace.c`, `namespace_unlock`).
     pub(crate) fn close_later(&self, mounts: Vec<OwnedFd>) {
-        self.tell(Work::Close(mounts));
+        self.later(move || drop(mounts));
+    }
+
+    /// Does something for which nobody waits, in the thread that deletes. It is
+    /// forgotten when the trash is closed before.
+    pub(crate) fn later(&self, work: impl FnOnce() + Send + 'static) {
+        self.tell(Work::Other(Box::new(work)));
     }
 
     /// As [`Trash::discard`], with the name `entry` in the trash, which says what

@@ -8,7 +8,7 @@ use std::{
     fs, io,
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use qvd_core::{Bytes, DesktopId, UidRange};
@@ -98,6 +98,77 @@ fn a_home_with_a_file_system_of_its_own_is_kept_and_cannot_hold_more_than_it_may
         drop(store);
         fs::remove_dir_all(dir.path().join("store")).unwrap();
         census.assert_unchanged();
+    });
+}
+
+/// On a home of which not all is known to be on disk: the boot that made it.
+const FRESH: &str = "trusted.qvd.fresh";
+
+/// Waits until all of a home is known to be on disk.
+fn settled(home: &Path) {
+    let fresh = || rustix::fs::getxattr(home, FRESH, &mut [0_u8; 64]).is_ok();
+    let began = Instant::now();
+    while fresh() {
+        assert!(began.elapsed() < LIMIT, "it stays fresh");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_new_home_cut_short_by_a_power_failure_gets_its_skeleton_again_and_keeps_what_its_user_made() {
+    privileged(NEEDS, || {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let mut skeleton = |tree: &Path| {
+            fill(tree)?;
+            fs::create_dir_all(tree.join("etc/skel/.config/empty"))?;
+            for name in [".cut", ".gone", ".own", ".odd", ".config/deep"] {
+                fs::write(tree.join("etc/skel").join(name), "as in the skeleton")?;
+            }
+            std::os::unix::fs::symlink(".cut", tree.join("etc/skel/.link"))
+        };
+        let image = store.import(tiny().config().clone(), &mut skeleton).unwrap();
+        let home = store.home(&whose(), &image).unwrap().dir().to_path_buf();
+        settled(&home);
+        let tell = |when: &str| rustix::fs::setxattr(&home, FRESH, when.as_bytes(), rustix::fs::XattrFlags::empty());
+        let damage = || {
+            fs::write(home.join(".cut"), "as in").unwrap();
+            fs::write(home.join(".config/deep"), "").unwrap();
+            fs::remove_file(home.join(".gone")).unwrap();
+            fs::remove_file(home.join(".link")).unwrap();
+            fs::remove_dir(home.join(".config/empty")).unwrap();
+        };
+        // What a desktop's user may have made of it meanwhile.
+        fs::write(home.join(".own"), "mine").unwrap();
+        fs::remove_file(home.join(".odd")).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, home.join(".odd"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+
+        // In the same boot nothing was lost: the user did it.
+        damage();
+        tell(&qvd_sys::process::boot_id().unwrap()).unwrap();
+        store.home(&whose(), &image).unwrap();
+        settled(&home);
+        assert_eq!(fs::read_to_string(home.join(".cut")).unwrap(), "as in");
+        assert!(!home.join(".gone").exists());
+
+        tell("of another boot").unwrap();
+        store.home(&whose(), &image).unwrap();
+        for name in [".cut", ".gone", ".link", ".config/deep"] {
+            assert_eq!(fs::read_to_string(home.join(name)).unwrap(), "as in the skeleton", "{name}");
+            assert_eq!(fs::symlink_metadata(home.join(name)).unwrap().uid(), 1000, "{name}");
+        }
+        assert!(home.join(".config/empty").is_dir());
+        assert_eq!(fs::read_to_string(home.join(".own")).unwrap(), "mine");
+        assert_eq!(fs::symlink_metadata(home.join(".odd")).unwrap().mode() >> 12, 0o1, "a fifo");
+        settled(&home);
+        // Once it is settled, it is the user's alone.
+        damage();
+        store.home(&whose(), &image).unwrap();
+        assert!(!home.join(".gone").exists());
+        // Where nobody can wait for it, it is on disk when it is there.
+        let other = dir.path().join("other");
+        Home::open(&other, &image).unwrap();
+        assert!(rustix::fs::getxattr(&other, FRESH, &mut [0_u8; 64]).is_err());
     });
 }
 
