@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::AsFd,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,7 +24,7 @@ use crate::{
 /// Source: Linux `include/uapi/linux/netfilter/nfnetlink.h`, `NFNLGRP_NFTABLES`.
 const NFNLGRP_NFTABLES: u32 = 7;
 
-/// End of a transaction, and whose it was.
+/// End of a transaction, and the thread whose it was.
 ///
 /// Source: Linux `include/uapi/linux/netfilter/nf_tables.h`, `NFT_MSG_NEWGEN`,
 /// `NFTA_GEN_PROC_PID`; the upper octet is `NFNL_SUBSYS_NFTABLES`.
@@ -71,7 +72,7 @@ impl Guard {
     }
 }
 
-fn listen() -> io::Result<Socket> {
+pub(crate) fn listen() -> io::Result<Socket> {
     let mut socket = Socket::new(protocols::NETLINK_NETFILTER)?;
     socket.bind(&SocketAddr::new(0, 0))?;
     socket.add_membership(NFNLGRP_NFTABLES)?;
@@ -97,7 +98,7 @@ fn watch(inner: &Inner, changes: &Socket, end: &End, interval: Duration, report:
 }
 
 /// Takes every message there is. What was lost may have been anybody's.
-fn changed_by_others(changes: &Socket) -> io::Result<bool> {
+pub(crate) fn changed_by_others(changes: &Socket) -> io::Result<bool> {
     let (mut others, mut buffer) = (false, vec![0; 64 * 1024]);
     loop {
         match rustix::net::recv(changes.as_fd(), buffer.as_mut_slice(), RecvFlags::empty()) {
@@ -115,7 +116,10 @@ fn is_of_others(datagram: &[u8]) -> bool {
     crate::netlink::messages(datagram).any(|(header, message)| {
         let attributes = message.get(crate::netlink::HEADER_LEN + 4..).unwrap_or_default();
         let mut attributes = NlasIterator::new(attributes).filter_map(Result::ok);
-        let of_us = |value: &[u8]| value.try_into().is_ok_and(|pid| u32::from_be_bytes(pid) == std::process::id());
+        // What the kernel calls the process is a thread (`nf_tables_fill_gen_info` in Linux
+        // `net/netfilter/nf_tables_api.c`): any of ours.
+        let is_ours = |thread: u32| Path::new(&format!("/proc/self/task/{thread}")).exists();
+        let of_us = |value: &[u8]| value.try_into().is_ok_and(|thread| is_ours(u32::from_be_bytes(thread)));
         header.kind == NEW_GENERATION
             && !attributes.any(|attribute| attribute.kind() == GENERATION_PID && of_us(attribute.value()))
     })

@@ -10,7 +10,7 @@ use std::{
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
 
 use super::world::{Desktop, INSTANCE, PATIENCE, World, config, on_a_host};
-use crate::{Backend, Error, Mended, NetConfig, Network, links, netlink::Netlink, rules};
+use crate::{Backend, Error, Mended, NetConfig, Network, guard, links, netlink::Netlink, rules};
 
 fn tool(program: &str, args: &[&str]) {
     let status = Command::new(program).args(args).status().unwrap();
@@ -73,6 +73,21 @@ fn flushed_rules_are_back_without_being_asked_for() {
         world.connect();
         let reached = world.reached_by(world.hostile());
         assert!(reached.is_empty(), "{reached:?}");
+    });
+}
+
+/// Reading all rules back takes longer the more ports there are: it must not follow
+/// each start and stop of a desktop, whichever thread of this process does it.
+#[test]
+fn what_this_process_changes_is_not_what_others_change() {
+    on_a_host(|| {
+        let network = Network::open(config()).unwrap();
+        let changes = guard::listen().unwrap();
+        let desktop = Desktop::new(&network, 7, false);
+        drop(desktop);
+        assert!(!guard::changed_by_others(&changes).unwrap());
+        tool("nft", &["add", "table", "ip", "another"]);
+        assert!(guard::changed_by_others(&changes).unwrap());
     });
 }
 
