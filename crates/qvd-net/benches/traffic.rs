@@ -5,7 +5,10 @@
 //! filter. They take turns of some milliseconds, many times, so that whatever else
 //! the machine does is shared by all; medians count, and beside the time that
 //! passed, the processor time of who sends: a frame is filtered in the context of its
-//! sender. Takes the number of other desktops as its argument, 400 without.
+//! sender. Arguments: the number of other desktops, 400 without; and a word, to measure
+//! only what begins with it. Two others stand beside each measure: no
+//! rules at all, and NAT with the connection tracking that it needs, which gives desktops
+//! their way out and confines nobody.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod bed;
@@ -46,6 +49,7 @@ enum Filter {
 
 /// A host with two desktops, others beside them, and an outside.
 struct Lane {
+    filter: Filter,
     name: String,
     desktops: Vec<(Port, OwnedFd)>,
     outside: Outside,
@@ -65,6 +69,7 @@ struct Turn {
 
 fn main() -> Outcome {
     let others = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(400);
+    let word = std::env::args().skip(1).find(|arg| !arg.starts_with('-') && arg.parse::<u32>().is_err());
     if let Err(error) = netns::create() {
         eprintln!("SKIPPED: cannot make a network namespace: {error}");
         return Ok(());
@@ -78,7 +83,10 @@ fn main() -> Outcome {
         (Filter::Ours(Backend::Iptables), 0),
         (Filter::Ours(Backend::Iptables), others),
     ];
-    let lanes: Vec<_> = lanes.into_iter().map(|(filter, others)| Lane::new(filter, others)).collect::<Outcome<_>>()?;
+    let is_meant =
+        |&(filter, others): &(Filter, u32)| word.as_ref().is_none_or(|word| filter.name(others).starts_with(&**word));
+    let lanes = lanes.into_iter().filter(is_meant).map(|(filter, others)| Lane::new(filter, others));
+    let lanes: Vec<_> = lanes.collect::<Outcome<_>>()?;
     for way in ["between two ports", "to the outside"] {
         let mut turns: Vec<Vec<Turn>> = lanes.iter().map(|_| Vec::new()).collect();
         for _ in 0..ROUNDS {
@@ -86,40 +94,55 @@ fn main() -> Outcome {
                 turns.push(lane.turn(way == "to the outside")?);
             }
         }
-        let medians: Vec<_> = turns.iter().map(|turns| median(turns)).collect();
-        let Some(plain) = medians.first().copied() else { continue };
-        println!("{way}, medians of {ROUNDS}, and beside no rules:");
-        for (lane, turn) in lanes.iter().zip(medians) {
+        let medians: Vec<_> = lanes.iter().zip(turns.iter().map(|turns| median(turns))).collect();
+        println!("{way}, medians of {ROUNDS}; and beside no rules, beside NAT alone:");
+        for (lane, turn) in &medians {
+            let beside = |measure: fn(&Turn) -> f64| {
+                let of = |filter| medians.iter().find(|(lane, _)| lane.filter == filter).map(|(_, turn)| measure(turn));
+                let ratio = |other: Option<f64>| {
+                    other.map_or_else(|| "-".to_owned(), |other| format!("{:.2}", measure(turn) / other))
+                };
+                format!("({}, {})", ratio(of(Filter::None)), ratio(of(Filter::NatAlone)))
+            };
             println!(
-                "  {}: {:.2} Gbit/s ({:.2}), {:.0} packets/s ({:.2}), {:.0} ns of processor a packet ({:.2}), round trip {:.1} us ({:.2})",
+                "  {}: {:.2} Gbit/s {}, {:.0} packets/s {}, {:.0} ns of processor a packet {}, round trip {:.1} us {}",
                 lane.name,
                 turn.gbit_s,
-                turn.gbit_s / plain.gbit_s,
+                beside(|turn| turn.gbit_s),
                 turn.packets_s,
-                turn.packets_s / plain.packets_s,
+                beside(|turn| turn.packets_s),
                 turn.packet_cpu_ns,
-                turn.packet_cpu_ns / plain.packet_cpu_ns,
+                beside(|turn| turn.packet_cpu_ns),
                 turn.trip_us,
-                turn.trip_us / plain.trip_us
+                beside(|turn| turn.trip_us),
             );
         }
     }
     Ok(())
 }
 
+impl Filter {
+    fn name(self, others: u32) -> String {
+        match self {
+            Self::None => "no rules".to_owned(),
+            Self::NatAlone => "NAT alone".to_owned(),
+            Self::Ours(backend) => format!("{backend}, {others} others"),
+            Self::Linear => format!("linear nft, {others} others"),
+        }
+    }
+}
+
 impl Lane {
     fn new(filter: Filter, others: u32) -> Outcome<Self> {
         let host = netns::create()?;
         let made = netns::in_netns(host.as_fd(), || Self::here(filter, others))?;
-        let (name, network, desktops, others, outside) = made?;
-        Ok(Self { name, desktops, outside, _network: network, _others: others, _host: host })
+        let name = filter.name(others);
+        let (network, desktops, others, outside) = made?;
+        Ok(Self { filter, name, desktops, outside, _network: network, _others: others, _host: host })
     }
 
     #[expect(clippy::type_complexity, reason = "parts of one struct")]
-    fn here(
-        filter: Filter,
-        others: u32,
-    ) -> Outcome<(String, Network, Vec<(Port, OwnedFd)>, Vec<(Port, OwnedFd)>, Outside)> {
+    fn here(filter: Filter, others: u32) -> Outcome<(Network, Vec<(Port, OwnedFd)>, Vec<(Port, OwnedFd)>, Outside)> {
         let backend = if let Filter::Ours(backend) = filter { backend } else { Backend::Nft };
         let config = NetConfig { internet: true, backend, ..NetConfig::new(Instance::new(0xbe4f)) };
         let network = Network::open(config)?;
@@ -143,20 +166,15 @@ impl Lane {
             let table = "qvd-be4f";
             shell(&format!("for family in bridge inet arp; do nft delete table $family {table}; done"))?;
         }
-        let name = match filter {
-            Filter::None => "no rules".to_owned(),
-            Filter::NatAlone => {
-                input("nft", &["-f", "-"], NAT_ALONE)?;
-                "NAT alone".to_owned()
-            }
+        match filter {
+            Filter::NatAlone => input("nft", &["-f", "-"], NAT_ALONE)?,
             Filter::Linear => {
                 let links: Vec<_> = desktops.iter().map(|(port, _)| port.link().to_owned()).collect();
                 input("nft", &["-f", "-"], &linear(&links, others))?;
-                format!("linear nft, {others} others")
             }
-            Filter::Ours(backend) => format!("{backend}, {others} others"),
-        };
-        Ok((name, network, desktops, beside, outside))
+            Filter::None | Filter::Ours(_) => {}
+        }
+        Ok((network, desktops, beside, outside))
     }
 
     fn turn(&self, to_outside: bool) -> Outcome<Turn> {
