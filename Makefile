@@ -30,19 +30,24 @@ demo: build init $(STAMP)/demo-tools
 build: $(STAMP)/build-tools $(STAMP)/web
 	cargo build --locked --release -p qvd-bin -p qvd-demo
 
-test: init image browser bed disk $(STAMP)/test-tools
+# Built with other features, the same libraries are compiled once more: all that
+# is tested is built by one command.
+TESTED := --locked --workspace --features qvd-libvirt/libvirt
+BUILD_QVD = cargo build --locked -p qvd-bin
+test: BUILD_QVD = cargo nextest run $(TESTED) --no-run
+
+test: init $(STAMP)/test-tools image browser bed disk
 	QVD_TEST_PRIVILEGED=1 QVD=$(T)/debug/qvd QVD_TEST_STORE=$(STORE) QVD_INIT=$(INIT) \
-		cargo nextest run --locked --workspace --profile ci
-	QVD_TEST_PRIVILEGED=1 QVD_INIT=$(INIT) cargo nextest run --locked -p qvd-libvirt --features libvirt --profile ci
-	cargo test --locked --workspace --doc
-	cargo run --locked --example desktop -- $(STORE) $(INIT)
+		cargo nextest run $(TESTED) --profile ci
+	cargo test $(TESTED) --doc
+	$(T)/debug/examples/desktop $(STORE) $(INIT)
 	QVD=$(T)/debug/qvd QVD_INIT=$(INIT) QVD_TEST_STORE=$(STORE) QVD_TEST_OUTPUT=$(T)/browser \
 		node tests/browser/display.mjs
 
 # The tests of one run share one store: an image takes minutes to build. Its
 # recipe decides whether it is built again.
 image: $(STAMP)/image-tools $(STAMP)/web
-	cargo build --locked -p qvd-bin
+	$(BUILD_QVD)
 	$(T)/debug/qvd --root $(STORE) image build recipes/icewm.toml
 
 # A small virtual machine for tests of what this host's kernel lacks.

@@ -49,6 +49,10 @@ const SWAP_EACH_BYTES: u64 = 48 << 20;
 
 const MIB: f64 = 1_048_576.0;
 
+/// What a start takes: for its root, for its port, until its init runs, and until
+/// its session is up.
+const STEPS: [&str; 4] = ["root", "port", "init", "session"];
+
 struct Options {
     store: PathBuf,
     init: PathBuf,
@@ -147,7 +151,8 @@ fn fill(
         let began = Instant::now();
         let timings = node.ensure_running(&spec, &mut drop).map_err(|error| with_causes(&error))?;
         let session_ms = began.elapsed().as_secs_f64() * 1000.0;
-        starts.push((timings.start_us as f64 / 1000.0, session_ms));
+        let [root, port, init] = [timings.root_us, timings.port_us, timings.start_us].map(|us| us as f64 / 1000.0);
+        starts.push([root, port, init, session_ms]);
         if number == 1 || number % (options.count / 40).max(1) == 0 {
             let used_mib = Host::now()?.used_since(&before) / MIB;
             points.push(Point { alive: number, used_mib, session_ms });
@@ -221,19 +226,21 @@ fn frames(options: &Options, node: &Node) -> Outcome<Value> {
     Ok(json!({ name: round(median(&mut first)), "again": round(median(&mut warm)) }))
 }
 
-fn starts_told(starts: &[(f64, f64)]) -> Value {
-    let tail = &starts[starts.len().saturating_sub(10)..];
-    let head = &starts[..starts.len().min(10)];
-    let middle =
-        |part: &[(f64, f64)], of: fn(&(f64, f64)) -> f64| round(median(&mut part.iter().map(of).collect::<Vec<_>>()));
-    json!({
-        "first_init_ms": round(starts[0].0),
-        "first_session_ms": round(starts[0].1),
-        "first_ten_init_ms": middle(head, |start| start.0),
-        "first_ten_session_ms": middle(head, |start| start.1),
-        "last_ten_init_ms": middle(tail, |start| start.0),
-        "last_ten_session_ms": middle(tail, |start| start.1),
-    })
+/// Steps of a start: of the first, and the medians of the first ten and the last ten.
+fn starts_told(starts: &[[f64; STEPS.len()]]) -> Value {
+    let parts = [
+        ("first", &starts[..1]),
+        ("first_ten", &starts[..starts.len().min(10)]),
+        ("last_ten", &starts[starts.len().saturating_sub(10)..]),
+    ];
+    let told = parts.iter().flat_map(|(part, starts)| {
+        let steps = STEPS.iter().enumerate();
+        steps.map(move |(at, step)| {
+            let mut times: Vec<_> = starts.iter().map(|start| start[at]).collect();
+            (format!("{part}_{step}_ms"), json!(round(median(&mut times))))
+        })
+    });
+    Value::Object(told.collect())
 }
 
 fn wait_for_rest(rests: impl Fn() -> bool) -> Outcome<()> {
