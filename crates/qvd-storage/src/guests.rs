@@ -15,7 +15,7 @@ use qvd_core::{Bytes, DesktopId, Digest, RootPolicy};
 
 use crate::{
     BaseDisk, Disk, DiskBackend as _, DiskFormat, DiskId, DiskOptions, Error, Image, Place, Qcow2, RootId, Store, fsio,
-    make_guest_base,
+    make_guest_base, pin,
     program::Program,
     qcow2,
     repository::{CommitId, Repository},
@@ -71,8 +71,9 @@ impl Guests {
         trash.take_temporary(&dir)?;
         for entry in fs::read_dir(&dir).map_err(Error::io("read", &dir))? {
             let entry = entry.map_err(Error::io("read", &dir))?;
-            let image = entry.file_name().to_str().and_then(CommitId::from_hex);
-            if image.is_some_and(|id| !repository.has_commit(id)) {
+            let name = entry.file_name();
+            let image = name.to_str().map(|name| name.strip_suffix(pin::KNOWN_BY).unwrap_or(name));
+            if image.and_then(CommitId::from_hex).is_some_and(|id| !repository.has_commit(id)) {
                 trash.discard(&entry.path())?;
             }
         }
@@ -82,7 +83,10 @@ impl Guests {
     fn base(&self, image: &Image) -> Result<GuestBase, Error> {
         let path = self.dir.join(image.digest().hex());
         let found = || match fs::metadata(&path) {
-            Ok(about) => Ok(Some(GuestBase { path: path.clone(), size: Bytes::new(about.len()) })),
+            Ok(about) => {
+                pin::verify(&path)?;
+                Ok(Some(GuestBase { path: path.clone(), size: Bytes::new(about.len()) }))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io("look at", &path)(error)),
         };
@@ -103,6 +107,7 @@ impl Guests {
             make_guest_base(at.path(), &path)
         });
         let size = made.map_err(Error::io("show an image at", at.path()))??;
+        pin::pin(&path)?;
         Ok(GuestBase { path, size })
     }
 
@@ -127,7 +132,9 @@ impl Guests {
             file.as_file().sync_all().map_err(io("sync"))?;
             file.persist(&path).map_err(|error| io("name")(error.error))?;
             fsio::sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
+            pin::pin(&path)?;
         }
+        pin::verify(&path)?;
         Ok(BaseDisk::new(known_by, path, DiskFormat::Raw))
     }
 
@@ -167,7 +174,8 @@ impl Store {
     /// first call: that takes as long as reading the whole image.
     ///
     /// # Errors
-    /// As [`make_guest_base`], or the image cannot be mounted.
+    /// As [`make_guest_base`], or the image cannot be mounted; [`Error::DamagedPart`] when
+    /// the file is not as it was made.
     pub fn guest_base(&self, image: &Image) -> Result<GuestBase, Error> {
         self.guests().base(image)
     }
@@ -177,8 +185,8 @@ impl Store {
     /// being collected.
     ///
     /// # Errors
-    /// As [`DiskBackend::create`](crate::DiskBackend::create);
-    /// [`Error::Unsupported`] without `mkfs.ext4`.
+    /// As [`DiskBackend::create`](crate::DiskBackend::create); [`Error::Unsupported`]
+    /// without `mkfs.ext4`; [`Error::DamagedPart`] when what is behind it was changed.
     pub fn guest_root(
         &self,
         image: &Image,

@@ -35,6 +35,7 @@ mod guests;
 mod home;
 mod image;
 mod lvm;
+mod pin;
 mod probe;
 mod program;
 mod quota;

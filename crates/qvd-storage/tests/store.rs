@@ -441,6 +441,17 @@ fn a_package_that_does_not_exist_is_named_and_nothing_is_left() {
     });
 }
 
+/// Does something while a byte of a file is another.
+fn change(path: &Path, f: impl FnOnce()) {
+    use std::os::unix::fs::FileExt as _;
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 2000).unwrap();
+    file.write_all_at(&[!byte[0]], 2000).unwrap();
+    f();
+    file.write_all_at(&byte, 2000).unwrap();
+}
+
 /// What machines are given: made once, found again, and gone with their image.
 #[test]
 fn machines_share_a_base_and_have_disks_of_their_own() {
@@ -454,6 +465,12 @@ fn machines_share_a_base_and_have_disks_of_their_own() {
         let made = fs::metadata(&base.path).unwrap().ino();
         assert_eq!(store.guest_base(&image).unwrap(), base);
         assert_eq!(fs::metadata(&base.path).unwrap().ino(), made, "it is made once");
+        // What was changed is refused, though it is as long as it was.
+        change(&base.path, || {
+            let error = store.guest_base(&image).unwrap_err().to_string();
+            assert!(error.contains(&base.path.display().to_string()) && error.contains("was changed"), "{error}");
+        });
+        assert_eq!(store.guest_base(&image).unwrap(), base);
 
         let size = qvd_core::Bytes::mib(100);
         let mut root = store.guest_root(&image, desktop, RootPolicy::Volatile, size).unwrap();
@@ -470,6 +487,11 @@ fn machines_share_a_base_and_have_disks_of_their_own() {
         drop(home);
         // It has the size that it was made with.
         assert_eq!(store.guest_home(desktop, qvd_core::Bytes::mib(200)).unwrap().attach().unwrap().size, size);
+        change(behind.path(), || {
+            let error = store.guest_home(desktop, size).unwrap_err().to_string();
+            assert!(error.contains(&behind.path().display().to_string()), "{error}");
+        });
+        drop(store.guest_home(desktop, size).unwrap());
         root.close().unwrap();
         assert!(!device.path.exists() && kept.exists());
         assert_eq!(store.in_use().unwrap(), []);
@@ -494,6 +516,8 @@ fn machines_share_a_base_and_have_disks_of_their_own() {
         drop(store);
         let store = Store::open(dir.path()).unwrap();
         assert!(!base.path.exists() && store.image(image.digest()).is_err());
+        let left: Vec<_> = fs::read_dir(base.path.parent().unwrap()).unwrap().map(|f| f.unwrap().file_name()).collect();
+        assert!(left.iter().all(|name| name.to_string_lossy().starts_with("blank-")), "{left:?}");
     });
 }
 

@@ -76,7 +76,9 @@ impl Pins {
         }
         let base = spec.base.as_ref().map(|base| {
             let about = rustix::fs::fstat(&base.file).map_err(io_error("look at the base"))?;
-            Ok([about.st_dev, about.st_ino, base.size.get(), about.st_mtime.cast_unsigned()])
+            let changed_ns =
+                about.st_mtime.wrapping_mul(1_000_000_000).cast_unsigned().wrapping_add(about.st_mtime_nsec);
+            Ok([about.st_dev, about.st_ino, base.size.get(), changed_ns])
         });
         Ok(Self {
             tenant: tenant.to_owned(),
