@@ -167,6 +167,7 @@ fn session_of(tree: &Path) -> Option<SessionConfig> {
         autostart: Vec::new(),
         geometry: "1280x800".parse().ok()?,
         head_linger_s: 0,
+        attach_within_s: 100,
     })
 }
 

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read as _},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -116,6 +116,21 @@ pub struct Network {
     pub prefix: u8,
     /// Who forwards to other networks.
     pub gateway: Option<Ipv4Addr>,
+    /// Its place in that of IPv6, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Network6>,
+}
+
+/// A guest's place in the network of IPv6: on its link it sees nobody but the router.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network6 {
+    /// Its address.
+    pub address: Ipv6Addr,
+    /// The host.
+    pub router: Ipv6Addr,
+    /// Whether the host forwards to other networks.
+    pub way_out: bool,
 }
 
 /// What a guest says once its init is about to begin.

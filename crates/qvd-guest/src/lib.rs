@@ -25,7 +25,9 @@ mod link;
 mod message;
 mod stream;
 
-pub use boot::{BASE_SERIAL, Base, BootConfig, Booted, HOME_SERIAL, Identity, Network, ROOT_SERIAL, Writable};
+pub use boot::{
+    BASE_SERIAL, Base, BootConfig, Booted, HOME_SERIAL, Identity, Network, Network6, ROOT_SERIAL, Writable,
+};
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_FRAME};
 pub use connections::has_streams;
 pub use frame::{LinkError, frames_of};

@@ -48,6 +48,9 @@ pub struct SessionConfig {
     /// How long a browser's head stays after the last client left, in seconds.
     /// Coming back within that time is quicker; each head costs memory.
     pub head_linger_s: u32,
+    /// How long a client waits for its display at most, in seconds: longer in a machine
+    /// that is emulated.
+    pub attach_within_s: u32,
 }
 
 /// What a node asks. One per connection.
@@ -89,6 +92,12 @@ pub enum Request {
     /// Becomes another: the machine is a clone from here on. Answered by
     /// [`Reply::Done`]; a container refuses.
     Identify(crate::Identity),
+    /// Sets the clock of a machine that stood still for longer than it knows. Answered by
+    /// [`Reply::Done`]; a container refuses, whose clock is its host's.
+    Time {
+        /// What it is, in nanoseconds since 1970.
+        time_ns: u64,
+    },
     /// Ends the session's programs, but not what shows them, and starts none until
     /// [`Request::Release`]: what a template waits with. Answered by [`Reply::Done`];
     /// a container refuses.

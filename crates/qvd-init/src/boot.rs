@@ -380,11 +380,14 @@ pub(crate) fn identify(identity: &Identity) -> Result<(), String> {
         replace("/etc/hostname", format!("{}\n", identity.hostname))?;
     }
     rustix::system::sethostname(identity.hostname.as_bytes()).map_err(|e| failed("set the name")(e.into()))?;
-    let (seconds, rest) = (identity.time_ns / 1_000_000_000, identity.time_ns % 1_000_000_000);
+    set_clock(identity.time_ns)
+}
+
+/// Sets the clock to so many nanoseconds since 1970.
+pub(crate) fn set_clock(time_ns: u64) -> Result<(), String> {
+    let (seconds, rest) = (time_ns / 1_000_000_000, time_ns % 1_000_000_000);
     let time = Timespec { tv_sec: seconds.cast_signed(), tv_nsec: rest.cast_signed() };
-    rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)
-        .map_err(|e| failed("set the clock")(e.into()))?;
-    Ok(())
+    rustix::time::clock_settime(rustix::time::ClockId::Realtime, time).map_err(|e| failed("set the clock")(e.into()))
 }
 
 /// Takes its place in the network, once there is an interface: a clone's is
@@ -392,17 +395,20 @@ pub(crate) fn identify(identity: &Identity) -> Result<(), String> {
 pub(crate) fn take_place(network: &Network) -> Result<(), String> {
     wait_for_device("network interface eth0", || Path::new("/sys/class/net/eth0").exists().then_some(()))?;
     qvd_sys::guest::set_address("eth0", network.address, network.prefix, network.gateway)
-        .map_err(failed("set the address of eth0"))
+        .map_err(failed("set the address of eth0"))?;
+    let Some(place) = network.ipv6 else { return Ok(()) };
+    // A desktop without it is better than none: the image's kernel may have no IPv6.
+    if let Err(error) = qvd_sys::guest::set_address6("eth0", place.address, place.router, place.way_out) {
+        let _written = writeln!(io::stderr(), "qvd-init: cannot set the address of IPv6 of eth0: {error}");
+    }
+    Ok(())
 }
 
 /// [`take_place`] as a process of its own, which may wait.
-pub(crate) fn place_in_network(mut args: impl Iterator<Item = String>) -> ExitCode {
-    let mut place = || {
-        let mut next = || args.next().ok_or("an argument is missing".to_owned());
-        let address = next()?.parse().map_err(|_| "the address cannot be read")?;
-        let prefix = next()?.parse().map_err(|_| "the length of the prefix cannot be read")?;
-        let gateway = args.next().map(|text| text.parse()).transpose().map_err(|_| "the gateway cannot be read")?;
-        take_place(&Network { address, prefix, gateway })
+pub(crate) fn place_in_network(argument: Option<String>) -> ExitCode {
+    let place = || {
+        let network = argument.ok_or("an argument is missing")?;
+        take_place(&serde_json::from_str(&network).map_err(|error| format!("the place cannot be read: {error}"))?)
     };
     match place() {
         Ok(()) => ExitCode::SUCCESS,
@@ -414,10 +420,9 @@ pub(crate) fn place_in_network(mut args: impl Iterator<Item = String>) -> ExitCo
 }
 
 /// Arguments for [`place_in_network`].
-pub(crate) fn network_arguments(network: &Network) -> Vec<String> {
-    let gateway = network.gateway.map(|gateway| gateway.to_string());
-    let place = [network.address.to_string(), network.prefix.to_string()];
-    [NETWORK.to_owned()].into_iter().chain(place).chain(gateway).collect()
+pub(crate) fn network_arguments(network: &Network) -> Result<[String; 2], String> {
+    let place = serde_json::to_string(network).map_err(|error| error.to_string())?;
+    Ok([NETWORK.to_owned(), place])
 }
 
 /// Removes the keys by which others know this machine: an image's or a

@@ -1,6 +1,6 @@
 //! The session's programs: what each is, and how it is started.
 
-use std::{collections::BTreeMap, io, process::Stdio};
+use std::{collections::BTreeMap, io, process::Stdio, time::Duration};
 
 use qvd_core::Geometry;
 use qvd_guest::SessionConfig;
@@ -77,7 +77,7 @@ impl Graphical {
             ("NXAGENT_KEYSTROKEFILE".to_owned(), desktop::keystrokes().display().to_string()),
         ]);
         Ok(Self {
-            machine: Session::new(config.geometry),
+            machine: Session::new(config.geometry, Duration::from_secs(config.attach_within_s.into())),
             desktop,
             config,
             env,

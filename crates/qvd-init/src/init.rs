@@ -238,10 +238,17 @@ impl Init {
         boot::identify(identity)?;
         self.make_host_keys();
         if let Some(network) = &identity.network {
-            let own = ["/proc/self/exe".to_owned()].into_iter().chain(boot::network_arguments(network));
+            let own = ["/proc/self/exe".to_owned()].into_iter().chain(boot::network_arguments(network)?);
             self.run_aside(&own.collect::<Vec<_>>());
         }
         Ok(())
+    }
+
+    fn set_clock(&self, time_ns: u64) -> Result<(), String> {
+        if self.port.is_none() {
+            return Err("a container has the clock of its host".to_owned());
+        }
+        boot::set_clock(time_ns)
     }
 
     /// Ends the session's programs and keeps others from starting.
@@ -660,6 +667,10 @@ impl Init {
                     Err(reason) => self.refuse(id, "take another identity", &reason),
                 }
             }
+            (Request::Time { time_ns }, Purpose::Unknown) => match self.set_clock(time_ns) {
+                Ok(()) => self.answer(id, &Reply::Done),
+                Err(reason) => self.refuse(id, "set the clock", &reason),
+            },
             (Request::Hold, Purpose::Unknown) => match self.hold() {
                 Ok(()) => self.answer(id, &Reply::Done),
                 Err(reason) => self.refuse(id, "hold the session", &reason),

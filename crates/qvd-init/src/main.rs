@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         None => init::run(),
         Some(boot::BOOT) => boot::run(),
         Some(boot::CARRY) => boot::carry(),
-        Some(boot::NETWORK) => boot::place_in_network(env::args().skip(2)),
+        Some(boot::NETWORK) => boot::place_in_network(env::args().nth(2)),
         Some(spawn::ENTER) => spawn::enter(env::args_os().skip(2)),
         Some(x11::WATCH) => x11::finish(x11::watch()),
         Some(x11::FIT) => x11::finish(x11::fit()),

@@ -21,8 +21,6 @@ pub(crate) type Moment = Duration;
 /// Number of a connection from the node.
 pub(crate) type Client = u64;
 
-/// How long a client waits for its display at most.
-const ATTACH_DEADLINE: Duration = Duration::from_secs(20);
 /// A running agent takes up to 1.2 s to suspend and ignores signals meanwhile;
 /// asked again after this, in case it ignored the first.
 const SUSPEND_AGAIN: Duration = Duration::from_millis(1500);
@@ -248,6 +246,8 @@ struct Unreached {
 #[derive(Debug)]
 pub(crate) struct Session {
     geometry: Geometry,
+    /// How long a client waits for its display at most.
+    attach_within: Duration,
     seen: Seen,
     agent: Program,
     head: Program,
@@ -280,10 +280,12 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// A session that has not begun; its first screen has this size.
-    pub(crate) fn new(geometry: Geometry) -> Self {
+    /// A session that has not begun; its first screen has this size, and clients wait for
+    /// their display at most `attach_within`.
+    pub(crate) fn new(geometry: Geometry, attach_within: Duration) -> Self {
         Self {
             geometry,
+            attach_within,
             seen: Seen::default(),
             agent: Program::Down,
             head: Program::Down,
@@ -363,7 +365,7 @@ impl Session {
                 if let Some(before) = self.waiting.take() {
                     out.push(Action::Refuse(before.client, "open the display", "another client took it"));
                 }
-                self.waiting = Some(Waiting { client, kind, until: now + ATTACH_DEADLINE, step: "" });
+                self.waiting = Some(Waiting { client, kind, until: now + self.attach_within, step: "" });
                 if let DisplayKind::Rfb { geometry } = kind
                     && !self.head.is_down()
                 {

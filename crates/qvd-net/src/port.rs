@@ -61,6 +61,9 @@ pub struct PortPlace {
     pub prefix: u8,
     /// Who forwards to other networks, if the port may reach any.
     pub gateway: Option<Ipv4Addr>,
+    /// Its address of IPv6 and the host's, if the network has such. Nobody else is on its link;
+    /// the host forwards to other networks if there is a `gateway`.
+    pub ipv6: Option<(Ipv6Addr, Ipv6Addr)>,
 }
 
 /// A desktop's connection to the bridge: link, MAC, address, rules.
@@ -216,7 +219,9 @@ impl Port {
     pub fn place(&self) -> PortPlace {
         let subnet = self.network.config.subnet;
         let gateway = self.access.goes_out().then(|| subnet.gateway());
-        PortPlace { address: self.identity.ipv4, prefix: subnet.prefix_len(), gateway }
+        let router = self.network.config.subnet6.map(|subnet6| subnet6.gateway(subnet));
+        let ipv6 = self.identity.ipv6.zip(router);
+        PortPlace { address: self.identity.ipv4, prefix: subnet.prefix_len(), gateway, ipv6 }
     }
 
     /// Name of the host's end.

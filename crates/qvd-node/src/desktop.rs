@@ -128,7 +128,7 @@ impl Desktop {
 
     /// Whether it stands still for want of room on the host; lets it go on once there is some.
     pub(crate) fn lacks_room(&mut self) -> bool {
-        let stands = self.machine.stands_still();
+        let stands = self.machine.stands_still(&self.guest);
         self.known("whether it stands still", stands, false)
     }
 
@@ -184,6 +184,8 @@ pub(crate) struct Parts {
     pub(crate) ranges: Ranges,
     /// How long a session may take until its window manager is up.
     pub(crate) session_limit: Duration,
+    /// How long it may take until a container gives a display.
+    pub(crate) attach_limit: Duration,
 }
 
 pub(crate) fn failed<E>(kind: HostErrorKind, what: impl fmt::Display) -> impl FnOnce(E) -> HostError
@@ -216,8 +218,9 @@ impl Parts {
             HostErrorKind::Failed,
             format!("cannot open the records below `{}`", config.run.display()),
         ))?;
-        let (ranges, session_limit) = (Ranges::default(), config.session_limit);
-        let parts = Self { store, runtime, machines, networks, records, init, ranges, session_limit };
+        let (session_limit, attach_limit) = (config.session_limit, config.attach_limit);
+        let ranges = Ranges::default();
+        let parts = Self { store, runtime, machines, networks, records, init, ranges, session_limit, attach_limit };
         let adopted = parts.adopt_all()?;
         Ok((parts, adopted))
     }
@@ -260,7 +263,7 @@ impl Parts {
         let ids = UidRange::of_slot(uid_slot)?;
         let mut machine = self.adopt_machine(&spec, &image, ids, (&machine, merges), &guest)?;
         // One that stands still cannot answer yet.
-        if !machine.stands_still()? {
+        if !machine.stands_still(&guest)? {
             guest.check()?;
         }
         let port = match address {

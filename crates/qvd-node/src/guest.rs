@@ -180,6 +180,11 @@ impl Guest {
         Ok(ExecSession::new(ExecStdio::Pipes { stdin, stdout, stderr }, channel))
     }
 
+    /// Sets the clock inside a machine.
+    pub(crate) fn set_clock(&self, time_ns: u64) -> Result<(), Error> {
+        self.done(&Request::Time { time_ns }, ANSWER)
+    }
+
     /// Has the init end its session's programs and start none.
     pub(crate) fn hold(&self, limit: Duration) -> Result<(), Error> {
         self.done(&Request::Hold, limit)

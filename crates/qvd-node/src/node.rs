@@ -30,6 +30,7 @@ use crate::{
     governor::Governor,
     guest::Guest,
     rest::{Due, Rest},
+    start::attach_limit,
     supervisor::{Supervisor, Watcher},
 };
 
@@ -88,6 +89,7 @@ impl Node {
             face.state = State::Running;
             face.guest = Some(desktop.guest().clone());
             face.image = Some(desktop.spec.image);
+            face.attach_limit = attach_limit(node.inner.config.attach_limit, &desktop.spec);
             drop(face);
             let shares = desktop.spec.virtualizer == Virtualizer::Container && desktop.machine.is_mergeable();
             node.inner.governor.found(desktop.id(), &desktop.spec.tenant, shares);
@@ -296,6 +298,7 @@ impl Host for Node {
                     state: State::Running,
                     timings: Some(timings),
                     guest: Some(guest),
+                    attach_limit: attach_limit(self.inner.config.attach_limit, spec),
                     image: Some(spec.image),
                     ..Face::default()
                 };
@@ -386,17 +389,17 @@ impl Host for Node {
     ) -> Result<Attachment, HostError> {
         let guest = self.inner.guest(id)?;
         let slot = self.inner.slot(id);
-        {
+        let limit = {
             let mut face = lock(&slot.face);
             if let Some(end) = face.attachment.take() {
                 end.end(EndReason::TakenOver);
             }
-        }
+            face.attach_limit
+        };
         // Until the attachment itself says that somebody is there.
         let _awake = slot.wake(id)?;
         let what = || format!("cannot open the display of desktop {id}");
-        let stream =
-            guest.attach(kind, self.inner.config.attach_limit, progress).map_err(|e| e.into_host_error(what()))?;
+        let stream = guest.attach(kind, limit, progress).map_err(|e| e.into_host_error(what()))?;
         let (attachment, end) =
             Attachment::new(stream).map_err(|e| HostError::because(HostErrorKind::Failed, what(), e))?;
         let mut face = lock(&slot.face);

@@ -26,6 +26,12 @@ use crate::{
 /// How many times as long as others' the session of an emulated machine may take.
 const EMULATED: u32 = 5;
 
+/// How long it may take until a desktop gives a display, if `usual` is right for a container.
+/// What emulates a machine takes longer; that it is not emulated after all does no harm.
+pub(crate) fn attach_limit(usual: Duration, spec: &DesktopSpec) -> Duration {
+    if spec.virtualizer == Virtualizer::Qemu { usual * EMULATED } else { usual }
+}
+
 /// Undoes the steps of a start, last first, unless the start succeeds.
 #[derive(Default)]
 struct Undo<'a>(Vec<Box<dyn FnOnce() + 'a>>);
@@ -132,7 +138,8 @@ impl Parts {
         step(StartStep::Confinement);
         self.begin(id, undo, what)?;
         let control = guest.listen().map_err(|e| e.into_host_error((*what).to_owned()))?;
-        let init_config = serde_json::to_vec(&init_config(image)).map_err(failed(HostErrorKind::Failed, what))?;
+        let init_config = serde_json::to_vec(&init_config(image, self.head_limit(spec)))
+            .map_err(failed(HostErrorKind::Failed, what))?;
         let init_config = seal(c"qvd-init.json", &init_config).map_err(failed(HostErrorKind::Failed, what))?;
         let file = self.init.try_clone().map_err(failed(HostErrorKind::Failed, what))?;
         let program = Program { file, argv: vec!["qvd-init".to_owned()], env: Vec::new() };
@@ -183,6 +190,12 @@ impl Parts {
         self.session_limit * if emulated { EMULATED } else { 1 }
     }
 
+    /// How long the init of a desktop waits for a display: it is to say why there is none before
+    /// whoever asked gives up.
+    fn head_limit(&self, spec: &DesktopSpec) -> Duration {
+        attach_limit(self.attach_limit, spec) * 2 / 3
+    }
+
     /// Makes the directory of what is remembered of a desktop.
     fn begin<'a>(&'a self, id: DesktopId, undo: &mut Undo<'a>, what: &str) -> Result<(), HostError> {
         undo.step(move || note(id, self.records.end(id)));
@@ -205,8 +218,9 @@ fn refused(what: &str) -> impl FnOnce(Failure) -> HostError {
     }
 }
 
-/// What the init is told, from what the image's recipe said.
-fn init_config(image: &Image) -> InitConfig {
+/// What the init is told, from what the image's recipe said. It gives up on a display after
+/// `attach_limit`.
+fn init_config(image: &Image, attach_limit: Duration) -> InitConfig {
     let config = image.config();
     let env = config.session.as_ref().map(|session| session.env.clone()).unwrap_or_default();
     let session = config.session.as_ref().map(|session| SessionConfig {
@@ -218,6 +232,7 @@ fn init_config(image: &Image) -> InitConfig {
         autostart: session.autostart.clone(),
         geometry: session.geometry,
         head_linger_s: session.head_linger_s,
+        attach_within_s: u32::try_from(attach_limit.as_secs()).unwrap_or(u32::MAX),
     });
     InitConfig { version: VERSION, env, services: config.services.clone(), session }
 }

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
@@ -62,14 +62,80 @@ pub fn set_address(interface: &str, address: Ipv4Addr, prefix: u8, gateway: Opti
     route.rt_gateway = inet(gateway);
     route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
     // SAFETY: the kernel reads one `rtentry`.
-    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) } {
+    unless_there(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) })
+}
+
+/// Gives a network interface an address of IPv6, on a link with nobody but `router`, and
+/// brings it up; with `way_out`, everything else is reached through that. The link's own
+/// address is the kernel's choice. Nobody is asked whether the addresses are another's, and
+/// nothing that a router advertises is heeded.
+///
+/// # Errors
+/// There is no such interface, the kernel has no IPv6, or we are not root.
+pub fn set_address6(interface: &str, address: Ipv6Addr, router: Ipv6Addr, way_out: bool) -> io::Result<()> {
+    /// Source: Linux `include/uapi/linux/ipv6_route.h`, `struct in6_rtmsg`.
+    #[repr(C)]
+    struct Route {
+        to: [u8; 16],
+        from: [u8; 16],
+        gateway: [u8; 16],
+        kind: u32,
+        to_length: u16,
+        from_length: u16,
+        metric: u32,
+        info: libc::c_ulong,
+        flags: u32,
+        interface: libc::c_int,
+    }
+    for (setting, value) in [("accept_dad", "0"), ("accept_ra", "0")] {
+        std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/{setting}"), value)?;
+    }
+    bring_up(interface)?;
+    let index = index_of(interface)?;
+    let socket = inet_socket_of(libc::AF_INET6)?;
+    let set = libc::in6_ifreq {
+        ifr6_addr: libc::in6_addr { s6_addr: address.octets() },
+        ifr6_prefixlen: 128,
+        ifr6_ifindex: index,
+    };
+    // SAFETY: the kernel reads one `in6_ifreq`.
+    unless_there(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw const set) })?;
+    let none = Ipv6Addr::UNSPECIFIED;
+    let routes = [(router, 128, none, 0), (none, 0, router, u32::from(libc::RTF_GATEWAY))];
+    for (to, to_length, gateway, flags) in routes.into_iter().take(if way_out { 2 } else { 1 }) {
+        let route = Route {
+            to: to.octets(),
+            from: none.octets(),
+            gateway: gateway.octets(),
+            kind: 0,
+            to_length,
+            from_length: 0,
+            // Source: as above, `IP6_RT_PRIO_USER`.
+            metric: 1024,
+            info: 0,
+            flags: flags | u32::from(libc::RTF_UP),
+            interface: index,
+        };
+        // SAFETY: the kernel reads one `in6_rtmsg`, which `Route` is laid out as.
+        unless_there(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) })?;
+    }
+    Ok(())
+}
+
+/// What a call that adds something said; that it is there already is no error.
+fn unless_there(answer: libc::c_int) -> io::Result<()> {
+    match answer {
         0 => Ok(()),
         _ => match io::Error::last_os_error() {
-            // It has that route already.
             error if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
             error => Err(error),
         },
     }
+}
+
+fn index_of(interface: &str) -> io::Result<libc::c_int> {
+    let text = std::fs::read_to_string(format!("/sys/class/net/{interface}/ifindex"))?;
+    text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Brings a network interface up as it is.
@@ -88,8 +154,12 @@ fn raise(socket: &OwnedFd, interface: &str) -> io::Result<()> {
 }
 
 fn inet_socket() -> io::Result<OwnedFd> {
+    inet_socket_of(libc::AF_INET)
+}
+
+fn inet_socket_of(family: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: only makes a descriptor.
-    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    let fd = unsafe { libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

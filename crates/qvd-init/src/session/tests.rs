@@ -6,6 +6,7 @@ use qvd_core::LinkSpeed;
 
 use super::*;
 
+const ATTACH_DEADLINE: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(1);
 
 /// The session's programs, as strict as the real ones: what cannot happen panics.
@@ -32,7 +33,7 @@ fn native() -> DisplayKind {
 impl World {
     fn new() -> Self {
         Self {
-            session: Session::new(Geometry::default()),
+            session: Session::new(Geometry::default(), ATTACH_DEADLINE),
             now: Moment::ZERO,
             running: BTreeSet::new(),
             seen: Seen::default(),

@@ -61,8 +61,8 @@ pub(crate) trait Machine: fmt::Debug + Send {
     }
 
     /// Looks whether it stands still though nobody wishes that, and does what can be done;
-    /// true if it does.
-    fn stands_still(&mut self) -> Result<bool, Failure> {
+    /// true if it does. `guest` is its init.
+    fn stands_still(&mut self, _guest: &Guest) -> Result<bool, Failure> {
         Ok(false)
     }
 

@@ -219,6 +219,10 @@ impl Templates {
                 gone.extend(stock.ready.drain(..));
             }
         }
+        // What somebody else has in hand may be about to be made.
+        lock(&self.places).retain(|_, place| {
+            Arc::strong_count(place) > 1 || place.template().is_some() || !lock(&place.stock).ready.is_empty()
+        });
         gone
     }
 
@@ -240,11 +244,16 @@ impl Templates {
         report
     }
 
-    /// Waits until there is something to do, at most so long; false at the end.
+    /// Waits until there is something to do: at most so long where templates are kept, and
+    /// until there is one where not. False at the end.
     pub(crate) fn wait(&self, limit: Duration) -> bool {
-        let wake = lock(&self.wake);
-        let waited = self.woken.wait_timeout_while(wake, limit, |wake| !wake.news && !wake.closed);
-        let mut wake = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let keeps = !lock(&self.places).is_empty();
+        let (wake, idle) = (lock(&self.wake), |wake: &mut Wake| !wake.news && !wake.closed);
+        let mut wake = if keeps {
+            self.woken.wait_timeout_while(wake, limit, idle).unwrap_or_else(PoisonError::into_inner).0
+        } else {
+            self.woken.wait_while(wake, idle).unwrap_or_else(PoisonError::into_inner)
+        };
         wake.news = false;
         !wake.closed
     }

@@ -42,6 +42,8 @@ pub(crate) struct InVm {
     vm: Vm,
     line: Line,
     standstill: Option<Standstill>,
+    /// Whether its clock has to be set, as it has stood still.
+    lags: bool,
     /// What it writes to its system, if that is not its memory, and its home.
     disks: Vec<Box<dyn Disk>>,
     /// Whether it was told to say what it uses.
@@ -76,7 +78,7 @@ pub(crate) struct Boot<'a> {
 
 impl InVm {
     const fn new(vm: Vm, line: Line, disks: Vec<Box<dyn Disk>>) -> Self {
-        Self { vm, line, standstill: None, disks, reports: false }
+        Self { vm, line, standstill: None, lags: false, disks, reports: false }
     }
 
     /// Lets a machine boot, and tells its init what to become.
@@ -258,9 +260,19 @@ impl Machine for InVm {
         (!self.vm.is_clone()).then_some(self)
     }
 
-    fn stands_still(&mut self) -> Result<bool, Failure> {
+    fn stands_still(&mut self, guest: &Guest) -> Result<bool, Failure> {
+        let stood = self.standstill.is_some();
         Standstill::tend(&mut self.standstill, &mut self.vm)?;
-        Ok(self.standstill.is_some())
+        if self.standstill.is_some() {
+            return Ok(true);
+        }
+        self.lags |= stood;
+        // Its clock stood still as well.
+        if self.lags && matches!(self.line, Line::Carried(_)) {
+            self.lags = false;
+            guest.set_clock(now_ns())?;
+        }
+        Ok(false)
     }
 
     /// A guest that does not keep to the protocol is not listened to again.

@@ -1,6 +1,9 @@
 //! A desktop's place in its node, and what others see of it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use qvd_core::{DesktopId, Digest, StartStep};
 
@@ -28,6 +31,8 @@ pub(super) struct Face {
     pub(super) timings: Option<Timings>,
     pub(super) ended: Option<String>,
     pub(super) guest: Option<Guest>,
+    /// How long it may take until it gives a display.
+    pub(super) attach_limit: Duration,
     pub(super) attachment: Option<AttachmentEnd>,
     /// The commit that it runs.
     pub(super) image: Option<Digest>,

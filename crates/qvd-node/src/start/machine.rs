@@ -3,8 +3,8 @@
 use std::{path::PathBuf, sync::Arc};
 
 use qvd_core::{Bytes, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
-use qvd_guest::{BootConfig, HOME_SERIAL, Identity, ROOT_SERIAL, Writable};
-use qvd_net::TapSpec;
+use qvd_guest::{BootConfig, HOME_SERIAL, Identity, InitConfig, ROOT_SERIAL, Writable};
+use qvd_net::{PortPlace, TapSpec};
 use qvd_storage::{Disk, GuestBase, Image};
 use qvd_virt::vm::{NicSpec, Qemu, Slot, Template, Vm, VmSpec};
 
@@ -68,9 +68,7 @@ impl Parts {
                 Ok((port, tap, place))
             })?;
             let nic = NicSpec { tap, mac: port.mac().octets() };
-            let gateway = network.gateway;
-            let network = qvd_guest::Network { address: network.address, prefix: network.prefix, gateway };
-            (Some(port), Some(nic), Some(network))
+            (Some(port), Some(nic), Some(place_of(network)))
         } else {
             (None, None, None)
         };
@@ -96,7 +94,7 @@ impl Parts {
             machine.nics.extend(nic);
             let vm = qemu.start(machine).map_err(virt(what))?;
             let home = Some(image.config().user.home());
-            let config = boot_config(identity, Writable::Disk, home, image);
+            let config = boot_config(identity, Writable::Disk, home, init_config(image, self.head_limit(spec)));
             InVm::boot(vm, disks, Boot { config: &config, listener })
         };
         let vm = vm.map_err(failed(HostErrorKind::Failed, what))?;
@@ -230,7 +228,8 @@ impl Parts {
         let memory = machine.limits.memory;
         let (vm, mold) = qemu.start_template(machine, &spec.tenant.to_string())?;
         let writable = Writable::Memory { bytes: memory.get() / 2 };
-        let config = boot_config(Identity::fresh("template", None)?, writable, None, image);
+        let config =
+            boot_config(Identity::fresh("template", None)?, writable, None, init_config(image, self.head_limit(spec)));
         let vm = InVm::boot(vm, Vec::new(), Boot { config: &config, listener })?;
         guest.wait_session(self.session_limit(spec))?;
         let template = mold.save(vm.into_template(&guest)?)?;
@@ -255,6 +254,14 @@ impl Parts {
     }
 }
 
+/// A port's place in the network, as a guest is told.
+fn place_of(port: PortPlace) -> qvd_guest::Network {
+    let PortPlace { address, prefix, gateway, ipv6, .. } = port;
+    let way_out = gateway.is_some();
+    let ipv6 = ipv6.map(|(address, router)| qvd_guest::Network6 { address, router, way_out });
+    qvd_guest::Network { address, prefix, gateway, ipv6 }
+}
+
 /// A clone that stands still gets its home and its interface.
 fn plugged(mut clone: Vm, disks: &[Box<dyn Disk>], nic: Option<NicSpec>, what: &str) -> Result<Vm, HostError> {
     for disk in disks {
@@ -267,6 +274,6 @@ fn plugged(mut clone: Vm, disks: &[Box<dyn Disk>], nic: Option<NicSpec>, what: &
     Ok(clone)
 }
 
-fn boot_config(identity: Identity, writable: Writable, home: Option<String>, image: &Image) -> BootConfig {
-    BootConfig { identity, base: qvd_guest::Base::Memory, writable, home, init: init_config(image) }
+fn boot_config(identity: Identity, writable: Writable, home: Option<String>, init: InitConfig) -> BootConfig {
+    BootConfig { identity, base: qvd_guest::Base::Memory, writable, home, init }
 }

@@ -46,6 +46,22 @@ pub(crate) fn with_small_homes(host: &Host, test: impl FnOnce(&Small) + Send) {
     .unwrap();
 }
 
+/// Runs `test` where what it does to the tags of the image is seen by nobody else, and
+/// forgotten.
+pub(crate) fn with_own_tags(host: &Host, test: impl FnOnce() + Send) {
+    let scratch = tempfile::tempdir().unwrap();
+    let [upper, work] = ["upper", "work"].map(|name| scratch.path().join(name));
+    [&upper, &work].into_iter().for_each(|dir| std::fs::create_dir(dir).unwrap());
+    let at = host.config.root.join("images/flavours").join(host.image.flavour.to_string());
+    let at = at.to_str().unwrap();
+    let options = format!("lowerdir={at},upperdir={},workdir={}", upper.display(), work.display());
+    qvd_sys::mount::in_private_namespace(|| {
+        run("mount", &["-t", "overlay", "-o", &options, "overlay", at]);
+        test();
+    })
+    .unwrap();
+}
+
 impl Small {
     /// Takes it away, with all that is on it: a node moves what it removes to where it
     /// deletes it, on one file system.

@@ -2,20 +2,26 @@
 
 use std::{
     collections::BTreeSet,
+    net::{IpAddr, Ipv6Addr, TcpListener},
     time::{Duration, Instant},
 };
 
-use qvd_core::{Bytes, DesktopId, DesktopSpec, DesktopState, RootPolicy, StartStep, Virtualizer};
+use qvd_core::{Bytes, DesktopId, DesktopSpec, DesktopState, NetPolicy, RootPolicy, StartStep, Virtualizer};
+use qvd_net::{DropReason, NetConfig};
 use qvd_node::{AccelChoice, EndReason, Exit, Host as _, HostErrorKind, Node, NodeConfig, StockReport};
+use qvd_storage::repository::Expect;
 use qvd_testkit::{Need, bed_directory, privileged};
 
 use super::{
     Host, RFB,
-    full::{Small, fill, with_small_homes},
+    full::{Small, fill, with_own_tags, with_small_homes},
     greeting, on_a_host, run, stands_still,
     told::{expect_none_of_the_dead, expect_version},
     wait_for_rest,
 };
+
+/// Port of the host that machines may talk to.
+const SERVICE: u16 = 7007;
 
 fn config(host: &Host) -> NodeConfig {
     let mut config = host.config.clone();
@@ -25,7 +31,35 @@ fn config(host: &Host) -> NodeConfig {
 }
 
 fn machine(host: &Host, number: u32) -> DesktopSpec {
-    DesktopSpec { virtualizer: Virtualizer::Qemu, root: RootPolicy::Persistent, ..host.spec(number) }
+    let net = NetPolicy { services: vec![format!("tcp {SERVICE}").parse().unwrap()], ..NetPolicy::host_only() };
+    DesktopSpec { virtualizer: Virtualizer::Qemu, root: RootPolicy::Persistent, net, ..host.spec(number) }
+}
+
+/// Has root in a machine talk to the host by IPv6, from its own address and from another's.
+fn talks_by_ipv6(node: &Node, config: &NodeConfig, id: DesktopId) {
+    let NetConfig { subnet, subnet6, .. } = config.network;
+    let host = subnet6.unwrap().gateway(subnet);
+    let own = node.network(id, &[]).unwrap().unwrap().ipv6.unwrap();
+    let listener = TcpListener::bind(("::", SERVICE)).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let talk = |from: Ipv6Addr, limit_s: u32| {
+        // Source: Linux `include/uapi/linux/in6.h`, `IPV6_FREEBIND` of level 41: any source address.
+        let script = format!(
+            r#"perl -MSocket=:all -e 'socket(my $s, AF_INET6, SOCK_STREAM, 0); setsockopt($s, 41, 78, 1) or die "free $!";
+            sub place {{ pack_sockaddr_in6($_[1], inet_pton(AF_INET6, $_[0])) }}
+            bind($s, place("{from}", 0)) or die "bind $!"; alarm {limit_s};
+            connect($s, place("{host}", {SERVICE})) or die "connect $!"' 2>&1"#
+        );
+        run(node, id, true, &script)
+    };
+    assert_eq!(talk(own, 30), (Exit::Code(0), String::new()));
+    assert_eq!(listener.accept().unwrap().1.ip(), IpAddr::V6(own));
+    let spoofed = |node: &Node| node.network(id, &[]).unwrap().unwrap().drops.get(&DropReason::SourceAddress).copied();
+    let before = spoofed(node).unwrap_or(0);
+    let (exit, said) = talk(Ipv6Addr::from(u128::from(own) + 1), 3);
+    assert_ne!(exit, Exit::Code(0), "{said}");
+    assert!(spoofed(node).unwrap_or(0) > before, "{said}");
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
 }
 
 pub(crate) fn said(node: &Node, id: DesktopId, script: &str) -> String {
@@ -63,6 +97,7 @@ fn runs_and_is_adopted(host: &Host, small: &Small) {
     assert!(lines[4].parse::<u32>().unwrap() > 0, "the skeleton is in the new home: {about}");
     let heard = said(&node, id, &format!("ip -4 -o addr show eth0 2>/dev/null || hostname -I; echo {}", port.ipv4));
     assert!(heard.contains(&port.ipv4.to_string()), "{heard}");
+    talks_by_ipv6(&node, &config, id);
     let stats = node.stats(id).unwrap();
     assert!(stats.memory.is_some_and(|memory| memory.total > 900 << 20), "{stats:?}");
 
@@ -106,7 +141,7 @@ fn runs_and_is_adopted(host: &Host, small: &Small) {
 /// What tells a machine from others, as its programs see it, once it has its
 /// place in the network.
 fn who(node: &Node, id: DesktopId) -> Vec<String> {
-    let script = "until hostname -I | grep -q '[0-9]'; do sleep 0.2; done; hostname -I; hostname; cat /etc/machine-id \
+    let script = "until hostname -I | grep -q ' [0-9a-f]*:'; do sleep 0.2; done; hostname -I; hostname; cat /etc/machine-id \
                   /proc/sys/kernel/random/uuid /sys/class/net/eth0/address";
     said(node, id, script).lines().map(|line| line.trim().to_owned()).collect()
 }
@@ -150,85 +185,92 @@ fn is_alive(pid: u32) -> bool {
 
 #[test]
 fn machines_born_from_a_template_are_others_and_have_homes_of_their_own() {
-    with_machines(|host| {
-        let mut config = config(host);
-        (config.vm.templates, config.vm.pool) = (true, 2);
-        // What they do here is not to wait until somebody wakes them.
-        config.rest_after = Duration::from_secs(3600);
-        let all = [1, 2, 3].map(|number| DesktopSpec { root: RootPolicy::Volatile, ..machine(host, number) });
-        let [one, other, third] = &all;
-        let node = Node::open(config.clone()).unwrap();
-        node.ensure_running(one, &mut |_| {}).unwrap();
-        // The others have a template, no kernel boots; and clones that stand ready.
-        let stock = wait_for_stock(&node, 2);
-        assert_eq!(stock.templates, 1);
-        assert!(stock.templates_memory > stock.ready_memory && stock.ready_memory > Bytes::mib(10), "{stock:?}");
-        let stood = standing(host);
-        assert_eq!(stood.len(), 2);
-        for spec in [other, third] {
-            node.ensure_running(spec, &mut |_| {}).unwrap();
-            assert!(stood.contains(&pid(host, spec.id)), "it was taken from those that stood ready");
-        }
-        // They are replaced.
-        wait_for_stock(&node, 2);
-        assert!(standing(host).is_disjoint(&stood));
-        for spec in &all {
-            assert_eq!(
-                said(&node, spec.id, "cat /sys/block/vd*/serial").trim(),
-                "qvd-home",
-                "its system is in its memory"
-            );
-        }
+    with_machines(|host| with_own_tags(host, || born(host)));
+}
 
-        let seen = all.each_ref().map(|spec| who(&node, spec.id));
-        for place in 0..seen[0].len() {
-            let different: BTreeSet<_> = seen.iter().map(|about| &about[place]).collect();
-            assert_eq!(different.len(), seen.len(), "{seen:?}");
-        }
-        for (spec, about) in all.iter().zip(&seen) {
-            let port = node.network(spec.id, &[]).unwrap().expect("it has a port");
-            assert_eq!(about[..2], [port.ipv4.to_string(), spec.hostname.to_string()], "{about:?}");
-            assert_eq!(about[4], port.mac.to_string());
-            let display = node.attach(spec.id, RFB, &mut drop).unwrap();
-            assert_eq!(greeting(display.stream()), "RFB 003.008\n");
-        }
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-        for spec in &all {
-            let clock: u64 = said(&node, spec.id, "date +%s").trim().parse().unwrap();
-            assert!(clock.abs_diff(now) < 60, "its clock says {clock}, the host's {now}");
-        }
+fn born(host: &Host) {
+    let mut config = config(host);
+    (config.vm.templates, config.vm.pool) = (true, 2);
+    // What they do here is not to wait until somebody wakes them.
+    config.rest_after = Duration::from_secs(3600);
+    let all = [1, 2, 3].map(|number| DesktopSpec { root: RootPolicy::Volatile, ..machine(host, number) });
+    let [one, other, third] = &all;
+    let node = Node::open(config.clone()).unwrap();
+    node.ensure_running(one, &mut |_| {}).unwrap();
+    // The others have a template, no kernel boots; and clones that stand ready.
+    let stock = wait_for_stock(&node, 2);
+    assert_eq!(stock.templates, 1);
+    assert!(stock.templates_memory > stock.ready_memory && stock.ready_memory > Bytes::mib(10), "{stock:?}");
+    let stood = standing(host);
+    assert_eq!(stood.len(), 2);
+    for spec in [other, third] {
+        node.ensure_running(spec, &mut |_| {}).unwrap();
+        assert!(stood.contains(&pid(host, spec.id)), "it was taken from those that stood ready");
+    }
+    // They are replaced.
+    wait_for_stock(&node, 2);
+    assert!(standing(host).is_disjoint(&stood));
+    for spec in &all {
+        assert_eq!(said(&node, spec.id, "cat /sys/block/vd*/serial").trim(), "qvd-home", "its system is in its memory");
+    }
 
-        // Programs of the session began in the home that is the desktop's own.
-        let script = "home=$(stat -Lc %d:%i ~); for dir in /proc/[0-9]*; do [ \"$(cat $dir/comm 2>/dev/null)\" = icewm ] && \
-                      stat -Lc %d:%i $dir/cwd; done | sort -u; echo $home; ls -A ~ | wc -l";
-        let places = said(&node, third.id, script);
-        let places: Vec<_> = places.lines().collect();
-        assert_eq!(places[0], places[1], "{places:?}");
-        assert_ne!(places[2], "0", "the skeleton is in the new home");
+    let seen = all.each_ref().map(|spec| who(&node, spec.id));
+    for place in 0..seen[0].len() {
+        let different: BTreeSet<_> = seen.iter().map(|about| &about[place]).collect();
+        assert_eq!(different.len(), seen.len(), "{seen:?}");
+    }
+    for (spec, about) in all.iter().zip(&seen) {
+        let port = node.network(spec.id, &[]).unwrap().expect("it has a port");
+        let places = format!("{} {}", port.ipv4, port.ipv6.unwrap());
+        assert_eq!(about[..2], [places, spec.hostname.to_string()], "{about:?}");
+        assert_eq!(about[4], port.mac.to_string());
+        let display = node.attach(spec.id, RFB, &mut drop).unwrap();
+        assert_eq!(greeting(display.stream()), "RFB 003.008\n");
+    }
+    talks_by_ipv6(&node, &config, third.id);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    for spec in &all {
+        let clock: u64 = said(&node, spec.id, "date +%s").trim().parse().unwrap();
+        assert!(clock.abs_diff(now) < 60, "its clock says {clock}, the host's {now}");
+    }
 
-        // The node dies: a clone is taken over as well, of those that stood ready too.
-        said(&node, third.id, "echo kept > ~/mark; echo here > /tmp/mark; sync");
-        run(&node, third.id, true, "echo system > /etc/mark; sync");
-        node.stop(one.id, Duration::from_secs(10)).unwrap();
-        let (runs, stood) = (pid(host, third.id), standing(host));
-        assert_eq!(stood.len(), 2);
-        drop(node);
-        assert!(standing(host).is_empty() && stood.iter().all(|&pid| !is_alive(pid)), "nobody has them any more");
-        let node = Node::open(config).unwrap();
-        assert_eq!(pid(host, third.id), runs);
-        assert_eq!(said(&node, third.id, "cat ~/mark /tmp/mark"), "kept\nhere\n");
-        node.stop(third.id, Duration::from_secs(10)).unwrap();
-        assert!(!is_alive(runs));
-        node.ensure_running(third, &mut |_| {}).unwrap();
-        assert_eq!(said(&node, third.id, "cat ~/mark; test ! -e /etc/mark; test ! -e /tmp/mark"), "kept\n");
-        break_the_line(&node, [&other.id, &third.id].map(|&id| id));
-        // What stands ready goes with the node.
-        wait_for_stock(&node, 2);
-        for spec in &all {
-            node.remove(spec.id).unwrap();
-        }
-        node.shut_down(Duration::ZERO).unwrap();
-    });
+    // Programs of the session began in the home that is the desktop's own.
+    let script = "home=$(stat -Lc %d:%i ~); for dir in /proc/[0-9]*; do [ \"$(cat $dir/comm 2>/dev/null)\" = icewm ] && \
+                  stat -Lc %d:%i $dir/cwd; done | sort -u; echo $home; ls -A ~ | wc -l";
+    let places = said(&node, third.id, script);
+    let places: Vec<_> = places.lines().collect();
+    assert_eq!(places[0], places[1], "{places:?}");
+    assert_ne!(places[2], "0", "the skeleton is in the new home");
+
+    // The node dies: a clone is taken over as well, of those that stood ready too.
+    said(&node, third.id, "echo kept > ~/mark; echo here > /tmp/mark; sync");
+    run(&node, third.id, true, "echo system > /etc/mark; sync");
+    node.stop(one.id, Duration::from_secs(10)).unwrap();
+    let (runs, stood) = (pid(host, third.id), standing(host));
+    assert_eq!(stood.len(), 2);
+    drop(node);
+    assert!(standing(host).is_empty() && stood.iter().all(|&pid| !is_alive(pid)), "nobody has them any more");
+    let node = Node::open(config).unwrap();
+    assert_eq!(pid(host, third.id), runs);
+    assert_eq!(said(&node, third.id, "cat ~/mark /tmp/mark"), "kept\nhere\n");
+    node.stop(third.id, Duration::from_secs(10)).unwrap();
+    assert!(!is_alive(runs));
+    node.ensure_running(third, &mut |_| {}).unwrap();
+    assert_eq!(said(&node, third.id, "cat ~/mark; test ! -e /etc/mark; test ! -e /tmp/mark"), "kept\n");
+    break_the_line(&node, [&other.id, &third.id].map(|&id| id));
+    // Nobody gets any more what no tag leads to; what stands ready otherwise goes with the node.
+    wait_for_stock(&node, 2);
+    let repository = node.repository().unwrap();
+    for tag in repository.tags(&host.image.flavour).unwrap().into_keys() {
+        let gone = repository.move_tag(&host.image.flavour, &tag, Expect::Anything, None, ("test", "gone"));
+        assert_eq!(gone.unwrap().to, None);
+    }
+    wait_for_stock(&node, 0);
+    assert!(standing(host).is_empty());
+    for spec in &all {
+        node.remove(spec.id).unwrap();
+    }
+    node.shut_down(Duration::ZERO).unwrap();
 }
 
 /// Has root in a guest get hold of its end of the line to the node and do something to

@@ -6,7 +6,7 @@ use std::{
     io::Write as _,
     os::fd::OwnedFd,
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use qvd_core::Bytes;
@@ -103,6 +103,12 @@ fn a_machine_whose_disk_cannot_grow_stands_still_and_goes_on_when_there_is_room(
         assert_eq!(guest.vm.state(), VmState::Running);
         guest.reconnect();
         written(&guest, "own");
+        // Its clock stood still, too, and is set; here to a day that has not come.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let later = now + 86_400;
+        guest.set_clock(later * 1_000_000_000);
+        let clock: u64 = guest.sh("busybox date +%s").parse().unwrap();
+        assert!((later..later + 3600).contains(&clock), "{clock} is not a day after {now}");
 
         // The same for a disk that is plugged in later, on a file system of its own; and its
         // end is an end, whatever the guest still wanted.

@@ -170,6 +170,11 @@ impl Guest {
         }
     }
 
+    pub fn set_clock(&self, time_ns: u64) {
+        let answer = self.ask(&Request::Time { time_ns }, &[]).recv::<Reply>(SOON).unwrap().0;
+        assert!(matches!(answer, Reply::Done), "{answer:?}");
+    }
+
     /// What a script says inside, and how it ends.
     pub fn try_sh(&self, script: &str) -> (Exit, String) {
         let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
