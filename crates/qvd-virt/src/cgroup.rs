@@ -9,7 +9,9 @@
 //! below the one that its limits are on.
 
 mod demand;
+mod end;
 mod freezer;
+mod hierarchy;
 mod io_limit;
 mod pressure;
 mod tree;
@@ -24,22 +26,18 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use qvd_core::{DesktopId, Instance, Limits, Missing, UidRange};
-use qvd_sys::process::Process;
-use rustix::process::Signal;
 
 pub use freezer::Freezer;
+pub(crate) use hierarchy::{Controller, Hierarchy, find};
 pub use pressure::{Pressure, Waiting};
 pub(crate) use tree::{Kernel, Tree};
 
 use crate::{Error, error::io_error};
-
-/// How long the kernel may take to empty a group whose processes were killed.
-const EMPTY_WITHIN: Duration = Duration::from_secs(5);
+use end::{empty, members, remove_all};
 
 /// The part of its group that a container may divide.
 const INSIDE: &str = "desktop";
@@ -55,93 +53,6 @@ const CPU_PERIOD_US: u64 = 100_000;
 
 /// Smallest quota that the kernel takes: `min_cfs_quota_period`, 1 ms.
 const CPU_QUOTA_MIN_US: u64 = 1000;
-
-/// What is limited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Controller {
-    Memory,
-    Cpu,
-    Pids,
-    Io,
-    /// Only v1 has it as a controller: in v2 every group can be frozen.
-    Freezer,
-}
-
-impl Controller {
-    pub(crate) const ALL: [Self; 5] = [Self::Memory, Self::Cpu, Self::Pids, Self::Io, Self::Freezer];
-    /// Without these no desktop is started.
-    const REQUIRED: [Self; 3] = [Self::Memory, Self::Cpu, Self::Pids];
-
-    /// Its name in version 2, and in version 1 unless that has another.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Memory => "memory",
-            Self::Cpu => "cpu",
-            Self::Pids => "pids",
-            Self::Io => "io",
-            Self::Freezer => "freezer",
-        }
-    }
-
-    const fn name_in(self, unified: bool) -> &'static str {
-        match (self, unified) {
-            (Self::Io, false) => "blkio",
-            _ => self.name(),
-        }
-    }
-}
-
-/// A mounted tree of cgroups and what of ours it controls.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Hierarchy {
-    pub(crate) root: PathBuf,
-    pub(crate) unified: bool,
-    pub(crate) controllers: Vec<Controller>,
-}
-
-impl Hierarchy {
-    /// What lets the groups below one be limited.
-    fn enable(&self) -> String {
-        self.controllers.iter().map(|c| format!("+{}", c.name())).collect::<Vec<_>>().join(" ")
-    }
-
-    /// Whether it is only there for limits that most containers do without: each
-    /// hierarchy of version 1 costs a start some calls.
-    fn is_for_io_alone(&self) -> bool {
-        !self.unified && self.controllers == [Controller::Io]
-    }
-}
-
-/// Finds where the controllers live: a hybrid host has an empty v2 tree beside
-/// the v1 ones, so each is looked for in turn.
-pub(crate) fn find(tree: &dyn Tree, mountinfo: &str) -> Vec<Hierarchy> {
-    let mut found: Vec<Hierarchy> = Vec::new();
-    let mut taken = BTreeSet::new();
-    // Options before ` - ` are the mount's, behind it type, source and super
-    // block options; see proc(5).
-    let mounts = mountinfo.lines().filter_map(|line| {
-        let (mount, fs) = line.split_once(" - ")?;
-        let mut fs = fs.split(' ');
-        let (fields, kind, options) = (mount.split(' ').collect::<Vec<_>>(), fs.next()?, fs.nth(1)?);
-        // Only a mount of the whole tree, not of a part of it.
-        (*fields.get(3)? == "/").then_some((PathBuf::from(*fields.get(4)?), kind, options))
-    });
-    for (root, kind, options) in mounts {
-        let unified = kind == "cgroup2";
-        let listed = match kind {
-            "cgroup2" => tree.read(&root.join("cgroup.controllers")).unwrap_or_default().replace(' ', ","),
-            "cgroup" => options.to_owned(),
-            _ => continue,
-        };
-        let names: Vec<_> = listed.trim().split(',').collect();
-        let ours = Controller::ALL.into_iter().filter(|c| names.contains(&c.name_in(unified)));
-        let controllers: Vec<_> = ours.filter(|&controller| taken.insert(controller)).collect();
-        if !controllers.is_empty() {
-            found.push(Hierarchy { root, unified, controllers });
-        }
-    }
-    found
-}
 
 /// The groups of one installation.
 #[derive(Debug)]
@@ -543,96 +454,4 @@ impl Drop for Cgroup {
             tracing::warn!(cgroup = %self.name, %error, "cgroup left behind");
         }
     }
-}
-
-/// Numbers of the processes in a group and, in version 2, in those below it.
-fn members(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path) -> io::Result<Vec<u32>> {
-    if !hierarchy.unified {
-        return tree.processes(path);
-    }
-    let mut all = Vec::new();
-    for group in below(tree, path)? {
-        all.extend(tree.processes(&group)?);
-    }
-    Ok(all)
-}
-
-/// A group and those below it, each after the one that it is in. There are no more
-/// than [`DESCENDANTS_MAX`].
-fn below(tree: &dyn Tree, path: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut groups = vec![path.to_owned()];
-    let mut next = 0;
-    while let Some(group) = groups.get(next) {
-        let names = tree.list(group)?;
-        let inner: Vec<_> = names.iter().map(|name| group.join(name)).collect();
-        groups.extend(inner);
-        next += 1;
-    }
-    Ok(groups)
-}
-
-/// Removes a group without processes, and those below it.
-fn remove_all(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path) -> io::Result<()> {
-    let groups = if hierarchy.unified { below(tree, path)? } else { vec![path.to_owned()] };
-    for group in groups.iter().rev() {
-        match tree.remove(group) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-fn empty(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path) -> Result<(), Error> {
-    let op = || format!("remove cgroup `{}`", path.display());
-    let deadline = Instant::now() + EMPTY_WITHIN;
-    let mut pause = Duration::from_micros(100);
-    loop {
-        match tree.remove(path) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.raw_os_error() != Some(libc::EBUSY) => return Err(io_error(op())(error)),
-            Err(_) => {}
-        }
-        if Instant::now() >= deadline {
-            return Err(Error::Timeout { op: op(), limit: EMPTY_WITHIN });
-        }
-        let processes = members(tree, hierarchy, path).map_err(io_error(op()))?;
-        if processes.is_empty() && hierarchy.unified {
-            // What a container made of its own group.
-            match remove_all(tree, hierarchy, path) {
-                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => return Err(io_error(op())(error)),
-                _ => {}
-            }
-        }
-        if processes.is_empty() {
-            // What has ended leaves its group a moment later, without an event
-            // that v1 would tell.
-            thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
-            continue;
-        }
-        kill(tree, hierarchy, path, &processes, deadline).map_err(io_error(op()))?;
-    }
-}
-
-fn kill(tree: &dyn Tree, hierarchy: &Hierarchy, path: &Path, found: &[u32], deadline: Instant) -> io::Result<()> {
-    if hierarchy.unified {
-        match tree.write(&path.join("cgroup.kill"), "1") {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => return other,
-        }
-    } else if hierarchy.controllers.contains(&Controller::Pids) {
-        // Nobody can fork away from the loop below.
-        tree.write(&path.join("pids.max"), "0")?;
-    }
-    for &pid in found {
-        let Ok(mut process) = Process::open(pid) else { continue };
-        // The number may have come to mean another process since it was read.
-        if members(tree, hierarchy, path)?.contains(&pid) {
-            process.signal(Signal::KILL)?;
-            process.wait(deadline.saturating_duration_since(Instant::now()))?;
-        }
-    }
-    Ok(())
 }
