@@ -103,7 +103,10 @@ impl Identity {
             elements.push(bridge(rules::IDENTITY, rules::identity_key(link, mac, ipv4)));
         }
         for ipv6 in self.addresses6() {
-            elements.push(bridge(rules::WAY6, rules::way6_key(index, gateway, mac, ipv6)));
+            // From the link's own address little goes to the gateway: that takes a longer way.
+            if !ipv6.is_unicast_link_local() {
+                elements.push(bridge(rules::WAY6, rules::way6_key(index, gateway, mac, ipv6)));
+            }
             elements.push(bridge(rules::IDENTITY6, rules::identity6_key(link, mac, ipv6)));
         }
         elements.extend(self.in_groups());

@@ -227,10 +227,11 @@ impl Rules<'_> {
         lines.push(SourceMac.verdict());
         lines.end();
 
-        // Not to the gateway.
-        let report = self.report6();
+        // Not to the gateway, or from the link's own address.
+        let (gateway, report) = (self.gateway_mac(), self.report6());
         lines.chain("from_port_beside6");
         lines.push("ip6 nexthdr icmpv6 jump from_port_nd");
+        lines.push(format!("ip6 saddr fe80::/10 ether daddr {gateway} goto from_port_way6"));
         lines.push(format!("ip6 saddr fe80::/10 {report} accept"));
         lines.push(format!(
             "ip6 nexthdr udp {eight} ip6 saddr fe80::/10 ether daddr 33:33:00:01:00:02 ip6 daddr ff02::1:2 \

@@ -490,6 +490,9 @@ pub(crate) fn honest(cast: &Cast) -> Vec<Named> {
         ("mld report of nobody".into(), mld(cast, ALL_MLDV2_ROUTERS, 143, none)),
         ("dhcpv6 question".into(), ip6(link_local, ALL_DHCP_SERVERS, UDP, 1, &udp6((546, 547)), 6)),
         ("ipv6 echo request".into(), icmp6(global, gateway6.global, 64, &[128, 0, 0, 0, 0, 1, 0, 1])),
+        ("ipv6 echo request of the link".into(), {
+            icmp6(link_local, gateway6.link_local, 64, &[128, 0, 0, 0, 0, 1, 0, 1])
+        }),
         ("ipv6 packet too big".into(), icmp6(global, far6, 64, &[2, 0, 0, 0, 0, 0, 5, 0])),
         ("ipv6 udp".into(), ip6(global, far6, UDP, 64, &udp6((5000, 4000)), 6)),
         ("ipv6 tcp".into(), ip6(global, gateway6.global, TCP, 64, &tcp, 16)),
