@@ -20,7 +20,7 @@ use super::{
     world::{Desktop, INSTANCE, MARK_LEN, Seen, World, config, connected, desktop, holds, on_a_host, subnet},
 };
 use crate::{
-    Mac, NetConfig, Network, PortSpec,
+    Backend, Mac, NetConfig, Network, PortSpec,
     netlink::Netlink,
     rules::Protection::{self, *},
 };
@@ -40,10 +40,11 @@ fn no_further_hostile_frame_leaves_the_port() {
 /// Frames cut anywhere: none that lacks part of what the rules look at passes.
 #[test]
 fn no_runt_passes() {
-    const ROWS: &[(&[Protection], &[u16])] = &[(&[], &[]), (&[ArpWhole], &[frames::ARP])];
-    for &(without, pass) in ROWS {
+    const ROWS: &[(Backend, &[Protection], &[u16])] =
+        &[(Backend::Nft, &[], &[]), (Backend::Nft, &[ArpWhole], &[frames::ARP]), (Backend::Iptables, &[], &[])];
+    for &(backend, without, pass) in ROWS {
         on_a_host(|| {
-            let mut world = World::new(without, true);
+            let mut world = World::with(NetConfig { internet: true, backend, ..config() }, without);
             let vectors::Cast { own, gateway, .. } = world.cast();
             let udp = frames::udp(own.ip, gateway.ip, (9, 9));
             let arp = frames::arp(1, own, gateway.ip);
@@ -55,7 +56,7 @@ fn no_runt_passes() {
                 .map(|(ethertype, _)| ethertype)
                 .collect();
             passed.dedup();
-            assert_eq!(passed, pass, "without {without:?}");
+            assert_eq!(passed, pass, "{backend}, without {without:?}");
         });
     }
 }
@@ -65,16 +66,17 @@ fn no_runt_passes() {
 /// no further.
 #[test]
 fn no_giant_passes() {
-    for is_machine in [false, true] {
+    for (backend, is_machine) in Backend::ALL.into_iter().flat_map(|backend| [(backend, false), (backend, true)]) {
         on_a_host(|| {
-            let config = NetConfig { internet: true, ..config() };
+            let config = NetConfig { internet: true, backend, ..config() };
             let mut world = if is_machine { World::with_tap(config) } else { World::with(config, &[]) };
             if !is_machine {
                 world.a.inside(|| set_mtu("eth0", 9000));
             }
             let vectors::Cast { own, other, gateway, .. } = world.cast();
             let send = |to: [u8; 6], ip, length: usize| {
-                let packet = [&frames::udp(own.ip, ip, (5000, 4000))[..], &vec![0; length]].concat();
+                let payload = [&frames::udp_header((5000, 4000))[..], &vec![0; length]].concat();
+                let packet = frames::ipv4(own.ip, ip, frames::Ip { protocol: 17, ..frames::Ip::default() }, &payload);
                 frames::ethernet(to, own.mac, frames::IPV4, &packet)
             };
             assert!(world.send(&send(gateway.mac, gateway.ip, 1000)).host, "one that is short enough");
@@ -141,9 +143,9 @@ impl Drop for Stop<'_> {
 
 /// Sends spoofed frames without a pause from the moment that the link exists,
 /// while `meanwhile` runs; then an honest one. Whether a spoofed one arrived.
-fn spoofed_meanwhile(without: &[Protection], meanwhile: impl FnOnce()) -> bool {
+fn spoofed_meanwhile(config: NetConfig, without: &[Protection], meanwhile: impl FnOnce()) -> bool {
     const SPOOF: &[u8; 12] = b"qvd-spoofed!";
-    let network = Network::open_without(config(), without).unwrap();
+    let network = Network::open_without(config, without).unwrap();
     let netns = netns::create().unwrap();
     let ears = PacketSocket::open(&network.bridge_name(), ETHERTYPE_ALL).unwrap();
     let gateway = Station::new(Mac::of(INSTANCE, subnet().gateway()), subnet().gateway());
@@ -199,20 +201,27 @@ fn spoofed_meanwhile(without: &[Protection], meanwhile: impl FnOnce()) -> bool {
 
 #[test]
 fn a_spoof_right_after_link_up_is_stopped() {
-    for (without, heard) in [(&[][..], false), (&[Identity, PortFlags][..], true)] {
-        on_a_host(|| assert_eq!(spoofed_meanwhile(without, || {}), heard, "without {without:?}"));
+    const ROWS: &[(Backend, &[Protection], bool)] =
+        &[(Backend::Nft, &[], false), (Backend::Nft, &[Identity, PortFlags], true), (Backend::Iptables, &[], false)];
+    for &(backend, without, heard) in ROWS {
+        on_a_host(|| {
+            let config = NetConfig { backend, ..config() };
+            assert_eq!(spoofed_meanwhile(config, without, || {}), heard, "{backend}, without {without:?}");
+        });
     }
 }
 
 #[test]
 fn a_spoof_during_a_rule_update_is_stopped() {
-    const UPDATES: usize = 10;
-    on_a_host(|| {
-        let heard = spoofed_meanwhile(&[], || {
-            for _ in 0..UPDATES {
-                Network::open(config()).unwrap();
-            }
+    for (backend, updates) in [(Backend::Nft, 10), (Backend::Iptables, 2)] {
+        on_a_host(|| {
+            let config = NetConfig { backend, ..config() };
+            let heard = spoofed_meanwhile(config, &[], || {
+                for _ in 0..updates {
+                    Network::open(config).unwrap();
+                }
+            });
+            assert!(!heard, "{backend}");
         });
-        assert!(!heard);
-    });
+    }
 }
