@@ -21,9 +21,10 @@ pub(crate) type Moment = Duration;
 /// Number of a connection from the node.
 pub(crate) type Client = u64;
 
-/// A running agent takes up to 1.2 s to suspend and ignores signals meanwhile;
-/// asked again after this, in case it ignored the first.
-const SUSPEND_AGAIN: Duration = Duration::from_millis(1500);
+/// A running agent takes up to 1.2 s to suspend where a client waits 20 s, and ignores
+/// signals meanwhile; asked again after this part of what a client waits, in case it ignored the
+/// first. One that is emulated takes longer, and would be asked while it is at it.
+const SUSPEND_AGAIN: (u32, u32) = (3, 40);
 /// A suspended agent resumes at once, or was still busy and heard nothing.
 const RESUME_AGAIN: Duration = Duration::from_millis(25);
 /// Between two tries to connect to a socket that just appeared.
@@ -591,7 +592,7 @@ impl Session {
                     self.connect(now, out);
                 }
             }
-            AgentState::Running => self.toggle(now, SUSPEND_AGAIN, out),
+            AgentState::Running => self.toggle(now, self.suspend_again(), out),
             AgentState::Busy => {}
         }
     }
@@ -604,9 +605,13 @@ impl Session {
             AgentState::Suspended => self.toggle(now, RESUME_AGAIN, out),
             AgentState::Resuming if self.seen.listens && self.proxy.is_down() => self.connect(now, out),
             // Without its proxy the agent suspends by itself.
-            AgentState::Running if self.front != Front::Head => self.toggle(now, SUSPEND_AGAIN, out),
+            AgentState::Running if self.front != Front::Head => self.toggle(now, self.suspend_again(), out),
             _ => {}
         }
+    }
+
+    fn suspend_again(&self) -> Duration {
+        self.attach_within * SUSPEND_AGAIN.0 / SUSPEND_AGAIN.1
     }
 
     fn toggle(&mut self, now: Moment, again: Duration, out: &mut Vec<Action>) {

@@ -346,6 +346,8 @@ mod tests {
         clone.limits.memory = Bytes::mib(512);
         clone.memory = Memory::Cloned(fd());
         assert!(has(&clone, "-accel", "tb-size=32"));
+        clone.limits.memory = Bytes::mib(128);
+        assert!(has(&clone, "-accel", "tb-size=12"));
     }
 
     #[test]

@@ -275,14 +275,14 @@ impl VmSpec {
     }
 
     /// Most memory for instructions that were translated for [`Accel::Tcg`]: an eighth of
-    /// the guest's, and of a clone's, which runs no boot, a sixteenth; from 16 to 64 MiB.
-    /// QEMU's default of 1 GiB would count as the desktop's. What has no room any more is
-    /// translated again when it is needed: a minimal guest does with 16 as fast as with
-    /// 64, and with 8 takes twice as long.
+    /// the guest's, and of a clone's, which runs no boot, a sixteenth; from 16 MiB, of a clone's
+    /// from 12, to 64. QEMU's default of 1 GiB would count as the desktop's. What has no room any
+    /// more is translated again when it is needed: a minimal guest does with 16 as fast as
+    /// with 64, and with 8 takes twice as long; so does a clone.
     #[must_use]
     pub fn translated(&self) -> Bytes {
-        let part = if matches!(self.memory, Memory::Cloned(_)) { 16 } else { 8 };
-        Bytes::mib(((self.limits.memory.get() / part) >> 20).clamp(16, 64))
+        let (part, least) = if matches!(self.memory, Memory::Cloned(_)) { (16, 12) } else { (8, 16) };
+        Bytes::mib(((self.limits.memory.get() / part) >> 20).clamp(least, 64))
     }
 
     /// Everything that can be found wrong without touching the kernel.
