@@ -140,7 +140,7 @@ impl Layout {
         let shm = tmpfs(spec.shm, spec.inodes, 0o1777, base)?;
         let shm = keep(plan, shm)?;
         plan.step("mount /dev/shm", Op::Attach { mount: shm, dir: dev, path: c"shm".to_owned() });
-        self.devpts(plan, dev)?;
+        Self::devpts(plan, dev);
         if let Some(console) = spec.console.take() {
             let console = keep(plan, console)?;
             plan.step("attach /dev/console", Op::Attach { mount: console, dir: dev, path: CONSOLE.to_owned() });
@@ -218,22 +218,16 @@ impl Layout {
         Ok(())
     }
 
-    fn devpts(&self, plan: &mut Plan, dev: PlanFd) -> Result<(), Error> {
+    /// `/dev` is this process's own and nobody has changed it.
+    fn devpts(plan: &mut Plan, dev: PlanFd) {
         // Group 5 is `tty` in Debian's base-passwd and most others.
-        let options = [("mode", "0620"), ("ptmxmode", "0666"), ("gid", "5")]
-            .map(|(key, value)| Ok((c_string(key)?, c_string(value)?)));
-        let options = options.into_iter().collect::<Result<_, Error>>()?;
-        let into = slot(plan)?;
-        let attributes = NOSUID | NOEXEC;
-        plan.step("mount /dev/pts", Op::MakeFs { kind: c"devpts".to_owned(), options, attributes, into });
-        plan.step("attach /dev/pts", Op::Attach { mount: into, dir: dev, path: c"pts".to_owned() });
-        let attributes = NOSUID | NODEV | NOEXEC;
-        plan.step(
-            "mount /dev/mqueue",
-            Op::MakeFs { kind: c"mqueue".to_owned(), options: Vec::new(), attributes, into },
-        );
-        plan.step("attach /dev/mqueue", Op::Attach { mount: into, dir: dev, path: c"mqueue".to_owned() });
-        Ok(())
+        let terminals = (c"devpts", c"pts", c"mode=0620,ptmxmode=0666,gid=5", NOSUID | NOEXEC);
+        let queues = (c"mqueue", c"mqueue", c"", NOSUID | NODEV | NOEXEC);
+        for (kind, name, options, attributes) in [terminals, queues] {
+            let [kind, name, options] = [kind, name, options].map(CStr::to_owned);
+            let step = format!("mount /dev/{}", name.to_string_lossy());
+            plan.step(step, Op::MakeFsAt { kind, options, attributes, dir: dev, name });
+        }
     }
 }
 

@@ -159,6 +159,11 @@ impl<'a> Child<'a> {
                 let fd = make_fs(kind, options, *attributes)?;
                 return self.fill(*into, fd);
             }
+            Op::MakeFsAt { kind, options, attributes, dir, name } => {
+                call!(SYS_fchdir, self.fd(*dir))?;
+                let (kind, flags) = (kind.as_ptr(), libc::c_ulong::from(*attributes));
+                call!(SYS_mount, kind, name.as_ptr(), kind, flags, options.as_ptr())?
+            }
             Op::CloneTree { dir, path, attributes, into } => {
                 let fd = clone_tree(self.fd(*dir), path, *attributes)?;
                 return self.fill(*into, fd);

@@ -204,6 +204,22 @@ pub enum Op {
         /// Where the descriptor goes; from [`Plan::slot`].
         into: PlanFd,
     },
+    /// Makes a file system in the child's own namespaces on a directory that nobody
+    /// else can have put there: two calls instead of four and one for each option.
+    /// The working directory is `dir` afterwards.
+    MakeFsAt {
+        /// Its type.
+        kind: CString,
+        /// Its options, with commas between them.
+        options: CString,
+        /// `MOUNT_ATTR_RDONLY`, `NOSUID`, `NODEV`, `NOEXEC` of the mount: the older flags
+        /// with these names are the same bits.
+        attributes: u32,
+        /// Directory that it is mounted in.
+        dir: PlanFd,
+        /// The name there.
+        name: CString,
+    },
     /// Mounts a second view of something that is mounted here, detached.
     CloneTree {
         /// Directory that `path` starts from.

@@ -188,7 +188,8 @@ fn every_attribute_of_a_file_system_makes_a_difference() {
                 let mut had = false;
                 let without = report(&bed, &Measures::default(), |plan| {
                     plan.retain(|_, op| {
-                        if let Op::MakeFs { kind: this, attributes, .. } = op
+                        if let Op::MakeFs { kind: this, attributes, .. } | Op::MakeFsAt { kind: this, attributes, .. } =
+                            op
                             && this.as_c_str() == kind
                         {
                             had = *attributes & bit != 0;

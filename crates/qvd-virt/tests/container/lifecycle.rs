@@ -392,7 +392,7 @@ fn a_start_takes_few_system_calls() {
         }
         let (mut container, _input) = bed.waiting(1);
         let calls = container.start_calls().unwrap();
-        assert!((60..=120).contains(&calls), "{calls} system calls from clone to exec");
+        assert!((60..=115).contains(&calls), "{calls} system calls from clone to exec");
         container.close().unwrap();
     });
 }
