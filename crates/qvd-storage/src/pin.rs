@@ -7,6 +7,7 @@ use std::{
     io::{self, Read as _, Seek as _, SeekFrom},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use rustix::io::Errno;
@@ -17,6 +18,9 @@ use crate::{Error, fsio};
 
 /// What the name ends with of the file that says what another is known by.
 pub(crate) const KNOWN_BY: &str = ".known";
+
+/// Two machines that start at once may both find that a file was not pinned yet.
+static NOTING: Mutex<()> = Mutex::new(());
 
 /// In this many bytes a file is read; what is zero in one of them is as good as a hole.
 const BLOCK: usize = 64 << 10;
@@ -57,6 +61,7 @@ fn note(path: &Path, about: &fs::Metadata, sha256: String) -> Result<(), Error> 
     let pin = Pin { size: about.len(), modified_s, modified_ns, inode: about.ino(), sha256 };
     let known = place(path);
     let json = serde_json::to_vec(&pin).map_err(Error::io("describe", path))?;
+    let _one_at_a_time = NOTING.lock().unwrap_or_else(PoisonError::into_inner);
     fsio::replace(&known, &json).map_err(Error::io("write", &known))
 }
 
@@ -161,6 +166,21 @@ mod tests {
         assert!(refused(&path).contains("was changed since"));
         fs::remove_file(&path).unwrap();
         assert!(refused(&path).contains("look at"));
+    }
+
+    #[test]
+    fn several_can_find_at_once_that_a_file_is_not_pinned() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = pinned(dir.path());
+        for _ in 0..50 {
+            fs::remove_file(place(&path)).unwrap();
+            std::thread::scope(|scope| {
+                let found: Vec<_> = (0..4).map(|_| scope.spawn(|| verify(&path))).collect();
+                for found in found {
+                    found.join().unwrap().unwrap();
+                }
+            });
+        }
     }
 
     #[test]

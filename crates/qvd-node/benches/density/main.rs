@@ -45,7 +45,7 @@ const SETTLES_WITHIN: Duration = Duration::from_secs(5);
 const PORTS_MAX: u32 = 4096;
 
 /// More than a desktop has, so that the device is never what is full.
-const SWAP_EACH_BYTES: u64 = 48 << 20;
+const SWAP_EACH_BYTES: u64 = 28 << 20;
 
 const MIB: f64 = 1_048_576.0;
 
