@@ -189,6 +189,7 @@ fn ipv4(party: &Party, mac: [u8; 6], packet: &[u8]) -> Ruled {
         let to_routers = mac == [1, 0, 0x5e, 0, 0, 22] && to == Ipv4Addr::new(224, 0, 0, 22);
         let whole = whole && (32..=packet.len()).contains(&total_length);
         demand(alert && to_routers && whole, "IPv4 has no options, but in a report of groups")?;
+        demand(!source.is_unspecified(), "a report of groups has a sender")?;
         demand(party.groups.iter().any(IpAddr::is_ipv4), "who is in no group reports none")?;
         return Ok("a report of groups");
     }

@@ -117,6 +117,7 @@ pub(super) fn frames_of_groups(cast: &Cast) -> Vec<(String, Vec<u8>, bool)> {
         ("dhcpv6 server to the group", six(group_mac(GROUP6), own6.global, GROUP6, (547, 546)), false),
         ("udp to the reports", group4(reports, (5000, 6000)), false),
         ("igmp query with an alert", report(igmp(own.ip, reports, 1, ALERT, 0x11)), false),
+        ("report of groups of nobody", report(igmp(Ipv4Addr::UNSPECIFIED, reports, 1, ALERT, 0x22)), false),
         ("report of groups from afar", report(igmp(own.ip, reports, 64, ALERT, 0x22)), false),
         ("report of groups behind another option", report(igmp(own.ip, reports, 1, &[0x44, 4, 5, 0], 0x22)), false),
         ("report of groups without its option", report(igmp(own.ip, reports, 1, &[], 0x22)), false),

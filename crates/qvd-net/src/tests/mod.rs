@@ -6,6 +6,7 @@ mod attacks;
 mod bridges;
 mod confinement;
 mod drops;
+mod ebtables_mutation;
 mod flows;
 mod frames;
 mod groups;
@@ -16,6 +17,7 @@ mod iptables;
 mod lifecycle;
 mod mtu;
 mod mutation;
+
 mod policy;
 mod policy_property;
 mod property;

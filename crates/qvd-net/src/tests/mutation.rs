@@ -59,13 +59,13 @@ impl Rule {
 }
 
 /// Every frame, and whether the host is to see it.
-fn every_frame(world: &World) -> Vec<(String, Vec<u8>, bool)> {
+pub(super) fn every_frame(world: &World) -> Vec<(String, Vec<u8>, bool)> {
     let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame, false));
     matrix.chain(groups::all_frames(&world.cast())).collect()
 }
 
 /// A bridge of somebody else's on the same host, with two ports.
-struct Others {
+pub(super) struct Others {
     from: PacketSocket,
     to: PacketSocket,
     host: PacketSocket,
@@ -73,7 +73,7 @@ struct Others {
 }
 
 impl Others {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         const BRIDGE: &str = "others";
         let mut route = Netlink::route().unwrap();
         let mac = |number| Mac::of(INSTANCE, Ipv4Addr::new(192, 0, 2, number));
@@ -103,7 +103,7 @@ impl Others {
         frames::ethernet([1, 0, 0x5e, 0, 0, 0xfb], [2, 0, 0, 0, 0, 1], 0x88b5, &[0; 50])
     }
 
-    fn talk(&self) -> bool {
+    pub(super) fn talk(&self) -> bool {
         const MARK: &[u8] = b"of-the-others";
         self.from.send(&[&Self::frame()[..], MARK].concat()).unwrap();
         let hears = |ear: &PacketSocket, mark: &[u8]| {

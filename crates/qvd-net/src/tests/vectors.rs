@@ -431,13 +431,17 @@ pub(crate) fn mld(cast: &Cast, to: Ipv6Addr, kind: u8, from: Ipv6Addr) -> Vec<u8
 }
 
 /// A message of DHCP from nobody to everybody, its operation and client as given.
-pub(super) fn dhcp_question(client: [u8; 6], operation: u8, (from, to): (u16, u16)) -> Vec<u8> {
+pub(super) fn dhcp_question(client: [u8; 6], operation: u8, ports: (u16, u16)) -> Vec<u8> {
+    dhcp_question_of(Ipv4Addr::UNSPECIFIED, client, operation, ports)
+}
+
+fn dhcp_question_of(sender: Ipv4Addr, client: [u8; 6], operation: u8, (from, to): (u16, u16)) -> Vec<u8> {
     let fixed = [&[operation, 1, 6, 0][..], &[7; 4], &[0; 20], &client, &[0; 202], &[99, 130, 83, 99, 53, 1, 1, 255]];
     let message = fixed.concat();
     let length = u16::try_from(8 + message.len() + MARK_LEN).unwrap();
     let header = [from, to, length, 0].map(u16::to_be_bytes).concat();
     let ip = Ip { protocol: UDP, ..Ip::default() };
-    ipv4(Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST, ip, &[header, message].concat())
+    ipv4(sender, Ipv4Addr::BROADCAST, ip, &[header, message].concat())
 }
 
 /// What an honest desktop has to be able to say, in both families.
@@ -466,9 +470,14 @@ pub(crate) fn honest(cast: &Cast) -> Vec<Named> {
         ("arp request".into(), arp_to_all(own, gateway.ip)),
         ("arp announcement".into(), arp_to_all(own, own.ip)),
         ("arp probe".into(), arp_to_all(nobody, own.ip)),
+        ("arp request to the gateway".into(), ethernet(gateway.mac, own.mac, frames::ARP, &arp(1, own, gateway.ip))),
         ("arp reply".into(), ethernet(gateway.mac, own.mac, frames::ARP, &arp(2, own, gateway.ip))),
+        ("arp reply to all".into(), ethernet(frames::BROADCAST, own.mac, frames::ARP, &arp(2, own, gateway.ip))),
         ("dhcp question".into(), { ethernet(frames::BROADCAST, own.mac, IPV4, &dhcp_question(own.mac, 1, (68, 67))) }),
         ("dhcp renewal".into(), ip(udp(own.ip, gateway.ip, (68, 67)))),
+        ("dhcp rebinding".into(), {
+            ethernet(frames::BROADCAST, own.mac, IPV4, &dhcp_question_of(own.ip, own.mac, 1, (68, 67)))
+        }),
         ("echo request".into(), ip(frames::icmp(own.ip, gateway.ip, 8, 0))),
         ("packet too big".into(), ip(frames::icmp(own.ip, far, 3, 4))),
         ("udp".into(), ip(udp(own.ip, gateway.ip, (5000, 6000)))),

@@ -46,7 +46,7 @@ impl Text {
                 rules.push(format!("-p {protocol} -d {} {from} {own} {to} {group} -j ACCEPT", Mac::of_group(group)));
             }
         }
-        for sender in senders().filter(|_| identity.reports()) {
+        for sender in identity.addresses4().filter(|_| identity.reports()) {
             rules.push(format!(
                 "-p IPv4 -d {} --ip-src {sender} --ip-dst {REPORTS} --ip-proto igmp -j ACCEPT",
                 Mac::of_group(REPORTS.into())
