@@ -91,8 +91,8 @@ pub fn set_address6(interface: &str, address: Ipv6Addr, router: Ipv6Addr, way_ou
         std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/{setting}"), value)?;
     }
     bring_up(interface)?;
-    let index = index_of(interface)?;
     let socket = inet_socket_of(libc::AF_INET6)?;
+    let index = rustix::net::netdevice::name_to_index(&socket, interface)?.cast_signed();
     let set = libc::in6_ifreq {
         ifr6_addr: libc::in6_addr { s6_addr: address.octets() },
         ifr6_prefixlen: 128,
@@ -131,11 +131,6 @@ fn unless_there(answer: libc::c_int) -> io::Result<()> {
             error => Err(error),
         },
     }
-}
-
-fn index_of(interface: &str) -> io::Result<libc::c_int> {
-    let text = std::fs::read_to_string(format!("/sys/class/net/{interface}/ifindex"))?;
-    text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// Brings a network interface up as it is.
