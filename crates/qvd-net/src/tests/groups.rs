@@ -12,13 +12,14 @@ use qvd_sys::netns;
 
 use super::{
     frames::{self, IPV4, IPV6, Ip, Station, arp, ethernet, ipv4, udp},
-    vectors::{self, Cast, Named, link_option, neighbour_discovery, solicited_node, summed, udp6},
+    vectors::{self, ALL_NODES, Cast, Named, link_option, neighbour_discovery, solicited_node, summed, udp6},
     world::{MARK_LEN, PATIENCE, Seen, World, config, desktop, on_a_host, subnet},
 };
 use crate::{Backend, Mac, NetConfig, Network, PortSpec, links, netlink::Netlink, rules::Protection};
 
 pub(super) const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 2, 3);
 pub(super) const GROUP6: Ipv6Addr = Ipv6Addr::new(0xff15, 0, 0, 0, 0, 0, 0, 0x42);
+const FIRST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 8);
 const EXTRA: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 9);
 const EXTRA6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 7, 0, 0, 0, 0, 9);
 
@@ -31,6 +32,9 @@ pub(super) fn policy(internet: bool) -> NetPolicy {
         ..NetPolicy::host_only()
     }
 }
+
+/// The option that has routers look at a packet (RFC 2113).
+pub(super) const ROUTER_ALERT: &[u8] = &[0x94, 4, 0, 0];
 
 fn group_mac(group: impl Into<IpAddr>) -> [u8; 6] {
     Mac::of_group(group.into()).octets()
@@ -51,7 +55,6 @@ pub(super) fn igmp(from: Ipv4Addr, to: Ipv4Addr, ttl: u8, options: &[u8], kind: 
 
 /// Frames of who is in these groups, and whether each passes the port.
 pub(super) fn frames_of_groups(cast: &Cast) -> Vec<(String, Vec<u8>, bool)> {
-    const ALERT: &[u8] = &[0x94, 4, 0, 0];
     let Cast { own, gateway, own6, gateway6, .. } = *cast;
     let to4 = |mac: [u8; 6], packet: &[u8]| ethernet(mac, own.mac, IPV4, packet);
     let group4 = |group: Ipv4Addr, ports| to4(group_mac(group), &udp(own.ip, group, ports));
@@ -61,14 +64,13 @@ pub(super) fn frames_of_groups(cast: &Cast) -> Vec<(String, Vec<u8>, bool)> {
     let send = |from: Ipv4Addr| to4(gateway.mac, &udp(from, gateway.ip, (5000, 6000)));
     let claim =
         |ip: Ipv4Addr| ethernet(frames::BROADCAST, own.mac, frames::ARP, &arp(1, Station { ip, ..own }, gateway.ip));
-    let advert = |of: Ipv6Addr| {
+    let advert = |of: Ipv6Addr, mac: [u8; 6], to| {
         let message = neighbour_discovery(136, of, &link_option(2, own.mac));
-        let mut message = message;
-        message[4] = 0x60;
-        ethernet(gateway.mac, own.mac, IPV6, &summed(of, gateway6.global, 58, 255, &message, 2))
+        ethernet(mac, own.mac, IPV6, &summed(of, to, 58, 255, &message, 2))
     };
-    let probe = |of: Ipv6Addr| {
-        let (group, message) = (solicited_node(of), neighbour_discovery(135, of, &[]));
+    let to_gateway = |of| advert(of, gateway.mac, gateway6.global);
+    let probe = |of: Ipv6Addr, options: &[u8]| {
+        let (group, message) = (solicited_node(of), neighbour_discovery(135, of, options));
         ethernet(group_mac(group), own.mac, IPV6, &summed(Ipv6Addr::UNSPECIFIED, group, 58, 255, &message, 2))
     };
     // Thirty-two groups have the same MAC.
@@ -85,15 +87,19 @@ pub(super) fn frames_of_groups(cast: &Cast) -> Vec<(String, Vec<u8>, bool)> {
     [
         ("udp to the group", group4(GROUP, (5000, 6000)), true),
         ("udp to the group from a further address", to4(group_mac(GROUP), &udp(EXTRA, GROUP, (5000, 6000))), true),
+        ("udp to the group from the first of them", to4(group_mac(GROUP), &udp(FIRST, GROUP, (5000, 6000))), true),
         ("udp to the group of ipv6", six(group_mac(GROUP6), own6.global, GROUP6, (5000, 6000)), true),
         ("udp to it from the link", six(group_mac(GROUP6), own6.link_local, GROUP6, (5000, 6000)), true),
-        ("report of groups", report(igmp(own.ip, reports, 1, ALERT, 0x22)), true),
+        ("report of groups", report(igmp(own.ip, reports, 1, ROUTER_ALERT, 0x22)), true),
         ("udp from a further address", send(EXTRA), true),
-        ("udp from the first of them", send(Ipv4Addr::new(192, 0, 2, 8)), true),
+        ("udp from the first of them", send(FIRST), true),
         ("arp of a further address", claim(EXTRA), true),
         ("ipv6 from a further address", six(gateway.mac, EXTRA6, gateway6.global, (5000, 6000)), true),
-        ("advertisement of a further address", advert(EXTRA6), true),
-        ("probe for a further address", probe(EXTRA6), true),
+        ("advertisement of a further address", to_gateway(EXTRA6), true),
+        ("advertisement of it to all", advert(EXTRA6, group_mac(ALL_NODES), ALL_NODES), true),
+        ("probe for a further address", probe(EXTRA6, &[]), true),
+        ("probe for it with a nonce", probe(EXTRA6, &[14, 1, 1, 2, 3, 4, 5, 6]), true),
+        ("udp to the group of ipv6 from it", six(group_mac(GROUP6), EXTRA6, GROUP6, (5000, 6000)), true),
         ("udp to a group of the same mac", group4(twin, (5000, 6000)), false),
         ("udp to the next group", group4(Ipv4Addr::new(239, 1, 2, 4), (5000, 6000)), false),
         (
@@ -116,23 +122,26 @@ pub(super) fn frames_of_groups(cast: &Cast) -> Vec<(String, Vec<u8>, bool)> {
         ("udp to the group of ipv6 in another frame", six(group_mac(other6), own6.global, GROUP6, (5000, 6000)), false),
         ("dhcpv6 server to the group", six(group_mac(GROUP6), own6.global, GROUP6, (547, 546)), false),
         ("udp to the reports", group4(reports, (5000, 6000)), false),
-        ("igmp query with an alert", report(igmp(own.ip, reports, 1, ALERT, 0x11)), false),
-        ("report of groups of nobody", report(igmp(Ipv4Addr::UNSPECIFIED, reports, 1, ALERT, 0x22)), false),
-        ("report of groups from afar", report(igmp(own.ip, reports, 64, ALERT, 0x22)), false),
+        ("igmp query with an alert", report(igmp(own.ip, reports, 1, ROUTER_ALERT, 0x11)), false),
+        ("report of groups of nobody", report(igmp(Ipv4Addr::UNSPECIFIED, reports, 1, ROUTER_ALERT, 0x22)), false),
+        ("report of groups from afar", report(igmp(own.ip, reports, 64, ROUTER_ALERT, 0x22)), false),
         ("report of groups behind another option", report(igmp(own.ip, reports, 1, &[0x44, 4, 5, 0], 0x22)), false),
         ("report of groups without its option", report(igmp(own.ip, reports, 1, &[], 0x22)), false),
-        ("report of groups from the neighbour", report(igmp(cast.other.ip, reports, 1, ALERT, 0x22)), false),
+        ("report of groups from the neighbour", report(igmp(cast.other.ip, reports, 1, ROUTER_ALERT, 0x22)), false),
         (
             "report of groups to all",
-            to4(group_mac(Ipv4Addr::new(224, 0, 0, 1)), &igmp(own.ip, Ipv4Addr::new(224, 0, 0, 1), 1, ALERT, 0x22)),
+            to4(
+                group_mac(Ipv4Addr::new(224, 0, 0, 1)),
+                &igmp(own.ip, Ipv4Addr::new(224, 0, 0, 1), 1, ROUTER_ALERT, 0x22),
+            ),
             false,
         ),
         ("udp from the address after", send(Ipv4Addr::new(192, 0, 2, 10)), false),
         ("udp from the address before", send(Ipv4Addr::new(192, 0, 2, 7)), false),
         ("arp of the address after", claim(Ipv4Addr::new(192, 0, 2, 10)), false),
         ("ipv6 from the address before", six(gateway.mac, beside6, gateway6.global, (5000, 6000)), false),
-        ("advertisement of the address before", advert(beside6), false),
-        ("probe for the address before", probe(beside6), false),
+        ("advertisement of the address before", to_gateway(beside6), false),
+        ("probe for the address before", probe(beside6, &[]), false),
     ]
     .map(|(name, frame, passes)| (name.to_owned(), frame, passes))
     .into()

@@ -1,6 +1,6 @@
-//! Each rule of the *inet* family, those of policies among them, is taken out,
-//! one at a time: some packet fares otherwise then, or the rule is one of those named
-//! here that another rule makes up for or another test looks at.
+//! Each rule behind the port, those of policies among them, is taken out, one at a
+//! time, with both back ends: some packet fares otherwise then, or the rule is one of
+//! those named here that another rule makes up for or another test looks at.
 
 use std::{
     collections::BTreeMap,
@@ -18,11 +18,12 @@ use super::{
     groups::{self, GROUP, GROUP6},
     internet::{NAMES, OUTSIDE, OUTSIDE6, UPLINK},
     mutation::{Rule, rules},
+    saved::{self, Line, Saved},
     site::{FAR, FAR6, limited},
-    stage::{NEIGHBOUR, SERVICE, Stage, Story, gateway6, neighbour6},
+    stage::{NEIGHBOUR, OWN, SERVICE, Stage, Story, gateway_of_link, gateway6, in_ipv6},
     world::{INSTANCE, on_a_host, subnet},
 };
-use crate::rules::table_name;
+use crate::{Backend, rules::table_name};
 
 /// How often a packet is tried until it fares as it should: the desktop's own kernel
 /// says something now and then, which is counted as well.
@@ -33,7 +34,8 @@ type Scene = (NetPolicy, NetPolicy, Vec<Story>);
 
 fn scenes() -> Vec<Scene> {
     use Story::{
-        Answer, Asked, Burst, Connections, Echo, Group, Packet, Related, Reset, Segment, Solicitation, Unasked,
+        Advertisement, Answer, Asked, Burst, Connections, Echo, Group, GroupOfLink, Packet, Related, Report, Reset,
+        Segment, Solicitation, Unasked, Visit,
     };
     let gateway = IpAddr::from(subnet().gateway());
     let nobody = Ipv4Addr::new(10, 66, 0, 99);
@@ -43,17 +45,27 @@ fn scenes() -> Vec<Scene> {
         FAR.into(),
         FAR6.into(),
         NEIGHBOUR.into(),
-        neighbour6().into(),
+        in_ipv6(NEIGHBOUR).into(),
         nobody.into(),
     ];
     let mut all: Vec<Story> = hosts.into_iter().flat_map(|to| [Packet(to, 17, 443), Packet(to, 6, 443)]).collect();
-    all.extend([Answer(OUTSIDE.into()), Answer(OUTSIDE6.into()), Unasked(OUTSIDE.into()), Unasked(OUTSIDE6.into())]);
-    all.extend([Related, Asked, Solicitation, Segment, Reset, Echo(UPLINK.into())]);
-    for (to, group) in [(gateway, GROUP.into()), (gateway6().into(), GROUP6.into())] {
-        all.extend([Echo(to), Packet(to, 17, 53), Packet(to, 17, SERVICE), Group(group)]);
+    all.extend([Echo(UPLINK.into()), Report, Solicitation, Advertisement]);
+    for (near, far) in [(OUTSIDE.into(), FAR.into()), (OUTSIDE6.into(), FAR6.into())] {
+        all.extend([Answer(near), Unasked(near), Related(near), Segment(far), Reset(far)]);
     }
-    for server in [NAMES.into(), FAR.into(), FAR6.into()] {
-        all.push(Packet(server, 17, 53));
+    for (to, group) in [(gateway, GROUP.into()), (gateway6().into(), GROUP6.into())] {
+        all.extend([Echo(to), Packet(to, 17, SERVICE), Group(group), Asked(to)]);
+    }
+    let of_link = gateway_of_link().into();
+    all.extend([
+        Echo(of_link),
+        Packet(of_link, 17, SERVICE),
+        GroupOfLink,
+        Visit(OWN.into()),
+        Visit(in_ipv6(OWN).into()),
+    ]);
+    for server in [gateway, gateway6().into(), NAMES.into(), FAR6.into(), OUTSIDE.into(), OUTSIDE6.into()] {
+        all.extend([6, 17].into_iter().flat_map(|protocol| [53, 853].map(|port| Packet(server, protocol, port))));
     }
     let internet = NetPolicy::internet;
     let particular = NetPolicy {
@@ -66,15 +78,66 @@ fn scenes() -> Vec<Scene> {
     let few = NetPolicy { connections: NonZeroU32::new(2), ..internet() };
     let slow = NetPolicy { up_kbit_s: NonZeroU32::new(8), ..internet() };
     let routed = NetPolicy { routed: true, ..internet() };
+    let social = NetPolicy { neighbours: Neighbours::Tenant, ..internet() };
+    let of_both = |story: fn(IpAddr) -> Story| vec![story(OUTSIDE.into()), story(OUTSIDE6.into())];
     vec![
         (NetPolicy::host_only(), internet(), all.clone()),
         (groups::policy(true), internet(), all.clone()),
         (particular.clone(), particular, all.clone()),
         (ours.clone(), ours, all.clone()),
-        (routed, internet(), all),
-        (few, internet(), vec![Connections]),
-        (slow, internet(), vec![Burst]),
+        (routed, internet(), all.clone()),
+        (social, internet(), all),
+        (few, internet(), of_both(Connections)),
+        (slow, internet(), of_both(Burst)),
     ]
+}
+
+/// Rules that are loaded, in their order, and of which one can be taken out.
+trait Loaded {
+    /// What each is called, the same of whatever policy.
+    fn names(&self) -> Vec<String>;
+    fn take_out(&mut self, place: usize);
+    fn put_back(&mut self);
+}
+
+/// Those of the *inet* family, and the one that is taken out.
+struct Inet(Vec<Rule>, usize);
+
+impl Loaded for Inet {
+    fn names(&self) -> Vec<String> {
+        self.0.iter().map(rule_of_any_policy).collect()
+    }
+
+    fn take_out(&mut self, place: usize) {
+        // Put back, they have other handles.
+        *self = Self(rules("inet"), place);
+        let rule = &self.0[place];
+        match family(rule) {
+            Some(of) => self.0.iter().filter(|other| family(other) == Some(of)).for_each(|other| other.delete("inet")),
+            None => rule.delete("inet"),
+        }
+    }
+
+    fn put_back(&mut self) {
+        restore(&self.0[self.1].chain, &self.0);
+    }
+}
+
+/// Those of a `-restore` command.
+struct Commands(Saved, Vec<Line>);
+
+impl Loaded for Commands {
+    fn names(&self) -> Vec<String> {
+        self.1.iter().map(Line::name).collect()
+    }
+
+    fn take_out(&mut self, place: usize) {
+        self.0.load_without(Some(&self.1[place]));
+    }
+
+    fn put_back(&mut self) {
+        self.0.load_without(None);
+    }
 }
 
 /// Puts the rules of a chain back as they were.
@@ -108,32 +171,22 @@ fn family(rule: &Rule) -> Option<usize> {
 }
 
 /// Takes out each rule that nobody noticed yet, and notes whose lack somebody does.
-fn take_out(noticed: &mut BTreeMap<String, bool>, of_a: NetPolicy, of_b: NetPolicy, stories: &[Story]) {
-    let mut stage = Stage::new(of_a, of_b);
+fn take_out_each(noticed: &mut BTreeMap<String, bool>, stage: &mut Stage, stories: &[Story], loaded: &mut dyn Loaded) {
     // The first time, flows and neighbours are not known yet.
     let told: Vec<_> = stories.iter().map(|&story| (stage.tell(story), stage.tell(story)).1).collect();
     let all_as_told = |stage: &mut Stage| {
         stories.iter().zip(&told).find(|(story, told)| !(0..TRIES).any(|_| stage.tell(**story) == **told)).is_none()
     };
-    assert!(all_as_told(&mut stage), "nothing was taken out");
-    for place in 0..rules("inet").len() {
-        // Put back, they have other handles.
-        let rules = rules("inet");
-        let rule = &rules[place];
-        let noticed = noticed.entry(rule_of_any_policy(rule)).or_default();
-        if *noticed {
-            continue;
+    assert!(all_as_told(stage), "nothing was taken out");
+    for (place, name) in loaded.names().into_iter().enumerate() {
+        let noticed = noticed.entry(name).or_default();
+        if !*noticed {
+            loaded.take_out(place);
+            *noticed = !all_as_told(stage);
+            loaded.put_back();
         }
-        match family(rule) {
-            Some(family_of) => {
-                rules.iter().filter(|other| family(other) == Some(family_of)).for_each(|other| other.delete("inet"))
-            }
-            None => rule.delete("inet"),
-        }
-        *noticed = !all_as_told(&mut stage);
-        restore(&rule.chain, &rules);
     }
-    assert!(all_as_told(&mut stage), "all was put back");
+    assert!(all_as_told(stage), "all was put back");
 }
 
 /// Rules whose lack changes nothing here: what is told of and what the second bridge
@@ -148,16 +201,86 @@ const MADE_UP_FOR: &[&str] = &[
     "to_host: iifname \"qvd7e57.*\" goto of_desktop",
 ];
 
+/// The rules that no scene notices the lack of.
+fn silent(noticed: BTreeMap<String, bool>) -> Vec<String> {
+    assert!(noticed.len() > 30, "{noticed:?}");
+    noticed.into_iter().filter(|(_, noticed)| !noticed).map(|(name, _)| name).collect()
+}
+
 #[test]
 fn each_rule_behind_the_port_decides_about_some_packet() {
     privileged(NEEDS, || {
         let mut noticed = BTreeMap::new();
         for (of_a, of_b, stories) in scenes() {
-            on_a_host(|| take_out(&mut noticed, of_a, of_b, &stories));
+            on_a_host(|| {
+                let mut stage = Stage::new(Backend::Nft, of_a, of_b);
+                take_out_each(&mut noticed, &mut stage, &stories, &mut Inet(rules("inet"), 0));
+            });
         }
-        assert!(noticed.len() > 30, "{noticed:?}");
-        noticed.retain(|_, noticed| !*noticed);
-        let silent: Vec<_> = noticed.into_keys().collect();
-        assert_eq!(silent, MADE_UP_FOR);
+        assert_eq!(silent(noticed), MADE_UP_FOR);
+    });
+}
+
+/// Whether it is of the second desktop, which begins nothing, of further bridges, or of a
+/// further address, whose rules are those of the first.
+fn is_left(line: &Line) -> bool {
+    let words: Vec<_> = line.text.split(' ').collect();
+    let link = format!("{}-8", INSTANCE.bridge_name());
+    let second = [format!("{NEIGHBOUR}/32"), format!("{}/128", in_ipv6(NEIGHBOUR))];
+    let is_second = |word: &str| second.iter().any(|second| second == word);
+    // Behind `-A` and the chain: whom it is about.
+    let by_second = words[2] == "-s" && is_second(words[3]);
+    let answers_second = words[1].ends_with("-in") && is_second(words[3]);
+    by_second
+        || answers_second
+        || words.iter().any(|word| word.strip_prefix(&*link).is_some_and(|rest| matches!(rest, "" | "s")))
+        || words
+            .iter()
+            .any(|word| word.ends_with(".+") || word.starts_with("192.0.2.") || word.starts_with("2001:db8:7:"))
+}
+
+/// The same of rules of iptables: what a chain does not end, one further up does, and ports
+/// that lost their bridge have a test of their own as well ([`super::confinement`]).
+const MADE_UP_FOR_BY_COMMANDS: &[(&str, &[&str])] = &[
+    (
+        "iptables",
+        &[
+            "filter: -A qvd7e57-7 -j DROP",
+            "filter: -A qvd7e57-7s -j DROP",
+            "filter: -A qvd7e57-host -i qvd7e57-+ -j DROP",
+            "filter: -A qvd7e57-inw -d 224.0.0.0/4 -j ACCEPT",
+            "filter: -A qvd7e57-route -i qvd7e57-+ -j DROP",
+        ],
+    ),
+    (
+        "ip6tables",
+        &[
+            "filter: -A qvd7e57-7 -j DROP",
+            "filter: -A qvd7e57-7s -j DROP",
+            "filter: -A qvd7e57-host -i qvd7e57-+ -j DROP",
+            "filter: -A qvd7e57-inw -d ff00::/8 -j ACCEPT",
+            "filter: -A qvd7e57-route -i qvd7e57-+ -j DROP",
+        ],
+    ),
+];
+
+#[test]
+fn each_rule_of_iptables_behind_the_port_decides_about_some_packet() {
+    privileged(saved::NEEDS, || {
+        for &(program, made_up_for) in MADE_UP_FOR_BY_COMMANDS {
+            let mut noticed = BTreeMap::new();
+            for (of_a, of_b, mut stories) in scenes() {
+                stories.retain(|story| story.is_ipv4() == (program == "iptables"));
+                on_a_host(|| {
+                    let mut stage = Stage::new(Backend::Iptables, of_a, of_b);
+                    let saved = Saved::now(program);
+                    // What is said at the port has a test of its own ([`super::commands_mutation`]).
+                    let lines =
+                        saved.rules().into_iter().filter(|line| line.table != "raw" && !is_left(line)).collect();
+                    take_out_each(&mut noticed, &mut stage, &stories, &mut Commands(saved, lines));
+                });
+            }
+            assert_eq!(silent(noticed), made_up_for, "{program}");
+        }
     });
 }

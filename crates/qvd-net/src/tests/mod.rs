@@ -4,9 +4,9 @@
 
 mod attacks;
 mod bridges;
+mod commands_mutation;
 mod confinement;
 mod drops;
-mod ebtables_mutation;
 mod flows;
 mod frames;
 mod groups;
@@ -17,12 +17,12 @@ mod iptables;
 mod lifecycle;
 mod mtu;
 mod mutation;
-
 mod policy;
 mod policy_property;
 mod property;
 mod responder;
 mod routers;
+mod saved;
 mod site;
 mod stage;
 mod tap;

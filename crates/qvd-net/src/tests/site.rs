@@ -89,6 +89,11 @@ impl Site {
         mark
     }
 
+    /// What the first desktop says `to` from.
+    pub(super) fn own6(&self, to: Ipv6Addr) -> Ipv6Addr {
+        if to.is_unicast_link_local() { self.a.port.mac().link_local() } else { self.a.port.ipv6().unwrap() }
+    }
+
     /// A packet of the first desktop.
     pub(super) fn frame(&mut self, to: IpAddr, protocol: u8, port: u16) -> (Vec<u8>, [u8; 12]) {
         let (own, gateway, mark) = (self.a.station(), self.gateway(), self.mark());
@@ -130,7 +135,7 @@ impl Site {
                     _ => (58, 2),
                 };
                 let payload = [head, mark.to_vec()].concat();
-                let packet = vectors::summed(self.a.port.ipv6().unwrap(), to, protocol, 64, &payload, at);
+                let packet = vectors::summed(self.own6(to), to, protocol, 64, &payload, at);
                 frames::ethernet(gateway.mac, own.mac, frames::IPV6, &packet)
             }
         };

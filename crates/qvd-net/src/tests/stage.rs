@@ -8,21 +8,24 @@ use std::{
 
 use qvd_core::NetPolicy;
 use qvd_sys::{netns, packet::PacketSocket};
+use rustix::net::AddressFamily;
 
 use super::{
     frames,
-    groups::{GROUP, GROUP6},
+    groups::{GROUP, GROUP6, ROUTER_ALERT, igmp},
     internet::{OUTSIDE, UPLINK, wait_for_bridge},
     mutation::grown,
-    site::{FAR, FAR6, Site, with_names},
+    site::{FAR6, Site, with_names},
     vectors::{link_option, neighbour_discovery, solicited_node, summed},
     world::{Desktop, INSTANCE, MARK_LEN, PATIENCE, came_before, desktop, heard_before, holds, subnet},
 };
-use crate::{Backend, Mac, NetConfig, PortSpec, Subnet6, netlink::Netlink, network::find};
+use crate::{Backend, Mac, NetConfig, PortSpec, Subnet6, identity::REPORTS, netlink::Netlink, network::find};
 
 /// Where programs of the host listen, in both families.
 pub(super) const SERVICE: u16 = 4100;
-/// The address of the second desktop of a site.
+/// The address of the first desktop of a site.
+pub(super) const OWN: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 8);
+/// The same of the second.
 pub(super) const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 9);
 /// Where a program of the desktop answers.
 pub(super) const INSIDE: u16 = 7000;
@@ -35,32 +38,63 @@ pub(super) enum Story {
     /// What answers such a packet from outside.
     Answer(IpAddr),
     /// What the desktop says about such an answer that it has no use for.
-    Related,
+    Related(IpAddr),
     /// A packet from outside that nobody asked for.
     Unasked(IpAddr),
     /// The first segment of a connection, that promises to take longer ones than can come.
-    Segment,
+    Segment(IpAddr),
     /// The last of one that never was.
-    Reset,
+    Reset(IpAddr),
     /// A question to the gateway that its kernel answers.
     Echo(IpAddr),
     /// A question for the gateway's link address.
     Solicitation,
-    /// A question of the host's to a program of the desktop's.
-    Asked,
+    /// What says the desktop's own.
+    Advertisement,
+    /// A question from this address of the host's to a program of the desktop's.
+    Asked(IpAddr),
     /// A packet to a group.
     Group(IpAddr),
+    /// The same, from the desktop's address of the link.
+    GroupOfLink,
+    /// A packet of the second desktop's to this address of the first.
+    Visit(IpAddr),
+    /// What says which groups the desktop is in, to who routes groups.
+    Report,
     /// Several connections; how many get out.
-    Connections,
+    Connections(IpAddr),
     /// Many long packets; whether most get out.
-    Burst,
+    Burst(IpAddr),
+}
+
+impl Story {
+    /// Whether it is one of IPv4.
+    pub(super) fn is_ipv4(self) -> bool {
+        match self {
+            Self::Packet(with, ..)
+            | Self::Answer(with)
+            | Self::Related(with)
+            | Self::Unasked(with)
+            | Self::Segment(with)
+            | Self::Reset(with)
+            | Self::Echo(with)
+            | Self::Asked(with)
+            | Self::Group(with)
+            | Self::Visit(with)
+            | Self::Connections(with)
+            | Self::Burst(with) => with.is_ipv4(),
+            Self::Report => true,
+            Self::Solicitation | Self::Advertisement | Self::GroupOfLink => false,
+        }
+    }
 }
 
 /// A site with programs that listen.
 pub(super) struct Stage {
     pub(super) site: Site,
     at_a: PacketSocket,
-    programs: [UdpSocket; 2],
+    programs: [UdpSocket; 4],
+    /// Of both families.
     pub(super) inside: UdpSocket,
     /// The link address of the host's that outside knows.
     uplink: [u8; 6],
@@ -70,9 +104,20 @@ pub(super) fn gateway6() -> Ipv6Addr {
     Subnet6::default_for(INSTANCE).gateway(subnet())
 }
 
+/// The gateway's address of the link.
+pub(super) fn gateway_of_link() -> Ipv6Addr {
+    Mac::of(INSTANCE, subnet().gateway()).link_local()
+}
+
+/// A socket of all that the host gets of a protocol.
+fn raw(family: AddressFamily, protocol: u8) -> UdpSocket {
+    let protocol = rustix::net::Protocol::from_raw(u32::from(protocol).try_into().unwrap());
+    rustix::net::socket(family, rustix::net::SocketType::RAW, Some(protocol)).unwrap().into()
+}
+
 impl Stage {
-    pub(super) fn new(policy: NetPolicy, beside: NetPolicy) -> Self {
-        let config = NetConfig { name_server6: Some(FAR6), ..with_names(Backend::Nft) };
+    pub(super) fn new(backend: Backend, policy: NetPolicy, beside: NetPolicy) -> Self {
+        let config = NetConfig { name_server6: Some(FAR6), ..with_names(backend) };
         Self::on(Site::new(config, policy, beside))
     }
 
@@ -80,16 +125,18 @@ impl Stage {
         let bridge = find(&mut Netlink::route().unwrap(), &site.network.bridge_name()).unwrap().unwrap().index;
         let four = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, SERVICE)).unwrap();
         four.join_multicast_v4(&GROUP, &subnet().gateway()).unwrap();
-        let six = rustix::net::socket(rustix::net::AddressFamily::INET6, rustix::net::SocketType::DGRAM, None).unwrap();
+        let six = rustix::net::socket(AddressFamily::INET6, rustix::net::SocketType::DGRAM, None).unwrap();
         rustix::net::sockopt::set_ipv6_v6only(&six, true).unwrap();
         rustix::net::bind(&six, &std::net::SocketAddr::from((Ipv6Addr::UNSPECIFIED, SERVICE))).unwrap();
         let six = UdpSocket::from(six);
         six.join_multicast_v6(&GROUP6, bridge).unwrap();
-        let programs = [four, six];
+        let (reports, messages) = (raw(AddressFamily::INET, 2), raw(AddressFamily::INET6, 58));
+        reports.join_multicast_v4(&REPORTS, &subnet().gateway()).unwrap();
+        let programs = [four, six, reports, messages];
         programs.iter().for_each(|program| program.set_nonblocking(true).unwrap());
-        let inside = site.a.inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, INSIDE))).unwrap();
+        let inside = site.a.inside(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, INSIDE))).unwrap();
         inside.set_read_timeout(Some(PATIENCE)).unwrap();
-        assert_eq!((site.b.port.address(), site.b.port.ipv6()), (NEIGHBOUR, Some(neighbour6())));
+        assert_eq!((site.b.port.address(), site.b.port.ipv6()), (NEIGHBOUR, Some(in_ipv6(NEIGHBOUR))));
         let mut stage = Self { at_a: site.a.socket(), site, programs, inside, uplink: [0; 6] };
         let mark = stage.site.mark();
         UdpSocket::bind((UPLINK, 0)).unwrap().send_to(&mark, (OUTSIDE, 9)).unwrap();
@@ -108,7 +155,7 @@ impl Stage {
         self.site.a = Desktop { netns, port };
         wait_for_bridge(&self.site.network, &self.site.a);
         (self.site.from_a, self.at_a) = (self.site.a.socket(), self.site.a.socket());
-        self.inside = self.site.a.inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, INSIDE))).unwrap();
+        self.inside = self.site.a.inside(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, INSIDE))).unwrap();
     }
 
     /// What a story comes to, in words to be compared.
@@ -118,12 +165,12 @@ impl Stage {
                 let (frame, mark) = self.site.frame(to, protocol, port);
                 self.fate(&frame, &mark)
             }
-            Story::Segment => {
-                let (frame, mark) = self.segment(0x02);
+            Story::Segment(to) => {
+                let (frame, mark) = self.segment(to, 0x02);
                 self.fate(&frame, &mark)
             }
-            Story::Reset => {
-                let (frame, mark) = self.segment(0x04);
+            Story::Reset(to) => {
+                let (frame, mark) = self.segment(to, 0x04);
                 self.fate(&frame, &mark)
             }
             Story::Echo(to) => {
@@ -139,13 +186,42 @@ impl Stage {
                 // The answer names the link's address after the one that was asked for.
                 self.fate(&frame, &[&gateway6().octets()[..], &[2, 1]].concat())
             }
+            Story::Advertisement => {
+                let (own, own6) = (self.site.a.station(), self.site.a.port.ipv6().unwrap());
+                let answer = neighbour_discovery(136, own6, &link_option(2, own.mac));
+                let packet = summed(own6, gateway6(), 58, 255, &answer, 2);
+                let frame = frames::ethernet(self.site.gateway().mac, own.mac, frames::IPV6, &packet);
+                self.fate(&frame, &[&own6.octets()[..], &[2, 1]].concat())
+            }
+            Story::Report => {
+                let (own, mark) = (self.site.a.station(), self.site.mark());
+                let report = [&igmp(own.ip, REPORTS, 1, ROUTER_ALERT, 0x22)[..], &mark].concat();
+                let to = Mac::of_group(REPORTS.into()).octets();
+                self.fate(&frames::ethernet(to, own.mac, frames::IPV4, &report), &mark)
+            }
             Story::Group(group) => {
                 let (mut frame, mark) = self.site.frame(group, 17, SERVICE);
                 frame[..6].copy_from_slice(&Mac::of_group(group).octets());
                 self.fate(&frame, &mark)
             }
+            Story::GroupOfLink => {
+                let (own, mark) = (self.site.a.station(), self.site.mark());
+                let from = self.site.a.port.mac().link_local().into();
+                let (ethertype, packet) = datagram((from, 5000), (GROUP6.into(), SERVICE), &mark);
+                self.fate(&frames::ethernet(Mac::of_group(GROUP6.into()).octets(), own.mac, ethertype, &packet), &mark)
+            }
+            Story::Visit(to) => {
+                let (other, gateway, mark) = (self.site.b.station(), self.site.gateway(), self.site.mark());
+                let from = if to.is_ipv4() { NEIGHBOUR.into() } else { in_ipv6(NEIGHBOUR).into() };
+                let (ethertype, packet) = datagram((from, 5000), (to, 443), &mark);
+                self.site.at_b.send(&frames::ethernet(gateway.mac, other.mac, ethertype, &packet)).unwrap();
+                let _gone = self.site.passing(&mark);
+                let control = self.site.mark();
+                self.site.host_says(self.site.a.station(), &control);
+                format!("came {:?}", came_before(&self.at_a, &mark, &control).first().map(|frame| seen(frame)))
+            }
             Story::Answer(to) => self.answered(to).0,
-            Story::Related => self.related(),
+            Story::Related(to) => self.related(to),
             Story::Unasked(from) => {
                 let to: IpAddr = match from {
                     IpAddr::V4(_) => self.site.a.station().ip.into(),
@@ -155,19 +231,19 @@ impl Stage {
                 let packet = datagram((from, 443), (to, 9), &mark);
                 self.outside_says(&packet, &mark)
             }
-            Story::Asked => self.asked(),
-            Story::Connections => {
+            Story::Asked(by) => self.asked(by),
+            Story::Connections(to) => {
                 let begun = (0..6).filter(|_| {
-                    let (frame, mark) = self.site.frame(OUTSIDE.into(), 17, 443);
+                    let (frame, mark) = self.site.frame(to, 17, 443);
                     self.site.arrives(&frame, &mark)
                 });
                 format!("{} connections", begun.count())
             }
-            Story::Burst => {
+            Story::Burst(to) => {
                 let mut out = 0;
                 // No more at once than a socket has room for.
                 for _ in 0..8 {
-                    let (frame, mark) = self.long();
+                    let (frame, mark) = self.long(to);
                     (0..50).for_each(|_| self.site.from_a.send(&frame).unwrap());
                     out += self.site.passing(&mark).len();
                 }
@@ -188,7 +264,7 @@ impl Stage {
         }
         let answered =
             came_before(&self.at_a, needle, &control).iter().any(|frame| frame[..6] == own.mac && !is_notice(frame));
-        let neighbour = !came_before(&self.site.at_b, needle, &control).is_empty();
+        let neighbour = came_before(&self.site.at_b, needle, &control).first().map(|frame| seen(frame));
         let mut packet = [0; 2048];
         let mut program = false;
         for socket in &self.programs {
@@ -197,7 +273,7 @@ impl Stage {
             }
         }
         let reasons = grown(&before, self.site.a.port.drops().unwrap());
-        format!("outside {outside:?}, neighbour {neighbour}, program {program}, answered {answered}, {reasons:?}")
+        format!("outside {outside:?}, neighbour {neighbour:?}, program {program}, answered {answered}, {reasons:?}")
     }
 
     /// Sends a packet to the host from outside, and tells whether the desktop gets it.
@@ -228,25 +304,39 @@ impl Stage {
     }
 
     /// What comes of an error about an answer to a packet that went out.
-    fn related(&mut self) -> String {
-        let (_, asked) = self.answered(OUTSIDE.into());
+    fn related(&mut self, to: IpAddr) -> String {
+        let (_, asked) = self.answered(to);
         let (own, gateway, mark) = (self.site.a.station(), self.site.gateway(), self.site.mark());
-        let (_, port) = sender(&asked);
-        let (_, answer) = datagram((OUTSIDE.into(), 443), (own.ip.into(), port), &mark);
-        // Destination unreachable, because of the port (RFC 792), with the packet's beginning.
-        let mut message = [&[3, 3, 0, 0, 0, 0, 0, 0][..], &answer[..28]].concat();
-        let sum = frames::checksum(&[&message[..], &mark].concat());
-        message[2..4].copy_from_slice(&sum.to_be_bytes());
-        let packet = frames::ipv4(own.ip, OUTSIDE, frames::Ip { protocol: 1, ..frames::Ip::default() }, &message);
-        let frame = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &[&packet[..], &mark].concat());
-        self.fate(&frame, &mark)
+        let (from, port) = sender(&asked);
+        let (ethertype, answer) = datagram((to, 443), (from, port), &mark);
+        // Destination unreachable, because of the port, with the packet's beginning
+        // (RFC 792; RFC 4443, section 3.1).
+        let packet = match (from, to) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                let mut message = [&[3, 3, 0, 0, 0, 0, 0, 0][..], &answer[..28]].concat();
+                let sum = frames::checksum(&[&message[..], &mark].concat());
+                message[2..4].copy_from_slice(&sum.to_be_bytes());
+                let packet = frames::ipv4(from, to, frames::Ip { protocol: 1, ..frames::Ip::default() }, &message);
+                [&packet[..], &mark].concat()
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                let message = [&[1, 4, 0, 0, 0, 0, 0, 0][..], &answer[..48], &mark].concat();
+                summed(from, to, 58, 64, &message, 2)
+            }
+            _ => panic!("{from} and {to} are of two families"),
+        };
+        self.fate(&frames::ethernet(gateway.mac, own.mac, ethertype, &packet), &mark)
     }
 
     /// Whether the host hears what a program of the desktop's answers.
-    fn asked(&mut self) -> String {
-        let (own, host) = (self.site.a.station(), UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap());
+    fn asked(&mut self, by: IpAddr) -> String {
+        let own: IpAddr = match by {
+            IpAddr::V4(_) => self.site.a.port.address().into(),
+            IpAddr::V6(_) => self.site.a.port.ipv6().unwrap().into(),
+        };
+        let host = UdpSocket::bind((by, 0)).unwrap();
         host.set_nonblocking(true).unwrap();
-        host.send_to(b"question", (own.ip, INSIDE)).unwrap();
+        host.send_to(b"question", (own, INSIDE)).unwrap();
         let mut packet = [0; 64];
         let (length, from) = self.inside.recv_from(&mut packet).unwrap();
         self.inside.send_to(&packet[..length], from).unwrap();
@@ -255,15 +345,23 @@ impl Stage {
     }
 
     /// A segment with these flags and the longest MSS that there is, to another host.
-    fn segment(&mut self, flags: u8) -> (Vec<u8>, [u8; MARK_LEN]) {
+    fn segment(&mut self, to: IpAddr, flags: u8) -> (Vec<u8>, [u8; MARK_LEN]) {
         let (own, gateway, mark) = (self.site.a.station(), self.site.gateway(), self.site.mark());
         let ports = [&mark[10..], &[0, 9]].concat();
         let mut head =
             [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 0, 0x60, flags, 4, 0, 0, 0, 0, 0, 2, 4, 0xff, 0xff]].concat();
-        frames::sum_segment(own.ip, FAR, &mut head, &mark);
-        let packet = frames::ipv4(own.ip, FAR, frames::Ip { protocol: 6, ..frames::Ip::default() }, &head);
-        let frame = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
-        ([&frame[..], &mark].concat(), mark)
+        let (ethertype, packet) = match to {
+            IpAddr::V4(to) => {
+                frames::sum_segment(own.ip, to, &mut head, &mark);
+                let packet = frames::ipv4(own.ip, to, frames::Ip { protocol: 6, ..frames::Ip::default() }, &head);
+                (frames::IPV4, [&packet[..], &mark].concat())
+            }
+            IpAddr::V6(to) => {
+                let own6 = self.site.a.port.ipv6().unwrap();
+                (frames::IPV6, summed(own6, to, 6, 64, &[&head[..], &mark].concat(), 16))
+            }
+        };
+        (frames::ethernet(gateway.mac, own.mac, ethertype, &packet), mark)
     }
 
     /// An echo request of a number of its own: answers to others are let in as such.
@@ -280,17 +378,25 @@ impl Stage {
                 packet.extend(mark);
                 (frames::IPV4, packet)
             }
-            IpAddr::V6(to) => (frames::IPV6, summed(self.site.a.port.ipv6().unwrap(), to, 58, 64, &message(128), 2)),
+            IpAddr::V6(to) => (frames::IPV6, summed(self.site.own6(to), to, 58, 64, &message(128), 2)),
         };
         (frames::ethernet(gateway.mac, own.mac, ethertype, &packet), mark)
     }
 
-    fn long(&mut self) -> (Vec<u8>, [u8; MARK_LEN]) {
+    fn long(&mut self, to: IpAddr) -> (Vec<u8>, [u8; MARK_LEN]) {
         let (own, gateway, mark) = (self.site.a.station(), self.site.gateway(), self.site.mark());
         let head = [&[5000_u16, 443, 1008, 0].map(u16::to_be_bytes).concat()[..], &[0; 988]].concat();
-        let packet = frames::ipv4(own.ip, OUTSIDE, frames::Ip { protocol: 17, ..frames::Ip::default() }, &head);
-        let frame = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
-        ([&frame[..], &mark].concat(), mark)
+        let (ethertype, packet) = match to {
+            IpAddr::V4(to) => {
+                let packet = frames::ipv4(own.ip, to, frames::Ip { protocol: 17, ..frames::Ip::default() }, &head);
+                (frames::IPV4, [&packet[..], &mark].concat())
+            }
+            IpAddr::V6(to) => {
+                let own6 = self.site.a.port.ipv6().unwrap();
+                (frames::IPV6, summed(own6, to, 17, 64, &[&head[..], &mark].concat(), 6))
+            }
+        };
+        (frames::ethernet(gateway.mac, own.mac, ethertype, &packet), mark)
     }
 }
 
@@ -329,15 +435,18 @@ pub(super) fn sender(frame: &[u8]) -> (IpAddr, u16) {
 /// What rules may change of a packet: both addresses, and the MSS of a segment that has one.
 fn seen(frame: &[u8]) -> (IpAddr, IpAddr, Option<[u8; 2]>) {
     let (from, _) = sender(frame);
-    if from.is_ipv6() {
+    let (to, protocol, head): (IpAddr, u8, usize) = if from.is_ipv6() {
         let to: [u8; 16] = frame[38..54].try_into().unwrap();
-        return (from, to.into(), None);
-    }
-    let to: [u8; 4] = frame[30..34].try_into().unwrap();
-    let has_mss = frame[23] == 6 && frame[46] == 0x60;
-    (from, to.into(), has_mss.then(|| [frame[56], frame[57]]))
+        (to.into(), frame[20], 54)
+    } else {
+        let to: [u8; 4] = frame[30..34].try_into().unwrap();
+        (to.into(), frame[23], 34)
+    };
+    let has_mss = protocol == 6 && frame[head + 12] == 0x60;
+    (from, to, has_mss.then(|| [frame[head + 22], frame[head + 23]]))
 }
 
-pub(super) fn neighbour6() -> Ipv6Addr {
-    Subnet6::default_for(INSTANCE).address(subnet(), NEIGHBOUR)
+/// The address of IPv6 that goes with one.
+pub(super) fn in_ipv6(address: Ipv4Addr) -> Ipv6Addr {
+    Subnet6::default_for(INSTANCE).address(subnet(), address)
 }

@@ -484,13 +484,29 @@ pub(crate) fn honest(cast: &Cast) -> Vec<Named> {
         ("tcp".into(), ip(ipv4(own.ip, far, with(TCP), &tcp))),
         ("probe for the own address".into(), icmp6(none, solicited_node(global), 255, &solicit(global, &[]))),
         ("probe with a nonce".into(), icmp6(none, solicited_node(link_local), 255, &solicit(link_local, &nonce))),
+        ("probe for the address of the link".into(), {
+            icmp6(none, solicited_node(link_local), 255, &solicit(link_local, &[]))
+        }),
+        ("probe for the own address with a nonce".into(), {
+            icmp6(none, solicited_node(global), 255, &solicit(global, &nonce))
+        }),
         ("solicitation".into(), {
             icmp6(global, solicited_node(gateway6.global), 255, &solicit(gateway6.global, &ask))
         }),
         ("solicitation of one known".into(), icmp6(link_local, gateway6.global, 255, &solicit(gateway6.global, &[]))),
+        ("solicitation of one known that tells an address".into(), {
+            icmp6(global, gateway6.global, 255, &solicit(gateway6.global, &ask))
+        }),
+        ("solicitation that tells no address".into(), {
+            icmp6(global, solicited_node(gateway6.global), 255, &solicit(gateway6.global, &[]))
+        }),
         ("advertisement".into(), icmp6(global, gateway6.link_local, 255, &advert)),
+        ("advertisement of the own address to all".into(), icmp6(global, ALL_NODES, 255, &advert)),
+        ("advertisement of the address of the link".into(), {
+            icmp6(link_local, gateway6.link_local, 255, &neighbour_discovery(136, link_local, &tell))
+        }),
         ("advertisement to all".into(), {
-            icmp6(link_local, ALL_NODES, 255, &[&neighbour_discovery(136, link_local, &tell)[..]].concat())
+            icmp6(link_local, ALL_NODES, 255, &neighbour_discovery(136, link_local, &tell))
         }),
         ("router solicitation".into(), icmp6(link_local, ALL_ROUTERS, 255, &[&router[..], &ask].concat())),
         ("router solicitation that tells no address".into(), icmp6(link_local, ALL_ROUTERS, 255, &router)),

@@ -87,7 +87,6 @@ impl Text {
             rules.extend(self.bridges().map(|bridge| format!("-o {bridge} -j {}", self.group(group))));
         }
         rules.push(BETWEEN.to_owned());
-        rules.push("-p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu".to_owned());
         if policy.internet {
             rules.push("-j ACCEPT".to_owned());
             return rules;
