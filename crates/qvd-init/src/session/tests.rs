@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use qvd_core::LinkSpeed;
 
-use super::*;
+use super::{
+    programs::{PAUSE, WORKED, pause},
+    *,
+};
 
 const ATTACH_DEADLINE: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(1);
