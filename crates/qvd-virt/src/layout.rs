@@ -7,15 +7,15 @@
 //! descriptors of file systems that the child has just made itself: an image
 //! cannot fake those.
 
+mod dev;
+mod tree;
+
 use std::{
     collections::BTreeSet,
-    ffi::{CStr, CString, OsStr},
+    ffi::CStr,
     io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
-    path::{Path, PathBuf},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
 };
 
 use qvd_core::{Bytes, Device};
@@ -23,17 +23,18 @@ use qvd_sys::{
     mount::{FsContext, Restrictions, clone_dir, restrict},
     process::{Op, Plan, PlanFd},
 };
-use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, makedev, mkdirat, mknodat, openat, openat2, symlinkat},
-    io::Errno,
-};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat};
 
+use self::{
+    dev::make_dev,
+    tree::{Tree, keep, slot},
+};
 use crate::{
     ContainerMount, ContainerSpec, Error, FuseMount,
     devices::{Node, find},
     error::io_error,
     measures::Measures,
-    spec::{c_string, components},
+    spec::c_string,
 };
 
 // Source: Linux `include/uapi/linux/mount.h`.
@@ -351,91 +352,6 @@ fn cover(plan: &mut Plan, verb: &str, top: &str, fs: PlanFd, name: &str, with: C
     Ok(())
 }
 
-/// The container's tree of mounts as it grows.
-struct Tree<'a> {
-    root_fd: BorrowedFd<'a>,
-    root: PlanFd,
-    work: PlanFd,
-    mounted: Vec<(PathBuf, PlanFd)>,
-    how: ResolveFlags,
-    cgroups: bool,
-}
-
-impl Tree<'_> {
-    /// Attaches `mount` at the absolute path `target`, making directories.
-    fn attach(&mut self, plan: &mut Plan, target: &str, mount: PlanFd) -> Result<(), Error> {
-        let path = Path::new(target);
-        // The last one mounted above the target is what its path leads through.
-        let above = self.mounted.iter().rev().find(|(top, _)| path.starts_with(top));
-        let dir = match above {
-            Some((top, fd)) => {
-                let rest = path.strip_prefix(top).unwrap_or(path);
-                descend(plan, *fd, &components_below(rest), self.work, target)
-            }
-            None => {
-                let (found, missing) = self.resolve(path)?;
-                let found = match found {
-                    Some(fd) => keep(plan, fd)?,
-                    None => self.root,
-                };
-                descend(plan, found, &missing, self.work, target)
-            }
-        }?;
-        plan.step(format!("attach {target}"), Op::Attach { mount, dir, path: CString::default() });
-        self.mounted.push((path.to_owned(), mount));
-        Ok(())
-    }
-
-    /// Opens as much of `target` as there is in the root; the rest has to be
-    /// made. A link on the way, or anything but a directory, is refused.
-    fn resolve<'p>(&self, target: &'p Path) -> Result<(Option<OwnedFd>, Vec<&'p OsStr>), Error> {
-        let names = components(target);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        for there in (1..=names.len()).rev() {
-            let (path, missing) = names.split_at(there);
-            let path: PathBuf = path.iter().collect();
-            match openat2(self.root_fd, &path, flags, Mode::empty(), self.how) {
-                Ok(fd) => return Ok((Some(fd), missing.to_vec())),
-                Err(Errno::NOENT) => {}
-                Err(Errno::LOOP | Errno::NOTDIR | Errno::XDEV) => {
-                    return Err(Error::Invalid {
-                        what: format!("`/{}` of the image", path.display()),
-                        reason: "it must be a directory and not a link, as something is mounted there",
-                    });
-                }
-                Err(error) => return Err(io_error(format!("open `/{}` of the root", path.display()))(error)),
-            }
-        }
-        Ok((None, names))
-    }
-}
-
-fn components_below(path: &Path) -> Vec<&OsStr> {
-    path.iter().collect()
-}
-
-/// Makes and opens `names` one below the other, in the child.
-fn descend(plan: &mut Plan, from: PlanFd, names: &[&OsStr], work: PlanFd, target: &str) -> Result<PlanFd, Error> {
-    let mut dir = from;
-    for name in names {
-        let path = CString::new(name.as_bytes())
-            .map_err(|_| Error::Invalid { what: format!("mount target `{target}`"), reason: "it contains a NUL" })?;
-        let make = Op::MakeDir { dir, path: path.clone(), mode: 0o755 };
-        plan.step(format!("make directory {target}"), make);
-        plan.step(format!("open directory {target}"), Op::OpenDir { dir, path, into: work });
-        dir = work;
-    }
-    Ok(dir)
-}
-
-fn keep(plan: &mut Plan, fd: OwnedFd) -> Result<PlanFd, Error> {
-    plan.own(fd).map_err(io_error("keep a descriptor for the container"))
-}
-
-fn slot(plan: &mut Plan) -> Result<PlanFd, Error> {
-    plan.slot().map_err(io_error("plan the container's file system"))
-}
-
 /// A tmpfs for one container. Made by us, not by the child, so that its
 /// limits cannot be changed from inside even by a mount call.
 fn tmpfs(size: Bytes, inodes: u32, mode: u32, owner: u32) -> Result<OwnedFd, Error> {
@@ -449,53 +365,4 @@ fn tmpfs(size: Bytes, inodes: u32, mode: u32, owner: u32) -> Result<OwnedFd, Err
         fs.mount(Restrictions { nosuid: true, nodev: true, ..Restrictions::default() })
     };
     make().map_err(|error| Error::Io { op: "make a tmpfs".to_owned(), source: io::Error::other(error) })
-}
-
-/// Devices without a host behind them. Nodes work because the file system
-/// belongs to the host's user namespace; nobody inside may change it, as it is
-/// read-only and its owner has no id there.
-/// `console` makes a place for one.
-fn make_dev(more: &[Node], console: bool) -> io::Result<OwnedFd> {
-    let fs = FsContext::open("tmpfs").map_err(io::Error::other)?;
-    // Those below, with room for directories and devices.
-    let inodes = (32 + 2 * more.len()).to_string();
-    for (key, value) in [("mode", "755"), ("size", "64k"), ("nr_inodes", &inodes)] {
-        fs.set(key, value).map_err(io::Error::other)?;
-    }
-    let limited = Restrictions { nosuid: true, noexec: true, ..Restrictions::default() };
-    let dev = fs.mount(limited).map_err(io::Error::other)?;
-    // Source: Linux `Documentation/admin-guide/devices.txt`.
-    let nodes = [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
-    let nodes = nodes.map(|(name, major, minor)| Node::new(name, major, minor));
-    for Node { path, major, minor } in nodes.iter().chain(more) {
-        if let Some((dir, _)) = path.split_once('/') {
-            match mkdirat(&dev, dir, Mode::from_raw_mode(0o755)) {
-                Ok(()) | Err(Errno::EXIST) => {
-                    rustix::fs::chmodat(&dev, dir, Mode::from_raw_mode(0o755), AtFlags::empty())?
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        mknodat(&dev, path, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(*major, *minor))?;
-        // The mode of mknod(2) is cut by the umask of whoever embeds us.
-        rustix::fs::chmodat(&dev, path, Mode::from_raw_mode(0o666), AtFlags::empty())?;
-    }
-    let links = [
-        ("fd", "/proc/self/fd"),
-        ("stdin", "/proc/self/fd/0"),
-        ("stdout", "/proc/self/fd/1"),
-        ("stderr", "/proc/self/fd/2"),
-        ("ptmx", "pts/ptmx"),
-    ];
-    for (name, target) in links {
-        symlinkat(target, &dev, name)?;
-    }
-    for name in ["pts", "shm", "mqueue"] {
-        mkdirat(&dev, name, Mode::from_raw_mode(0o755))?;
-    }
-    if console {
-        mknodat(&dev, CONSOLE, FileType::RegularFile, Mode::from_raw_mode(0o600), 0)?;
-    }
-    restrict(dev.as_fd(), Restrictions { read_only: true, ..limited }, None)?;
-    Ok(dev)
 }

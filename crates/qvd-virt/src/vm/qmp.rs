@@ -4,9 +4,11 @@
 //! bounded, nesting is bounded by the parser, every wait has a deadline, and
 //! nothing of an answer is believed beyond its type.
 
+mod message;
+
 use std::{
     collections::VecDeque,
-    io::{self, IoSlice},
+    io::IoSlice,
     mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -21,8 +23,11 @@ use rustix::{
     io::Errno,
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
 };
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+
+pub use self::message::{Command, Event, QemuVersion, QmpError};
+use self::message::{Line, Refusal};
 
 /// Longest line taken, in bytes. The longest answer that is asked for, a ring
 /// buffer of the console, is a tenth of this.
@@ -30,119 +35,6 @@ const MAX_LINE: usize = 1 << 20;
 
 /// Most events kept for whoever asks. A guest can cause some of them at will.
 const MAX_EVENTS: usize = 1024;
-
-/// Why a command was not carried out.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum QmpError {
-    /// The socket failed.
-    #[error("cannot {op} QEMU's control socket")]
-    Io {
-        /// What was tried.
-        op: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// QEMU has ended, or closed the connection.
-    #[error("QEMU closed its control socket")]
-    Closed,
-    /// What came is not QMP.
-    #[error("QEMU's control socket said something else than QMP: {0}")]
-    Garbage(String),
-    /// QEMU refused, in its words.
-    #[error("QEMU refused `{command}`: {reason}")]
-    Refused {
-        /// The command.
-        command: &'static str,
-        /// What QEMU calls the kind of error.
-        class: String,
-        /// Why, in QEMU's words.
-        reason: String,
-    },
-    /// Nothing came in time.
-    #[error("QEMU did not answer `{command}` within {limit:?}")]
-    Timeout {
-        /// What was waited for.
-        command: &'static str,
-        /// How long it could have taken.
-        limit: Duration,
-    },
-}
-
-/// A command, with the type of its answer.
-pub trait Command: Serialize {
-    /// Its name on the wire.
-    const NAME: &'static str;
-    /// What QEMU answers. Fields that are not in it are ignored: they differ
-    /// between versions.
-    type Answer: DeserializeOwned;
-}
-
-/// Something that happened to the machine.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    /// QEMU's name for it.
-    pub name: String,
-    /// What it says beside its name.
-    pub data: Value,
-}
-
-#[derive(Deserialize)]
-struct Refusal {
-    class: String,
-    desc: String,
-}
-
-/// A line, sorted by what it can be.
-#[derive(Deserialize)]
-struct Line {
-    #[serde(rename = "QMP")]
-    greeting: Option<Greeting>,
-    event: Option<String>,
-    data: Option<Value>,
-    id: Option<u64>,
-    #[serde(default, rename = "return", deserialize_with = "present")]
-    answer: Option<Value>,
-    error: Option<Refusal>,
-}
-
-/// An answer of `null` is an answer too.
-fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
-    Value::deserialize(deserializer).map(Some)
-}
-
-#[derive(Deserialize)]
-struct Greeting {
-    version: GreetingVersion,
-}
-
-#[derive(Deserialize)]
-struct GreetingVersion {
-    qemu: QemuVersion,
-    #[serde(default)]
-    package: String,
-}
-
-/// Version of a QEMU, as it says itself.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct QemuVersion {
-    /// First number.
-    pub major: u32,
-    /// Second number.
-    pub minor: u32,
-    /// Third number.
-    pub micro: u32,
-    /// What the distribution calls its build.
-    #[serde(default)]
-    pub package: String,
-}
-
-impl QemuVersion {
-    /// Before it has said one.
-    pub(crate) const fn none() -> Self {
-        Self { major: 0, minor: 0, micro: 0, package: String::new() }
-    }
-}
 
 /// A connection to QEMU's control socket, past its greeting.
 #[derive(Debug)]
@@ -395,9 +287,11 @@ pub fn lines_of(bytes: &[u8]) -> usize {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::{
-        io::{BufRead, BufReader, Read, Write},
+        io::{self, BufRead, BufReader, Read, Write},
         thread::{self, JoinHandle},
     };
+
+    use serde::Serialize;
 
     use super::*;
 
