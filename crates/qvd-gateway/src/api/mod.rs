@@ -57,7 +57,6 @@
 //! [`dto::ErrorBody`] with a stable code and an id that the daemon's log has too.
 
 mod client;
-mod client_exec;
 mod door;
 pub mod dto;
 mod error;
@@ -68,8 +67,7 @@ mod repository;
 mod router;
 mod unix;
 
-pub use client::{Client, ClientError};
-pub use client_exec::{ExecOutput, ExecReader, ExecWriter};
+pub use client::{Client, ClientError, ExecOutput, ExecReader, ExecWriter};
 pub use door::{Direction, RepositoryDoor, trusting, trusting_pem};
 pub use router::{ApiState, router};
 pub use unix::{UnixDoor, UnixServeError, serve_unix};

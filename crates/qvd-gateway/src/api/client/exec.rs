@@ -5,10 +5,8 @@ use hyper_util::rt::TokioIo;
 use qvd_guest::Exit;
 use tokio::io::{ReadHalf, WriteHalf};
 
-use super::{
-    ClientError,
-    frame::{self, Frame, MAX_PAYLOAD},
-};
+use super::ClientError;
+use crate::api::frame::{self, Frame, MAX_PAYLOAD};
 
 type Stream = TokioIo<Upgraded>;
 
