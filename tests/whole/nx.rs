@@ -278,7 +278,6 @@ fn a_session_moves_to_a_browser_and_back_with_all_its_windows() {
 }
 
 #[test]
-#[ignore = "a machine boots by emulation, and draws all of it three times: a minute and more"]
 fn a_session_in_a_machine_moves_too() {
     let kernel = || bed_directory().unwrap().display().to_string();
     privileged(&[Need::Bed], || {

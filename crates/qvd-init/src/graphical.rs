@@ -1,8 +1,8 @@
 //! The session's programs: what each is, and how it is started.
 
-use std::{collections::BTreeMap, io, process::Stdio, time::Duration};
+use std::{collections::BTreeMap, io, os::unix::net::UnixStream, process::Stdio, time::Duration};
 
-use qvd_core::Geometry;
+use qvd_core::{DisplayKind, Geometry};
 use qvd_guest::SessionConfig;
 use rustix::{
     io::Errno,
@@ -27,6 +27,10 @@ const MIN_LINGER_S: u32 = 5;
 /// along, and all begins again.
 const FIRST_IN_MACHINE_S: u32 = 90;
 
+/// After how many connections of nobody the head would take no more. Ours, which
+/// keep it from ending, are such.
+const NEVER: &str = "1000000000";
+
 /// How often it is looked whether killed programs are gone, and the pause between.
 const END_LOOKS: u32 = 200;
 const END_LOOK: std::time::Duration = std::time::Duration::from_millis(10);
@@ -46,6 +50,8 @@ pub(crate) struct Graphical {
     pub looks: u32,
     /// Shortest life of the first head without clients, in seconds.
     first_linger_s: u32,
+    /// A connection to the head that nobody uses.
+    kept: Option<UnixStream>,
 }
 
 /// Starts a program that prints to the log.
@@ -85,6 +91,7 @@ impl Graphical {
             pids: BTreeMap::new(),
             looks: 0,
             first_linger_s: if in_machine { FIRST_IN_MACHINE_S } else { MIN_LINGER_S },
+            kept: None,
         })
     }
 
@@ -172,6 +179,8 @@ impl Graphical {
             "-rfbunixmode",
             "0600",
             "-NeverShared",
+            "-BlacklistThreshold",
+            NEVER,
             "-MaxDisconnectionTime",
             &linger,
             "-nolisten",
@@ -193,6 +202,18 @@ impl Graphical {
             self.desktop.proxy_root().display()
         );
         self.run(&["nxproxy", "-S", &options].map(str::to_owned), &env, log)
+    }
+
+    /// Keeps the head from ending by itself for as long as it is needed, however long it
+    /// takes on a busy machine until its client comes: it counts from when nobody is
+    /// connected any more.
+    pub(crate) fn keep_head(&mut self) {
+        if !self.machine.needs_head() {
+            self.kept = None;
+        } else if self.kept.is_none() {
+            // Where it does not listen yet, the next event finds it.
+            self.kept = self.desktop.connect(DisplayKind::Rfb { geometry: self.config.geometry }).ok();
+        }
     }
 
     /// Signals a program; says what failed. One that ended already is not ours
@@ -228,6 +249,6 @@ impl Graphical {
 
     pub(crate) fn clients(&self) -> u32 {
         let heads = stats::clients(&self.desktop.rfb_socket().display().to_string());
-        heads + u32::from(self.machine.is_native())
+        heads.saturating_sub(self.kept.is_some().into()) + u32::from(self.machine.is_native())
     }
 }

@@ -291,6 +291,13 @@ impl Session {
         }
     }
 
+    /// Whether the head is to stay though no client has its display yet: an agent
+    /// that is on its way there would lose it, or end with it.
+    pub(crate) fn needs_head(&self) -> bool {
+        let up = self.programs[Role::Head].is_up() && self.seen.head_socket;
+        up && (self.ready_at.is_none() || self.wanted() == Front::Head)
+    }
+
     /// Size of the head for whoever waits, or the first one.
     const fn head_geometry(&self) -> Geometry {
         match self.waiting {

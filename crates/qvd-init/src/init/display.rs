@@ -40,6 +40,9 @@ impl Init {
             for action in actions {
                 events.extend(self.act(action));
             }
+            if let Some(graphical) = &mut self.graphical {
+                graphical.keep_head();
+            }
             if events.is_empty() {
                 return;
             }

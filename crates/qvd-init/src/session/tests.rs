@@ -226,6 +226,23 @@ fn a_session_roams_from_browser_to_native_client_and_back() {
 }
 
 #[test]
+fn a_head_is_needed_until_its_client_has_it() {
+    let mut world = World::booted();
+    assert!(!world.session.needs_head(), "nobody waits");
+    world.happen(Some(Event::Attach(1, native())));
+    world.until(|world| world.connected(1));
+    assert!(!world.session.needs_head());
+    // However long the agent takes to move, and to let anybody in.
+    (world.deaf, world.answers) = (3, false);
+    world.happen(Some(Event::Attach(2, rfb())));
+    world.until(|world| world.session.is_shown());
+    assert!(world.session.needs_head());
+    world.answers = true;
+    world.until(|world| world.connected(2));
+    assert!(!world.session.needs_head(), "it is the client that keeps it now");
+}
+
+#[test]
 fn a_native_client_takes_over_from_another() {
     let mut world = World::booted();
     world.happen(Some(Event::Attach(1, native())));
