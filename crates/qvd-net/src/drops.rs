@@ -74,6 +74,28 @@ impl DropReason {
         Self::Names,
     ];
 
+    /// One word for it, as chains are called.
+    pub(crate) const fn word(self) -> &'static str {
+        match self {
+            Self::SourceMac => "source_mac",
+            Self::SourceAddress => "source_address",
+            Self::Ethertype => "ethertype",
+            Self::Arp => "arp",
+            Self::NeighbourMessage => "neighbour_message",
+            Self::Option => "option",
+            Self::Fragment => "fragment",
+            Self::Destination => "destination",
+            Self::Protocol => "protocol",
+            Self::Dhcp => "dhcp",
+            Self::Policy => "policy",
+            Self::Neighbour => "neighbour",
+            Self::Host => "host",
+            Self::Rate => "rate",
+            Self::Connections => "connections",
+            Self::Names => "names",
+        }
+    }
+
     /// What rules mark a packet with before they drop it.
     pub(crate) const fn mark(self) -> u32 {
         // A unit-only enum's place; none is zero, which is no mark.
@@ -126,7 +148,8 @@ pub(crate) const SAMPLED: &str = "sampled";
 impl Port {
     /// How many frames of the desktop were dropped, by reason, since the network
     /// was made: also by earlier processes. One question to the kernel, whatever
-    /// the number of ports. Only nftables counts; with iptables there are none.
+    /// the number of ports; with iptables, one to each program, and since the port
+    /// was made ([`crate::Backend::gaps`]).
     ///
     /// # Errors
     /// The kernel did not say.

@@ -55,6 +55,8 @@ pub(crate) fn run(program: Program, args: &[&str], table: &str, text: &str) -> R
     let mut child = Command::new(path)
         .args(args)
         .env_clear()
+        // Older ones of ebtables are asked so for what `-c` asks of the others.
+        .env("EBTABLES_SAVE_COUNTER", "yes")
         .current_dir("/")
         .stdin(input)
         .stdout(shown.try_clone().map_err(err)?)

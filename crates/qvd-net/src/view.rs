@@ -44,7 +44,7 @@ pub struct PortView {
     pub policy: NetPolicy,
     /// What went through it.
     pub counters: Counters,
-    /// How many frames of the desktop were dropped, by reason.
+    /// How many frames of the desktop were dropped, by reason; with iptables, up to a second ago.
     #[serde(default)]
     pub drops: BTreeMap<DropReason, u64>,
     /// What becomes of the frames that were asked about, in their order.
@@ -90,7 +90,7 @@ impl Port {
             ipv6: self.ipv6(),
             policy: self.policy().clone(),
             counters: self.counters()?,
-            drops: self.drops()?,
+            drops: self.filter().recent_drops(self.identity())?,
             explained: frames.iter().map(|frame| self.explain(frame)).collect(),
         })
     }

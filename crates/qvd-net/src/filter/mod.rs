@@ -125,6 +125,12 @@ pub(crate) trait Filter: fmt::Debug + Send + Sync {
     /// What was dropped of a port, by reason, as far as it is counted.
     fn drops(&self, identity: &Identity) -> Result<BTreeMap<DropReason, u64>, Error>;
 
+    /// The same, maybe of a moment ago where asking takes long: for who asks about one port
+    /// after the other.
+    fn recent_drops(&self, identity: &Identity) -> Result<BTreeMap<DropReason, u64>, Error> {
+        self.drops(identity)
+    }
+
     /// Forgets what was dropped of a MAC's owner behind the bridge, for whoever has it next.
     fn forget_drops(&self, mac: Mac) -> Result<(), Error>;
 

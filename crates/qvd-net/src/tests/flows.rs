@@ -70,7 +70,7 @@ fn nobody_inherits_a_connection() {
             assert!(!stage.site.arrives(&frame, &mark));
             // What kernels say by themselves counts as well.
             let counted = |stage: &Stage| stage.site.a.port.drops().unwrap().get(&DropReason::Host) >= Some(&DROPPED);
-            assert_eq!(counted(&stage), backend == Backend::Nft, "{backend}");
+            assert!(counted(&stage), "{backend}");
 
             stage.replace(9);
             let what = format!("{backend}, without {without:?}");

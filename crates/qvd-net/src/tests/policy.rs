@@ -99,34 +99,36 @@ fn what_is_of_no_connection_stays_in() {
 /// What a policy does not let through is counted for the reason.
 #[test]
 fn what_a_policy_stops_is_counted() {
-    on_a_host(|| {
-        let ours = NetPolicy { names: NameServers::Ours, ..limited(&["203.0.113.9"]) };
-        let mut site = Site::new(with_names(Backend::Nft), ours.clone(), NetPolicy::host_only());
-        let near = site.b.port.address();
-        for (to, port, reason) in [
-            (OUTSIDE, 443, DropReason::Policy),
-            (near, 443, DropReason::Neighbour),
-            (FAR, 53, DropReason::Names),
-            (subnet().gateway(), PROGRAM_PORT, DropReason::Host),
-        ] {
-            let before = site.a.port.drops().unwrap();
-            assert!(!site.reaches(to, 17, port));
-            let count = |drops: &BTreeMap<DropReason, u64>| drops.get(&reason).copied().unwrap_or_default();
-            assert_eq!(count(&site.a.port.drops().unwrap()), count(&before) + 1, "{reason}");
-        }
-        for (policy, reason) in [
-            (NetPolicy { connections: NonZeroU32::new(1), ..NetPolicy::internet() }, DropReason::Connections),
-            (NetPolicy { up_kbit_s: NonZeroU32::new(1), ..NetPolicy::internet() }, DropReason::Rate),
-        ] {
-            site.change(&policy);
-            // More than may come at once, of many connections.
-            for _ in 0..4000 {
-                let (frame, _) = site.frame(OUTSIDE.into(), 17, 443);
-                site.from_a.send(&frame).unwrap();
+    for backend in Backend::ALL {
+        on_a_host(|| {
+            let ours = NetPolicy { names: NameServers::Ours, ..limited(&["203.0.113.9"]) };
+            let mut site = Site::new(with_names(backend), ours.clone(), NetPolicy::host_only());
+            let near = site.b.port.address();
+            for (to, port, reason) in [
+                (OUTSIDE, 443, DropReason::Policy),
+                (near, 443, DropReason::Neighbour),
+                (FAR, 53, DropReason::Names),
+                (subnet().gateway(), PROGRAM_PORT, DropReason::Host),
+            ] {
+                let before = site.a.port.drops().unwrap();
+                assert!(!site.reaches(to, 17, port));
+                let count = |drops: &BTreeMap<DropReason, u64>| drops.get(&reason).copied().unwrap_or_default();
+                assert_eq!(count(&site.a.port.drops().unwrap()), count(&before) + 1, "{backend}: {reason}");
             }
-            assert!(site.a.port.drops().unwrap().contains_key(&reason), "{reason}");
-        }
-    });
+            for (policy, reason) in [
+                (NetPolicy { connections: NonZeroU32::new(1), ..NetPolicy::internet() }, DropReason::Connections),
+                (NetPolicy { up_kbit_s: NonZeroU32::new(1), ..NetPolicy::internet() }, DropReason::Rate),
+            ] {
+                site.change(&policy);
+                // More than may come at once, of many connections.
+                for _ in 0..4000 {
+                    let (frame, _) = site.frame(OUTSIDE.into(), 17, 443);
+                    site.from_a.send(&frame).unwrap();
+                }
+                assert!(site.a.port.drops().unwrap().contains_key(&reason), "{backend}: {reason}");
+            }
+        });
+    }
 }
 
 /// Who is routed is seen with its own address, everybody else with the host's.

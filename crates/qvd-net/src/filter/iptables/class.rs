@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use qvd_core::{Service, Transport};
+use qvd_core::{NetPolicy, Service, Transport};
 
 use super::{
     super::Confined,
@@ -12,7 +12,7 @@ use super::{
     text::{Shared, Text},
 };
 use crate::{
-    Mac,
+    DropReason, Mac,
     access::{burst_bytes, bytes_per_s},
     identity::{Identity, REPORTS},
 };
@@ -36,6 +36,16 @@ const fn is_of(kind: Kind, address: IpAddr) -> bool {
     address.is_ipv4() == matches!(kind, Kind::Iptables)
 }
 
+/// Why packets of who has this policy may be dropped behind the bridge.
+fn reasons(policy: &NetPolicy) -> impl Iterator<Item = DropReason> + use<> {
+    let some = [
+        policy.up_kbit_s.is_some().then_some(DropReason::Rate),
+        policy.connections.is_some().then_some(DropReason::Connections),
+        (!policy.names.is_any()).then_some(DropReason::Names),
+    ];
+    [DropReason::Policy, DropReason::Neighbour, DropReason::Host].into_iter().chain(some.into_iter().flatten())
+}
+
 impl Text {
     /// Chains of a port in the table `filter`, with their rules.
     pub(super) fn policy_chains(&self, kind: Kind, port: &Confined<'_>) -> Vec<(String, Vec<String>)> {
@@ -50,8 +60,7 @@ impl Text {
         if port.access.is_served() {
             let services = port.access.policy.services.iter().map(|&service| ports(service));
             let rule = |ports: String| self.gateways(kind).map(move |to| format!("-d {to} {ports} -j ACCEPT"));
-            let mut rules: Vec<_> = services.flat_map(rule).collect();
-            rules.push("-j DROP".to_owned());
+            let rules = services.flat_map(rule).collect();
             chains.push((format!("{link}{SERVED}"), rules));
         }
         chains
@@ -65,13 +74,15 @@ impl Text {
             let (rate, burst) = (bytes_per_s(rate), burst_bytes(rate) / 1024);
             rules.push(format!(
                 "-m hashlimit --hashlimit-above {rate}b/s --hashlimit-burst {burst}kb --hashlimit-mode srcip \
-                 --hashlimit-name {link} -j DROP"
+                 --hashlimit-name {link} -j {}",
+                self.dropped(DropReason::Rate)
             ));
         }
         if let Some(most) = policy.connections {
             rules.push(format!(
                 "-m conntrack --ctstate NEW -m connlimit --connlimit-above {most} --connlimit-mask {whole} \
-                 --connlimit-saddr -j DROP"
+                 --connlimit-saddr -j {}",
+                self.dropped(DropReason::Connections)
             ));
         }
         let transports = ["tcp", "udp"];
@@ -80,13 +91,14 @@ impl Text {
                 rules.extend(transports.map(|transport| format!("-d {server} -p {transport} --dport 53 -j ACCEPT")));
             }
             for transport in transports {
-                rules.extend([53, 853].map(|port| format!("-p {transport} --dport {port} -j DROP")));
+                let end = self.dropped(DropReason::Names);
+                rules.extend([53, 853].map(|port| format!("-p {transport} --dport {port} -j {end}")));
             }
         }
         if let Some(group) = port.access.group() {
             rules.extend(self.bridges().map(|bridge| format!("-o {bridge} -j {}", self.group(group))));
         }
-        rules.push(BETWEEN.to_owned());
+        rules.push(format!("{BETWEEN} -j {}", self.dropped(DropReason::Neighbour)));
         if policy.internet {
             rules.push("-j ACCEPT".to_owned());
             return rules;
@@ -96,7 +108,7 @@ impl Text {
             let ((base, length), ports) = (destination.prefix(), destination.service().map(ports).unwrap_or_default());
             rules.push(format!("-d {base}/{length} {ports} -j ACCEPT"));
         }
-        rules.push("-j DROP".to_owned());
+        // All else is dropped where this chain was come from.
         rules
     }
 
@@ -121,6 +133,10 @@ impl Text {
                 rules.push(("filter", self.group(group), format!("-d {address} -j ACCEPT")));
             }
         }
+        rules.extend(reasons(&access.policy).map(|reason| {
+            let counted = format!("-m mac --mac-source {} -j RETURN", identity.mac);
+            ("filter", self.counting(reason), counted)
+        }));
         if access.is_served() {
             for address in identity.addresses().filter(|&address| is_of(kind, address)).map(shown) {
                 rules.push(("filter", self.name("served"), format!("-s {address} -j {link}{SERVED}")));

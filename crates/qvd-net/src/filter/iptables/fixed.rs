@@ -1,10 +1,11 @@
 //! Rules that are the same whatever ports there are.
 
 use super::{Kind, text::Text};
+use crate::DropReason;
 
 /// From desktop to desktop, also of another network: whoever accepts a packet
 /// here does so for all, and so no other network's rules see it.
-pub(super) const BETWEEN: &str = "-o qvd+ -j DROP";
+pub(super) const BETWEEN: &str = "-o qvd+";
 
 fn owned<const N: usize>(rules: [&str; N]) -> Vec<String> {
     rules.map(str::to_owned).into()
@@ -30,9 +31,7 @@ impl Text {
         };
         let gateway_text = gateway.to_string();
         let all = "ff:ff:ff:ff:ff:ff";
-        let mut arps: Vec<_> =
-            [all, &*gateway_text].iter().flat_map(|to| [1, 2].map(|operation| arp(to, operation))).collect();
-        arps.push("-j DROP".to_owned());
+        let arps = [all, &*gateway_text].iter().flat_map(|to| [1, 2].map(|operation| arp(to, operation))).collect();
         // What the host sends to groups comes to their members alone.
         let multicast = format!("-o {ports} -d 01:00:00:00:00:00/01:00:00:00:00:00");
         let to = vec![
@@ -43,7 +42,7 @@ impl Text {
             format!("{multicast} -j DROP"),
         ];
         let group = |mac: &str, to: &str| format!("-p IPv6 -d {mac} --ip6-dst {to} -j ACCEPT");
-        vec![
+        let mut fixed = vec![
             ("nat", self.name("hook"), vec![format!("-i {ports} -j {bridge}"), format!("-i {ports} -j DROP")]),
             ("nat", self.name("arp"), arps),
             (
@@ -56,13 +55,14 @@ impl Text {
                     group("33:33:00:00:00:16", "ff02::16"),
                     group("33:33:00:01:00:02", "ff02::1:2"),
                     group("33:33:ff:00:00:00/ff:ff:ff:00:00:00", "ff02::1:ff00:0/104"),
-                    "-j DROP".to_owned(),
                 ],
             ),
             ("filter", self.name("host"), vec![format!("-i {ports} -d 01:80:c2:00:00:00/ff:ff:ff:ff:ff:f0 -j DROP")]),
             ("filter", self.name("route"), vec![format!("-i {ports} -j DROP"), format!("-o {ports} -j DROP")]),
             ("filter", self.name("to"), to),
-        ]
+        ];
+        fixed.extend(self.ends(Kind::Ebtables));
+        fixed
     }
 
     /// What both families have alike.
@@ -77,9 +77,10 @@ impl Text {
         let internet = self.config.internet;
         let (mut desk, mut outward, mut inward) = (Vec::new(), Vec::new(), Vec::new());
         // Of no connection: nothing would translate its address.
-        outward.extend(internet.then(|| "-m conntrack --ctstate INVALID -j DROP".to_owned()));
+        let invalid = || format!("-m conntrack --ctstate INVALID -j {}", self.dropped(DropReason::Policy));
+        outward.extend(internet.then(invalid));
         outward.extend(internet.then(|| to("-o", "near")).into_iter().flatten());
-        outward.push(BETWEEN.to_owned());
+        outward.push(format!("{BETWEEN} -j {}", self.dropped(DropReason::Neighbour)));
         if internet {
             desk.push("-m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT".to_owned());
             // See the rules of nft: narrow uplinks whose routers say nothing.
@@ -92,7 +93,9 @@ impl Text {
         desk.extend(to_host);
         desk.push(format!("-j {}", self.name("served")));
         desk.push(format!("-j {}", self.name("told")));
-        [&mut desk, &mut outward, &mut inward].into_iter().for_each(|chain| chain.push("-j DROP".to_owned()));
+        desk.push(format!("-j {}", self.dropped(DropReason::Host)));
+        outward.push(format!("-j {}", self.dropped(DropReason::Policy)));
+        inward.push("-j DROP".to_owned());
         let route = [vec![past_bridge()], to("-i", "outw"), to("-o", "inw")].concat();
         let stopped = each(&|bridge| format!("-i {bridge} -j DROP"));
         let hook = [vec![past_bridge()], each(&|bridge| format!("-i {bridge} -j {}", self.bridge)), stopped].concat();
@@ -110,22 +113,17 @@ impl Text {
         }
         let names = self.names(kind);
         fixed.extend((!names.is_empty()).then(|| ("nat", self.name("names"), names)));
+        fixed.extend(self.ends(kind));
         fixed
     }
 
     fn fixed_iptables(&self) -> Vec<(&'static str, String, Vec<String>)> {
         let gateway = self.config.subnet.gateway();
         let mut all = self.fixed_both(Kind::Iptables, vec![format!("-d {gateway} -p icmp --icmp-type 8 -j ACCEPT")]);
-        all.push((
-            "raw",
-            self.name("whole"),
-            // Five words of header; no flag or place of a fragment.
-            owned(["-m u32 ! --u32 \"0>>24&0xF=5\" -j DROP", "-m u32 ! --u32 \"4&0x3FFF=0\" -j DROP"]),
-        ));
         let broadcast = self.config.subnet.broadcast().to_string();
         let nowhere = ["0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", &broadcast];
-        let mut to: Vec<_> = nowhere.iter().map(|to| format!("-d {to} -j DROP")).collect();
-        to.extend(owned(["-p udp ! --sport 67 -j ACCEPT", "-p tcp -j ACCEPT", "-p icmp -j ACCEPT", "-j DROP"]));
+        let mut to: Vec<_> = nowhere.iter().map(|to| format!("-d {to} -j RETURN")).collect();
+        to.extend(owned(["-p udp ! --sport 67 -j ACCEPT", "-p tcp -j ACCEPT", "-p icmp -j ACCEPT"]));
         all.push(("raw", self.name("to"), to));
         all
     }
@@ -141,12 +139,11 @@ impl Text {
         let mut all = self.fixed_both(Kind::Ip6tables, host);
         // The word at 4 holds length, first next header and hop limit.
         let to = owned([
-            "-d ff00::/8 -j DROP",
-            "-d ::/32 -j DROP",
+            "-d ff00::/8 -j RETURN",
+            "-d ::/32 -j RETURN",
             "-p udp ! --sport 547 -m u32 --u32 \"4>>8&0xFF=17 && 4>>16=8:0xFFFF\" -j ACCEPT",
             "-m u32 --u32 \"4>>8&0xFF=6 && 4>>16=20:0xFFFF\" -j ACCEPT",
             "-m u32 --u32 \"4>>8&0xFF=58 && 4>>16=8:0xFFFF && 40>>24=1:4,128:129\" -j ACCEPT",
-            "-j DROP",
         ]);
         all.push(("raw", self.name("to"), to));
         all

@@ -3,6 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Kind, text::Text};
+use crate::DropReason::{
+    Arp, Destination, Dhcp, Ethertype, Fragment, NeighbourMessage, Option, Protocol, SourceAddress, SourceMac,
+};
 use crate::{
     Mac,
     identity::{Identity, REPORTS},
@@ -27,12 +30,13 @@ impl Text {
     fn port_ebtables(&self, identity: &Identity) -> Vec<String> {
         let mac = identity.mac;
         let senders = || identity.addresses4().chain([Ipv4Addr::UNSPECIFIED]);
-        let mut rules = vec![format!("-s ! {mac} -j DROP")];
+        let end = |reason| format!("-j {}", self.dropped(reason));
+        let mut rules = vec![format!("-s ! {mac} {}", end(SourceMac))];
         for sender in senders() {
             rules.push(format!("-p ARP --arp-ip-src {sender} --arp-mac-src {mac} -j {}", self.name("arp")));
         }
         // iptables no longer knows which MAC a packet came to.
-        let not_by_gateway = || format!("-p IPv4 -d {} --ip-dst 224.0.0.0/4 -j DROP", self.gateway_mac());
+        let not_by_gateway = || format!("-p IPv4 -d {} --ip-dst 224.0.0.0/4 {}", self.gateway_mac(), end(Destination));
         rules.extend(identity.reports().then(not_by_gateway));
         for own in identity.addresses4() {
             rules.push(format!("-p IPv4 -d {} --ip-src {own} -j ACCEPT", self.gateway_mac()));
@@ -61,7 +65,17 @@ impl Text {
         for sender in identity.senders6() {
             rules.push(format!("-p IPv6 --ip6-src {sender} -j {}", self.name("ip6")));
         }
-        rules.push("-j DROP".to_owned());
+        // Nothing passes any more; what follows tells why.
+        rules.push(format!("-p ARP {}", end(Arp)));
+        for sender in senders() {
+            let to_all = "-d ff:ff:ff:ff:ff:ff";
+            rules.push(format!("-p IPv4 {to_all} --ip-src {sender} --ip-dst 255.255.255.255 {}", end(Dhcp)));
+        }
+        rules.extend(identity.addresses4().map(|own| format!("-p IPv4 --ip-src {own} {}", end(Destination))));
+        rules.push(format!("-p IPv4 {}", end(SourceAddress)));
+        rules.extend(identity.addresses6().map(|own| format!("-p IPv6 --ip6-src {own} {}", end(Destination))));
+        rules.extend(identity.ipv6.map(|_| format!("-p IPv6 {}", end(SourceAddress))));
+        rules.push(end(Ethertype));
         rules
     }
 
@@ -77,15 +91,22 @@ impl Text {
             let report = "0>>24=0x46 && 0&0xFFFF=32:0xFFFF && 4&0x3FFF=0 && 20=0x94040000 && 24>>24=0x22";
             rules.push(format!("-d {REPORTS} -p igmp -m ttl --ttl-eq 1 -m u32 --u32 \"{report}\" -j ACCEPT"));
         }
-        rules.push(format!("-j {}", self.name("whole")));
+        let end = |what: &str, reason| format!("{what} -j {}", self.dropped(reason));
+        // Five words of header; no flag or place of a fragment.
+        rules.push(end("-m u32 ! --u32 \"0>>24&0xF=5\"", Option));
+        rules.push(end("-m u32 ! --u32 \"4&0x3FFF=0\"", Fragment));
         rules.push(format!("-d 255.255.255.255 -p udp --sport 68 --dport 67 -m u32 --u32 \"{question}\" -j ACCEPT"));
         for own in identity.addresses4() {
             for group in identity.groups.iter().filter(|group| group.is_ipv4()) {
                 rules.push(format!("-s {own} -d {group} -p udp ! --sport 67 -j ACCEPT"));
             }
-            rules.push(format!("-s {own} -g {}", self.name("to")));
+            rules.push(format!("-s {own} -j {}", self.name("to")));
         }
-        rules.push("-j DROP".to_owned());
+        // Nothing passes any more; what follows tells why.
+        rules.push(end("-d 255.255.255.255", Dhcp));
+        rules.push(end("-p udp --sport 67", Protocol));
+        rules.push(end("-m u32 --u32 \"6&0xFF=1,6,17\"", Destination));
+        rules.push(end("", Protocol));
         rules
     }
 
@@ -113,7 +134,8 @@ impl Text {
         }
         let router = "4=0x00083aff && 40>>24=133";
         rules.push(rule("-s ::/128 -d ff02::2/128", router));
-        rules.push("-s ::/128 -j DROP".to_owned());
+        let end = |what: &str, reason| format!("{what} -j {}", self.dropped(reason));
+        rules.push(end("-s ::/128", NeighbourMessage));
         for to in [SOLICITED, ONE_HOST] {
             rules.push(rule(to, "4=0x00183aff && 40>>24=135"));
             rules.push(rule(to, &format!("4=0x00203aff && 40>>24=135{}", own_link(64, 1))));
@@ -133,9 +155,13 @@ impl Text {
                 let whole = "4>>8&0xFF=17 && 4>>16=8:0xFFFF";
                 rules.push(rule(&format!("-s {own}/128 -d {group}/128 -p udp ! --sport 547"), whole));
             }
-            rules.push(format!("-s {own}/128 -g {}", self.name("to")));
+            rules.push(format!("-s {own}/128 -j {}", self.name("to")));
         }
-        rules.push("-j DROP".to_owned());
+        rules.push(end("-m u32 --u32 \"4>>8&0xFF=58 && 40>>24=133:137\"", NeighbourMessage));
+        rules.extend(["-d ff00::/8", "-d ::/32"].map(|to| end(to, Destination)));
+        rules.push(end("-m u32 --u32 \"4>>8&0xFF=44\"", Fragment));
+        rules.push(end("-m u32 --u32 \"4>>8&0xFF=6,17,58\"", Protocol));
+        rules.push(end("", Option));
         rules
     }
 }

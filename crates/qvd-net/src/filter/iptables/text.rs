@@ -7,6 +7,7 @@ use super::{
     Kind,
     chains::Chains,
     class::{HEARD, SERVED},
+    counts::{BEHIND, mac_of, target_of},
     state::State,
 };
 use crate::{Mac, NetConfig};
@@ -77,14 +78,14 @@ impl Text {
     }
 
     /// The link whose chain it is, if it is a port's.
-    fn port_of<'c>(&self, chain: &'c str) -> Option<&'c str> {
+    pub(super) fn port_of<'c>(&self, chain: &'c str) -> Option<&'c str> {
         let link = chain.strip_suffix(SERVED).or_else(|| chain.strip_suffix(HEARD)).unwrap_or(chain);
         let number = link.strip_prefix(&self.bridge)?.strip_prefix('-')?;
         (!number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit())).then_some(link)
     }
 
     /// Table of the chains of ports.
-    const fn port_table(kind: Kind) -> &'static str {
+    pub(super) const fn port_table(kind: Kind) -> &'static str {
         match kind {
             Kind::Ebtables => "nat",
             Kind::Iptables | Kind::Ip6tables => "raw",
@@ -120,6 +121,7 @@ impl Text {
             shared.push(("filter", self.name("groups")));
             return shared;
         }
+        shared.extend(BEHIND.map(|reason| ("filter", self.counting(reason))));
         shared.push(("filter", self.name("served")));
         shared.push(("filter", self.name("told")));
         if self.config.internet {
@@ -191,7 +193,8 @@ impl Text {
                     change.line(table, &format!("-D {chain} {rule}"));
                 }
             }
-            change.chain(Self::port_table(kind), &port.identity.link, &self.port_rules(kind, port.identity));
+            let own = self.still_counted(kind, link, self.port_rules(kind, port.identity), state);
+            change.chain(Self::port_table(kind), link, &own);
             // A group's chain has to be there before a rule leads to it.
             for (table, chain, _) in &wanted {
                 if !state.has_chain(table, chain) {
@@ -223,7 +226,9 @@ impl Text {
             for rule in state.rules(table, &chain) {
                 let by_target = [self.bridge.clone(), self.name("served"), self.name("groups")].contains(&chain);
                 let concerns = if by_target {
-                    rule.rsplit(' ').next().and_then(|target| self.port_of(target)).is_some_and(link)
+                    target_of(rule).and_then(|target| self.port_of(target)).is_some_and(link)
+                } else if let Some(mac) = mac_of(rule) {
+                    self.owner_of(mac).is_some_and(address)
                 } else {
                     Self::address_of(rule).is_some_and(address)
                 };
