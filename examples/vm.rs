@@ -284,7 +284,13 @@ impl Bed {
             base: if self.options.block { Base::Disk } else { Base::Memory },
             writable: Writable::Memory { bytes: self.options.memory.get() / 2 },
             home: None,
-            init: InitConfig { version: VERSION, env: Default::default(), services: Vec::new(), session },
+            init: InitConfig {
+                version: VERSION,
+                env: Default::default(),
+                services: Vec::new(),
+                session,
+                name_servers: Vec::new(),
+            },
         })
     }
 }

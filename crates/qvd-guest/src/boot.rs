@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read as _},
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -119,6 +119,9 @@ pub struct Network {
     /// Its place in that of IPv6, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv6: Option<Network6>,
+    /// Whom it asks for names, the first first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub name_servers: Vec<IpAddr>,
 }
 
 /// A guest's place in the network of IPv6: on its link it sees nobody but the router.

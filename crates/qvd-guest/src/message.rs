@@ -1,7 +1,7 @@
 //! What is said. Both ends are built from this file; [`VERSION`] changes when
 //! an old init could misunderstand a new node or the other way round.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use qvd_core::{DisplayKind, Geometry};
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,10 @@ pub struct InitConfig {
     pub services: Vec<Vec<String>>,
     /// The graphical session; none means that only services run.
     pub session: Option<SessionConfig>,
+    /// Whom programs ask for names, the first first: of a container. A machine is told with
+    /// its place in the network.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub name_servers: Vec<IpAddr>,
 }
 
 /// The graphical session.

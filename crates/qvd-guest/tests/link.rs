@@ -34,7 +34,13 @@ fn config() -> BootConfig {
         base: Base::Memory,
         writable: Writable::Memory { bytes: 1 << 20 },
         home: None,
-        init: InitConfig { version: VERSION, env: BTreeMap::new(), services: Vec::new(), session: None },
+        init: InitConfig {
+            version: VERSION,
+            env: BTreeMap::new(),
+            services: Vec::new(),
+            session: None,
+            name_servers: Vec::new(),
+        },
     }
 }
 

@@ -396,6 +396,9 @@ pub(crate) fn take_place(network: &Network) -> Result<(), String> {
     wait_for_device("network interface eth0", || Path::new("/sys/class/net/eth0").exists().then_some(()))?;
     qvd_sys::guest::set_address("eth0", network.address, network.prefix, network.gateway)
         .map_err(failed("set the address of eth0"))?;
+    if let Err(failure) = crate::desktop::name_servers(&network.name_servers) {
+        let _written = writeln!(io::stderr(), "qvd-init: {failure}");
+    }
     let Some(place) = network.ipv6 else { return Ok(()) };
     // A desktop without it is better than none: the image's kernel may have no IPv6.
     if let Err(error) = qvd_sys::guest::set_address6("eth0", place.address, place.router, place.way_out) {

@@ -6,6 +6,7 @@
 
 use std::{
     fs, io,
+    net::IpAddr,
     os::{
         fd::OwnedFd,
         unix::{
@@ -106,6 +107,34 @@ pub(crate) fn machine_id() -> Result<(), Failure> {
     let uuid = Path::new("/proc/sys/kernel/random/uuid");
     let id = fs::read_to_string(uuid).map_err(failed("read", uuid))?.replace('-', "");
     write(path, &id, 0o644)
+}
+
+/// Where programs read whom they ask for names (resolv.conf(5)).
+const NAMES: &str = "/etc/resolv.conf";
+
+/// How a file of ours begins: what somebody else wrote is left alone.
+const NAMES_ARE_OURS: &str = "# by qvd-init";
+
+/// Tells programs whom to ask for names. What an image or its administrator says instead,
+/// also by a link to what a resolver of the image's writes, stays.
+pub(crate) fn name_servers(servers: &[IpAddr]) -> Result<(), Failure> {
+    let path = Path::new(NAMES);
+    if fs::symlink_metadata(path).is_ok_and(|there| !there.is_file()) {
+        return Ok(());
+    }
+    let before = fs::read_to_string(path).unwrap_or_default();
+    let Some(text) = names_text(&before, servers) else { return Ok(()) };
+    write(path, &text, 0o644)
+}
+
+/// What the file says then, if that is another than `before` and ours to say.
+fn names_text(before: &str, servers: &[IpAddr]) -> Option<String> {
+    if !before.trim().is_empty() && !before.starts_with(NAMES_ARE_OURS) {
+        return None;
+    }
+    let lines: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+    let text = if lines.is_empty() { lines } else { format!("{NAMES_ARE_OURS}\n{lines}") };
+    (text != before).then_some(text)
 }
 
 /// The session's places.
@@ -339,4 +368,23 @@ fn connect_now(path: &Path) -> io::Result<UnixStream> {
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false)?;
     Ok(stream)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whom_to_ask_is_told_where_nobody_else_said_it() {
+        let servers = ["fd00::1".parse().unwrap(), "10.66.0.1".parse().unwrap()];
+        let told = names_text("", &servers).unwrap();
+        assert_eq!(told, "# by qvd-init\nnameserver fd00::1\nnameserver 10.66.0.1\n");
+        assert_eq!(names_text(&told, &servers), None);
+        assert_eq!(names_text(&told, &servers[1..]).unwrap(), "# by qvd-init\nnameserver 10.66.0.1\n");
+        // Nobody is asked any more; and what somebody else wrote stays.
+        assert_eq!(names_text(&told, &[]).unwrap(), "");
+        assert_eq!(names_text("", &[]), None);
+        assert_eq!(names_text("nameserver 192.0.2.1\n", &servers), None);
+    }
 }

@@ -156,6 +156,12 @@ impl Init {
         if let Err(failure) = desktop::machine_id() {
             log.note(&failure.to_string());
         }
+        // A machine is told with its place in the network.
+        if port.is_none()
+            && let Err(failure) = desktop::name_servers(&config.name_servers)
+        {
+            log.note(&failure.to_string());
+        }
         let mut env = config.env;
         env.entry("PATH".to_owned()).or_insert_with(|| PATH.to_owned());
         env.entry("LANG".to_owned()).or_insert_with(|| "C.UTF-8".to_owned());

@@ -1,7 +1,11 @@
 //! What a port may reach beyond itself, and what ports of the same policy have
 //! in common.
 
-use std::{num::NonZeroU32, sync::Arc};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    num::NonZeroU32,
+    sync::Arc,
+};
 
 use qvd_core::{DesktopId, NameServers, Neighbours, NetPolicy};
 
@@ -22,6 +26,11 @@ pub(crate) struct Access {
 }
 
 impl Access {
+    /// Whom it asks for names, in each family.
+    pub(crate) fn name_servers(&self, config: &NetConfig) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+        if self.goes_out() { config.names_at_gateway() } else { (None, None) }
+    }
+
     /// # Errors
     /// The policy gives no port, or asks for what the network has not.
     pub(crate) fn of(config: &NetConfig, desktop: DesktopId, policy: &NetPolicy) -> Result<Self, Error> {

@@ -5,7 +5,7 @@ mod removal;
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -24,6 +24,7 @@ use self::{
 };
 use crate::{
     Error, Mac, Port, PortSpec, TapSpec, TeardownErrors,
+    access::Access,
     bridges::{self, Bridges},
     filter::{self, Filter, Notes},
     flows::Flows,
@@ -240,6 +241,17 @@ impl Network {
         Port::adopt(&self.inner, desktop, address, policy)
     }
 
+    /// Whom a desktop with this policy asks for names, those of IPv6 first: the gateway, which
+    /// stands for the site's servers; nobody if it may reach none.
+    ///
+    /// # Errors
+    /// The policy gives no port, or asks for what the network has not.
+    pub fn name_servers(&self, desktop: DesktopId, policy: &NetPolicy) -> Result<Vec<IpAddr>, Error> {
+        let config = &self.inner.config;
+        let (four, six) = Access::of(config, desktop, policy)?.name_servers(config);
+        Ok(six.map(IpAddr::V6).into_iter().chain(four.map(IpAddr::V4)).collect())
+    }
+
     /// Keeps no address any more for a desktop that will not come again.
     ///
     /// # Errors
@@ -348,10 +360,8 @@ impl Inner {
         let mut site = Site::new(config.subnet, gateway_mac);
         site.mtu_octets = config.mtu_octets;
         site.gateway_ipv6 = config.subnet6.map(|_| gateway_mac.link_local());
-        // The gateway stands for the site's servers.
-        let four = config.name_server.map(|_| config.subnet.gateway().into());
-        let six = config.name_server6.and(config.subnet6).map(|six| six.gateway(config.subnet).into());
-        site.name_servers = four.into_iter().chain(six).collect();
+        let (four, six) = config.names_at_gateway();
+        site.name_servers = four.map(IpAddr::V4).into_iter().chain(six.map(IpAddr::V6)).collect();
         site
     }
 

@@ -64,6 +64,8 @@ pub struct PortPlace {
     /// Its address of IPv6 and the host's, if the network has such. Nobody else is on its link;
     /// the host forwards to other networks if there is a `gateway`.
     pub ipv6: Option<(Ipv6Addr, Ipv6Addr)>,
+    /// Whom to ask for names in each family, if it may reach any.
+    pub name_servers: (Option<Ipv4Addr>, Option<Ipv6Addr>),
 }
 
 /// A desktop's connection to the bridge: link, MAC, address, rules.
@@ -221,7 +223,8 @@ impl Port {
         let gateway = self.access.goes_out().then(|| subnet.gateway());
         let router = self.network.config.subnet6.map(|subnet6| subnet6.gateway(subnet));
         let ipv6 = self.identity.ipv6.zip(router);
-        PortPlace { address: self.identity.ipv4, prefix: subnet.prefix_len(), gateway, ipv6 }
+        let name_servers = self.access.name_servers(&self.network.config);
+        PortPlace { address: self.identity.ipv4, prefix: subnet.prefix_len(), gateway, ipv6, name_servers }
     }
 
     /// Name of the host's end.

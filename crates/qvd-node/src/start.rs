@@ -10,7 +10,7 @@ use std::{
 
 use qvd_core::{Calls, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
 use qvd_guest::{InitConfig, SessionConfig, VERSION};
-use qvd_net::{Port, PortSpec, loopback_up};
+use qvd_net::{Network, Port, PortSpec, loopback_up};
 use qvd_storage::{Home, HomeId, Image, RootId};
 use qvd_virt::{ContainerMount, ContainerSpec, InheritedFd, Merging, Program, seal};
 
@@ -138,8 +138,13 @@ impl Parts {
         step(StartStep::Confinement);
         self.begin(id, undo, what)?;
         let control = guest.listen().map_err(|e| e.into_host_error((*what).to_owned()))?;
-        let init_config = serde_json::to_vec(&init_config(image, self.head_limit(spec)))
-            .map_err(failed(HostErrorKind::Failed, what))?;
+        let policy = self.networks.allowed(&spec.tenant, &spec.net);
+        let mut init_config = init_config(image, self.head_limit(spec));
+        if policy.port {
+            let servers = |network: &Network| network.name_servers(id, &policy).map_err(net(what));
+            init_config.name_servers = self.networks.with(&spec.tenant, servers)?;
+        }
+        let init_config = serde_json::to_vec(&init_config).map_err(failed(HostErrorKind::Failed, what))?;
         let init_config = seal(c"qvd-init.json", &init_config).map_err(failed(HostErrorKind::Failed, what))?;
         let file = self.init.try_clone().map_err(failed(HostErrorKind::Failed, what))?;
         let program = Program { file, argv: vec!["qvd-init".to_owned()], env: Vec::new() };
@@ -166,7 +171,6 @@ impl Parts {
         step(StartStep::Port);
         let port_began = Instant::now();
         let netns = prepared.netns().map_err(virt(what))?;
-        let policy = self.networks.allowed(&spec.tenant, &spec.net);
         let port = if policy.port {
             Some(self.networks.with(&spec.tenant, |network| {
                 let port = PortSpec { desktop: id, netns: netns.as_fd(), address: spec.address, policy };
@@ -234,5 +238,5 @@ fn init_config(image: &Image, attach_limit: Duration) -> InitConfig {
         head_linger_s: session.head_linger_s,
         attach_within_s: u32::try_from(attach_limit.as_secs()).unwrap_or(u32::MAX),
     });
-    InitConfig { version: VERSION, env, services: config.services.clone(), session }
+    InitConfig { version: VERSION, env, services: config.services.clone(), session, name_servers: Vec::new() }
 }

@@ -43,7 +43,14 @@ mod tests {
 
     fn config(services: &[&[&str]], version: u32) -> Vec<u8> {
         let services = services.iter().map(|argv| argv.iter().map(ToString::to_string).collect()).collect();
-        serde_json::to_vec(&InitConfig { version, env: BTreeMap::new(), services, session: None }).unwrap()
+        serde_json::to_vec(&InitConfig {
+            version,
+            env: BTreeMap::new(),
+            services,
+            session: None,
+            name_servers: Vec::new(),
+        })
+        .unwrap()
     }
 
     #[test]

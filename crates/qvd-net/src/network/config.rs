@@ -73,6 +73,12 @@ impl NetConfig {
         }
     }
 
+    /// The gateway, as it stands for the site's servers.
+    pub(crate) fn names_at_gateway(&self) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+        let four = self.name_server.map(|_| self.subnet.gateway());
+        (four, self.name_server6.and(self.subnet6).map(|six| six.gateway(self.subnet)))
+    }
+
     pub(crate) fn name_servers(&self) -> impl Iterator<Item = IpAddr> {
         self.name_server.map(IpAddr::V4).into_iter().chain(self.name_server6.map(IpAddr::V6))
     }

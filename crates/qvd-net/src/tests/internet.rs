@@ -1,8 +1,9 @@
 use std::{
-    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
 };
 
+use qvd_core::NetPolicy;
 use qvd_sys::{
     netns,
     packet::{ETHERTYPE_ALL, PacketSocket},
@@ -12,7 +13,7 @@ use super::{
     frames,
     world::{self, Desktop, INSTANCE, PATIENCE, config, connected, heard_before, on_a_host},
 };
-use crate::{Mac, NetConfig, Network, links, netlink::Netlink, rules::Protection, sysctl};
+use crate::{Backend, Mac, NetConfig, Network, links, netlink::Netlink, rules::Protection, sysctl};
 
 pub(super) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// Another address there.
@@ -106,6 +107,56 @@ fn a_desktop_that_is_let_out_reaches_the_outside() {
         network.close().unwrap();
         assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
     });
+}
+
+/// A question for a name, and its answer (RFC 1035, 4.1): an address of IPv6.
+fn question(id: u16) -> Vec<u8> {
+    [&id.to_be_bytes()[..], &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0], b"\x04name\x04test\0", &[0, 28, 0, 1]].concat()
+}
+
+fn answer(question: &[u8], address: Ipv6Addr) -> Vec<u8> {
+    let mut answer = [question, &[0xc0, 12, 0, 28, 0, 1, 0, 0, 0, 60, 0, 16], &address.octets()].concat();
+    (answer[2], answer[7]) = (0x81, 1);
+    answer
+}
+
+/// A desktop asks its gateway for names over IPv6, and the site's server answers.
+#[test]
+fn a_name_is_resolved_over_ipv6() {
+    for backend in Backend::ALL {
+        on_a_host(|| {
+            let outside = Outside::new();
+            let config = NetConfig { internet: true, name_server6: Some(OUTSIDE6), backend, ..config() };
+            let network = Network::open(config).unwrap();
+            let desktop = Desktop::new(&network, 7, true);
+            wait_for_bridge(&network, &desktop);
+            let server = netns::in_netns(outside.netns.as_fd(), || {
+                let mut route = Netlink::route().unwrap();
+                let index = crate::network::find(&mut route, "eth0").unwrap().unwrap().index;
+                route.batch(vec![links::add_address(index, OUTSIDE6, 64)]).unwrap();
+                UdpSocket::bind((OUTSIDE6, 53)).unwrap()
+            });
+            let server = server.unwrap();
+            server.set_read_timeout(Some(PATIENCE)).unwrap();
+            let policy = desktop.port.policy();
+            let told = network.name_servers(desktop.port.desktop(), policy).unwrap();
+            assert_eq!(told, [desktop.port.place().ipv6.unwrap().1]);
+            assert_eq!(
+                network.name_servers(desktop.port.desktop(), &NetPolicy::host_only()).unwrap(),
+                [] as [IpAddr; 0]
+            );
+            let here = desktop.inside(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))).unwrap();
+            here.set_read_timeout(Some(PATIENCE)).unwrap();
+            here.connect((told[0], 53)).unwrap();
+            here.send(&question(7)).unwrap();
+            let mut buffer = [0; 512];
+            let (length, from) = server.recv_from(&mut buffer).unwrap();
+            assert_eq!(buffer[..length], question(7), "{backend}");
+            server.send_to(&answer(&buffer[..length], UPLINK6), from).unwrap();
+            let length = here.recv(&mut buffer).unwrap();
+            assert_eq!(buffer[..length], answer(&question(7), UPLINK6), "{backend}");
+        });
+    }
 }
 
 /// Without the policy nothing goes out, although the network has a way out;

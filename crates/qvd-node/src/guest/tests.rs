@@ -49,7 +49,13 @@ impl Inside {
         chown(&tree, Some(ids.base()), Some(ids.base())).unwrap();
         let guest = Guest::at(dir.path().join("init.sock"));
         let control = guest.listen().unwrap();
-        let config = InitConfig { version: VERSION, env: BTreeMap::new(), services: Vec::new(), session: None };
+        let config = InitConfig {
+            version: VERSION,
+            env: BTreeMap::new(),
+            services: Vec::new(),
+            session: None,
+            name_servers: Vec::new(),
+        };
         let config = seal(c"config", &serde_json::to_vec(&config).unwrap()).unwrap();
         let file = seal(c"init", &fs::read(std::env::var_os("QVD_INIT").unwrap()).unwrap()).unwrap();
         let program = Program { file, argv: vec!["qvd-init".to_owned()], env: Vec::new() };

@@ -1,6 +1,6 @@
 //! A desktop in a virtual machine: booted, or born from a template.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use qvd_core::{Bytes, DesktopId, DesktopSpec, RootPolicy, StartStep, UidRange, Virtualizer};
 use qvd_guest::{BootConfig, HOME_SERIAL, Identity, InitConfig, ROOT_SERIAL, Writable};
@@ -256,10 +256,11 @@ impl Parts {
 
 /// A port's place in the network, as a guest is told.
 fn place_of(port: PortPlace) -> qvd_guest::Network {
-    let PortPlace { address, prefix, gateway, ipv6, .. } = port;
+    let PortPlace { address, prefix, gateway, ipv6, name_servers: (four, six), .. } = port;
+    let name_servers = six.map(IpAddr::V6).into_iter().chain(four.map(IpAddr::V4)).collect();
     let way_out = gateway.is_some();
     let ipv6 = ipv6.map(|(address, router)| qvd_guest::Network6 { address, router, way_out });
-    qvd_guest::Network { address, prefix, gateway, ipv6 }
+    qvd_guest::Network { address, prefix, gateway, ipv6, name_servers }
 }
 
 /// A clone that stands still gets its home and its interface.

@@ -1,6 +1,11 @@
 //! Tenants: each with addresses of its own that stay, and limits of its own.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+    path::Path,
+    time::Duration,
+};
 
 use qvd_core::{DesktopSpec, NetPolicy, TenantName};
 use qvd_net::{SiteRange, Subnet6};
@@ -25,6 +30,8 @@ impl Drop for Forgotten<'_> {
 fn with_tenants(host: &Host) -> NodeConfig {
     let mut config = host.config.clone();
     config.network.internet = true;
+    config.network.name_server = Some(Ipv4Addr::new(192, 0, 2, 53));
+    config.network.name_server6 = Some(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x53));
     let range = SiteRange {
         ipv4: Ipv4Addr::new(10, 200, 0, 0),
         prefix_len: 23,
@@ -77,6 +84,17 @@ fn a_tenants_desktops_have_its_addresses_and_limits_and_keep_them() {
         // What each may reach is what its tenant allows too.
         assert!(views[0].policy.internet && views[1].policy.internet);
         assert!(views[2].policy.port && !views[2].policy.internet);
+        // Who gets out asks its own gateway for names, by IPv6 first.
+        let names = |spec: &DesktopSpec| run(&node, spec.id, false, "cat /etc/resolv.conf").1;
+        let gateway = Ipv4Addr::new(10, 200, addresses[0].octets()[2], 1);
+        let told = names(&specs[0]);
+        assert!(told.ends_with(&format!("nameserver {gateway}\n")), "{told}");
+        let first = told.lines().nth(1).and_then(|line| line.strip_prefix("nameserver ")?.parse::<Ipv6Addr>().ok());
+        assert_eq!(
+            first.map(|six| six.segments()[..4].to_vec()),
+            views[0].ipv6.map(|six| six.segments()[..4].to_vec())
+        );
+        assert_eq!(names(&specs[2]), "");
 
         // One tenant's share equal pages with one another, who came first.
         assert_eq!(sharing(&node, &specs), [true, true, false, false].map(|yes| yes && can_share()));

@@ -116,7 +116,13 @@ impl Guests<'_> {
             base,
             writable: Writable::Memory { bytes: 32 << 20 },
             home: None,
-            init: InitConfig { version: VERSION, env: Default::default(), services: Vec::new(), session: None },
+            init: InitConfig {
+                version: VERSION,
+                env: Default::default(),
+                services: Vec::new(),
+                session: None,
+                name_servers: Vec::new(),
+            },
         };
         let booted = Link::connect(guest.vm.link(), SOON).and_then(|mut link| {
             link.boot(&config, SOON)?;
