@@ -4,6 +4,7 @@
 #   make demo [ONCE=1]   a desktop in the browser; ONCE=1 looks at it and ends
 #   make test            every test, privileges demanded: run it as root
 #   make check           format, lints, docs, unit tests, dependencies: no root
+#   make install         qvd, its init, manual and completions, below DESTDIR if given, to PREFIX
 #   make bench [JSON=1]  start latency beside the floor, runc and lxc
 #   make density N=40    what so many desktops take; IDLE=1: at rest
 #   make neighbour       what one desktop's attacks cost another
@@ -12,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
-.PHONY: demo test check bench density neighbour web init build image browser bed disk
+.PHONY: demo test check install bench density neighbour web init build image browser bed disk
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 T := $(CARGO_TARGET_DIR)
@@ -29,6 +30,16 @@ demo: build init $(STAMP)/demo-tools
 
 build: $(STAMP)/build-tools $(STAMP)/web
 	cargo build --locked --release -p qvd-bin -p qvd-demo
+
+PREFIX ?= /usr/local
+
+install: build init
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(T)/release/qvd
+	install -D -t $(DESTDIR)$(PREFIX)/lib/qvd $(INIT)
+	$(T)/release/qvd man $(DESTDIR)$(PREFIX)/share/man/man1
+	$(T)/release/qvd completions bash | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/bash-completion/completions/qvd
+	$(T)/release/qvd completions zsh | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_qvd
+	$(T)/release/qvd completions fish | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/qvd.fish
 
 # Built with other features, the same libraries are compiled once more: all that
 # is tested is built by one command.

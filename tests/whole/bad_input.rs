@@ -137,7 +137,8 @@ fn what_is_asked_of_a_server_in_vain() {
             case(&["desktop", "stats", &id], 1, &[&id, "does not run"]),
             case(&["user", "add", user, "--generate"], 5, &[user]),
             case(&["user", "rm", "nobody-here"], 4, &["nobody-here"]),
-            case(&["user", "rm", user], 5, &[user, "desktop"]),
+            case(&["user", "rm", user], 5, &[user, "3 desktops", "--with-desktops"]),
+            case(&["desktop", "create", user, "icewm", "--net-policy", "/nonexistent"], 4, &["/nonexistent"]),
             case(&["user", "passwd", "nobody-here", "--generate"], 4, &["nobody-here"]),
             case(&["image", "build", "/nonexistent.toml"], 4, &["/nonexistent.toml"]),
             case(&["image", "build", &unknown_key], 2, &[&unknown_key, "line 2, column 3", "packges"]),
@@ -206,6 +207,11 @@ fn a_server_that_cannot_start_says_why_and_leaves_nothing() {
                 (up(&["--tls-cert", "/nonexistent/cert", "--tls-key", &text]), 4, &["/nonexistent/cert"]),
                 (up(&["--tls-cert", &text, "--tls-key", &text]), 1, &[&text, "PEM"]),
                 (up(&["--root", &text]), 1, &[&text]),
+                (up(&["--tenants", "/nonexistent"]), 4, &["tenants", "/nonexistent"]),
+                (up(&["--tenant-policy", "/nonexistent"]), 4, &["policy", "/nonexistent"]),
+                (up(&["--vm-kernel", "/nonexistent"]), 4, &["kernel", "/nonexistent"]),
+                (up(&["--memory", "1M"]), 2, &["1MiB", "at least"]),
+                (up(&["--name-server", "192.0.2.1", "--name-server", "192.0.2.2"]), 2, &["192.0.2.1", "192.0.2.2"]),
             ] {
                 // The option's last place is a file here, once.
                 let own_root = args.contains(&"--root".to_owned());

@@ -33,15 +33,16 @@ pub(crate) struct Cli {
 
 /// What every command takes.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub(crate) struct Global {
     /// Print JSON, for programs
     #[arg(long, global = true)]
     pub(crate) json: bool,
     /// State directory of the installation
-    #[arg(long, global = true, value_name = "DIR", default_value = "/var/lib/qvd", env = "QVD_ROOT", value_hint = ValueHint::DirPath)]
+    #[arg(long, global = true, value_name = "DIR", default_value = "/var/lib/qvd", env = "QVD_ROOT", hide_env_values = true, value_hint = ValueHint::DirPath)]
     pub(crate) root: PathBuf,
     /// Unix socket of the daemon, unless it is that of --root
-    #[arg(long, global = true, value_name = "SOCKET", env = "QVD_SERVER", value_hint = ValueHint::FilePath)]
+    #[arg(long, global = true, value_name = "SOCKET", env = "QVD_SERVER", hide_env_values = true, value_hint = ValueHint::FilePath)]
     pub(crate) server: Option<PathBuf>,
     /// Say more on standard error; twice for everything
     #[arg(short, long, global = true, action = ArgAction::Count)]
@@ -93,36 +94,36 @@ pub(crate) struct Up {
     #[arg(long, value_name = "FILE", requires = "tls_cert", value_hint = ValueHint::FilePath)]
     pub(crate) tls_key: Option<PathBuf>,
     /// Name that browsers may address this gateway by; any, unless given
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = host_name)]
     pub(crate) host: Vec<String>,
-    /// Route desktops whose policy asks for it to other networks
+    /// Stop every desktop at the end; otherwise they keep running
     #[arg(long)]
+    pub(crate) ephemeral: bool,
+    /// Route desktops whose policy asks for it to other networks
+    #[arg(help_heading = "Network of desktops", long)]
     pub(crate) internet: bool,
     /// The site's name server, for desktops that may ask no other; one per family
-    #[arg(long, value_name = "ADDR")]
+    #[arg(help_heading = "Network of desktops", long, value_name = "ADDR")]
     pub(crate) name_server: Vec<IpAddr>,
     /// Longest packet of the desktops' network, where the way out takes no longer ones
-    #[arg(long, value_name = "OCTETS")]
+    #[arg(help_heading = "Network of desktops", long, value_name = "OCTETS")]
     pub(crate) mtu: Option<u16>,
     /// File with the most that any desktop may reach, in TOML
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(help_heading = "Network of desktops", long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) tenant_policy: Option<PathBuf>,
     /// File with the addresses that tenants get and the most that the desktops of each may reach, in TOML
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(help_heading = "Network of desktops", long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) tenants: Option<PathBuf>,
-    /// The static qvd-init to run desktops with, unless the one beside this program
-    #[arg(long, value_name = "FILE", env = "QVD_INIT", value_hint = ValueHint::FilePath)]
+    /// The static qvd-init to run desktops with, unless the one beside this program or in ../lib/qvd
+    #[arg(long, value_name = "FILE", env = "QVD_INIT", hide_env_values = true, value_hint = ValueHint::FilePath)]
     pub(crate) init: Option<PathBuf>,
     /// Swap what idle desktops give back to compressed memory, up to SIZE of it, if this host has no swap
-    #[arg(long, value_name = "SIZE")]
+    #[arg(help_heading = "Memory", long, value_name = "SIZE")]
     pub(crate) zram: Option<qvd_core::Bytes>,
     #[command(flatten)]
     pub(crate) memory: Memory,
     #[command(flatten)]
     pub(crate) machines: Machines,
-    /// Stop every desktop at the end; otherwise they keep running
-    #[arg(long)]
-    pub(crate) ephemeral: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -198,7 +199,7 @@ pub(crate) struct Create {
     /// Version of the flavour that it follows
     #[arg(long)]
     pub(crate) tag: Option<Tag>,
-    /// What it runs in: the same image does for both
+    /// What it runs in: namespaces on the host's kernel, or QEMU with a kernel of its own; the same image does for both
     #[arg(long, value_enum, default_value_t = Kind::Container)]
     pub(crate) virtualizer: Kind,
     /// Memory, such as 512M or 2G
@@ -255,6 +256,14 @@ pub(crate) struct Exec {
     /// Program and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+fn host_name(text: &str) -> Result<String, &'static str> {
+    let known = |c: char| c.is_ascii_alphanumeric() || ".-_:[]".contains(c);
+    match !text.is_empty() && text.chars().all(known) {
+        true => Ok(text.to_owned()),
+        false => Err("write a name such as desktops.example, without `https://` and without a path"),
+    }
 }
 
 fn variable(text: &str) -> Result<(String, String), &'static str> {
@@ -359,6 +368,8 @@ mod tests {
             "qvd up --listen nowhere",
             "qvd up --tls-cert cert.pem",
             "qvd up --memory much",
+            "qvd up --memory-promise 0",
+            "qvd up --host https://desktops.example",
             "qvd desktop exec 7",
             "qvd desktop exec 7 -e =x true",
         ] {

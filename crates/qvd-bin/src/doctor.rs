@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::{
     failure::Exit,
-    machines::Doctor,
+    machines::{Doctor, check_kernel},
     output::{Output, one_line},
     paths::Paths,
 };
@@ -36,6 +36,7 @@ struct FilterGaps {
 /// Prints what was found. The status says whether containers can run here:
 /// without the rest desktops are only slower or poorer.
 pub(crate) fn run(paths: &Paths, args: &Doctor, output: &Output) -> anyhow::Result<ExitCode> {
+    check_kernel(args.vm_kernel.as_deref())?;
     let mut checks = qvd_node::probe(&paths.root);
     checks.extend(machines(paths, args)?);
     let fit = checks.iter().all(|check| !check.required || check.support.is_yes());

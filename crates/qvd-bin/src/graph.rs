@@ -21,7 +21,11 @@ pub(crate) fn draw(log: &[Logged]) -> String {
         let tags: Vec<&str> = commit.tags.iter().map(qvd_core::Tag::as_str).collect();
         let tags = if tags.is_empty() { String::new() } else { format!(" ({})", tags.join(", ")) };
         let (age, author) = (age(commit.time_unix_s), one_line(&commit.author));
-        let text = format!("{}{tags} {age} ago, {author}: {}", short(commit.id), one_line(&commit.message));
+        let text = format!(
+            "{}{tags} {age} ago, {author}: {}",
+            short(commit.id),
+            one_line(commit.message.lines().next().unwrap_or_default())
+        );
         lines.push(format!("{} {text}", marks.join(" ")));
         let before = lanes.len();
         lanes.remove(lane);
@@ -51,6 +55,13 @@ mod tests {
             "content": {"tree": {"id": format!("sha256:{}", "00".repeat(32)), "entries": 1, "size_bytes": 0}},
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn a_commit_is_one_line_by_the_first_of_its_message() {
+        let mut long = commit(1, &[]);
+        long.message = "why\n\nLeft out:\n/etc/machine-id".to_owned();
+        assert!(draw(&[long.clone()]).ends_with(": why"), "{}", draw(&[long]));
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::{
     failure::{Exit, Refusal},
     graph,
     image::read_recipe,
-    output::{Output, Progress, age, one_line},
+    output::{Output, Progress, age, count, one_line},
     paths::Paths,
     remote, signing, transfer,
 };
@@ -138,8 +138,8 @@ pub(crate) fn run(paths: &Paths, server: Option<&Path>, command: Image, output: 
             let collected = at()?.call(Gc { dry_run, keep_days }, output)?;
             let verb = if dry_run { "would delete" } else { "deleted" };
             output.result(&collected, |c| {
-                let (commits, trees, objects) = (c.commits, c.trees, c.objects);
-                format!("{verb} {commits} commits, {trees} trees, {objects} objects: {}", mib(c.bytes))
+                let (commits, trees) = (count(c.commits, "commit"), count(c.trees, "tree"));
+                format!("{verb} {commits}, {trees}, {}: {}", count(c.objects, "object"), mib(c.bytes))
             })
         }
         Image::Push(transfer) => transfer::push(at, &transfer, output),
@@ -176,7 +176,7 @@ fn imported(import: Import) -> anyhow::Result<qvd_gateway::images::Import> {
     let cannot = || format!("cannot import `{}`", import.source.display());
     Ok(qvd_gateway::images::Import {
         source: std::path::absolute(&import.source).with_context(cannot)?,
-        recipe: import.recipe.as_ref().map(read_recipe).transpose().with_context(cannot)?,
+        recipe: import.recipe.as_deref().map(read_recipe).transpose().with_context(cannot)?,
         flavour: import.flavour,
         message: import.message,
         author: import.author.unwrap_or_else(author),
@@ -289,7 +289,9 @@ fn show_checked(checked: &Checked, repairs: bool, output: &Output) -> anyhow::Re
             one_line(&format!("{}: {}{end}", problem.what, problem.reason))
         });
         let Checked { objects, trees, commits, tags, bytes, .. } = checked;
-        let all = format!("{objects} objects ({}), {trees} trees, {commits} commits, {tags} tags checked", mib(*bytes));
+        let objects = format!("{} ({})", count(*objects, "object"), mib(*bytes));
+        let others = [count(*trees, "tree"), count(*commits, "commit"), count(*tags, "tag")].join(", ");
+        let all = format!("{objects}, {others} checked");
         problems.chain([all]).collect::<Vec<_>>().join("\n")
     })?;
     if checked.is_sound() {

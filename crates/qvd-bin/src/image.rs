@@ -1,10 +1,6 @@
 //! Images: through the daemon when one runs, else on the repository itself.
 
-use std::{
-    fs,
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-};
+use std::{os::unix::net::UnixStream, path::Path};
 
 use anyhow::Context;
 use qvd_node::ImageSummary;
@@ -15,7 +11,7 @@ use crate::{
     failure::{Exit, Refusal},
     history,
     output::{Output, age, one_line},
-    paths::Paths,
+    paths::{Paths, read_text},
     remote,
 };
 
@@ -71,11 +67,8 @@ fn open(paths: &Paths) -> anyhow::Result<Store> {
     Store::open(&paths.root).with_context(|| format!("cannot open the images of `{}`", paths.root.display()))
 }
 
-pub(crate) fn read_recipe(recipe: &PathBuf) -> anyhow::Result<String> {
-    fs::read_to_string(recipe).map_err(|error| {
-        let exit = if error.kind() == std::io::ErrorKind::NotFound { Exit::NotFound } else { Exit::Failed };
-        Refusal::new(exit, format!("cannot read the recipe `{}`: {error}", recipe.display())).into()
-    })
+pub(crate) fn read_recipe(recipe: &Path) -> anyhow::Result<String> {
+    Ok(read_text("recipe", recipe)?)
 }
 
 /// Shows what a build came to.

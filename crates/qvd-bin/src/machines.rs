@@ -1,13 +1,16 @@
 //! The command line's words for virtual machines.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum, ValueHint};
 use qvd_core::{Bytes, Virtualizer};
 use qvd_node::{AccelChoice, VmConfig};
 
+use crate::failure::{Exit, Refusal};
+
 /// How desktops run that are virtual machines.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Virtual machines")]
 pub(crate) struct Machines {
     /// Directory with boot/vmlinuz-VERSION and lib/modules/VERSION, for images without a kernel; the host's own, unless given
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
@@ -27,6 +30,11 @@ pub(crate) struct Machines {
 }
 
 impl Machines {
+    /// Refuses a directory of a kernel that is none: machines are started much later.
+    pub(crate) fn check(&self) -> Result<(), Refusal> {
+        check_kernel(self.vm_kernel.as_deref())
+    }
+
     /// What it comes to.
     pub(crate) fn config(&self) -> VmConfig {
         let accel = match self.accel {
@@ -41,6 +49,17 @@ impl Machines {
     }
 }
 
+/// Refuses a directory of a kernel that is none.
+pub(crate) fn check_kernel(named: Option<&Path>) -> Result<(), Refusal> {
+    match named.filter(|dir| !dir.is_dir()) {
+        Some(dir) => {
+            let text = format!("cannot take a kernel for machines: there is no directory `{}`", dir.display());
+            Err(Refusal::new(Exit::NotFound, text))
+        }
+        None => Ok(()),
+    }
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Accel {
     Auto,
@@ -50,8 +69,8 @@ pub(crate) enum Accel {
 
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
-    /// The static qvd-init to try virtual machines with, unless the one beside this program
-    #[arg(long, value_name = "FILE", env = "QVD_INIT", value_hint = ValueHint::FilePath)]
+    /// The static qvd-init to try virtual machines with, unless the one beside this program or in ../lib/qvd
+    #[arg(long, value_name = "FILE", env = "QVD_INIT", hide_env_values = true, value_hint = ValueHint::FilePath)]
     pub(crate) init: Option<PathBuf>,
     /// Directory with a kernel and its modules to try KVM with; the host's own, unless given
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
@@ -61,9 +80,7 @@ pub(crate) struct Doctor {
 /// What a desktop runs in.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Kind {
-    /// Namespaces on the host's kernel
     Container,
-    /// A virtual machine by QEMU, with a kernel of its own
     Qemu,
 }
 

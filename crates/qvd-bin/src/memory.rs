@@ -1,20 +1,24 @@
 //! The command line's words for memory, and what is told of it.
 
 use clap::Args;
-use qvd_core::Bytes;
+use qvd_core::{Bytes, Limits};
 use qvd_gateway::api::Client;
 use qvd_node::{DesktopMemory, MemoryConfig, MemoryReport, StockReport};
 
-use crate::output::Output;
+use crate::{
+    failure::{Exit, Refusal},
+    output::Output,
+};
 
 /// How the host's memory is shared out.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Memory")]
 pub(crate) struct Memory {
     /// Most memory that desktops may have together; all of the host's, unless given
     #[arg(long = "memory", value_name = "SIZE")]
     total: Option<Bytes>,
     /// Most that all desktops may be promised together, in hundredths of the memory; no limit, unless given
-    #[arg(long, value_name = "PERCENT")]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..))]
     memory_promise: Option<u32>,
     /// Never merge equal pages of desktops; otherwise they are when memory is short, if nobody else on this host has started that
     #[arg(long)]
@@ -22,6 +26,18 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
+    /// Refuses what no desktop could start with.
+    pub(crate) fn check(&self) -> Result<(), Refusal> {
+        let least = Limits::LEAST.memory;
+        match self.total.filter(|&total| total < least) {
+            Some(total) => {
+                let text = format!("cannot share out {total} of memory: one desktop alone takes at least {least}");
+                Err(Refusal::new(Exit::Usage, text))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// What it comes to.
     pub(crate) fn config(&self) -> MemoryConfig {
         let mut config = MemoryConfig::default();

@@ -148,6 +148,11 @@ pub(crate) fn one_line(text: &str) -> String {
     clean.split(' ').filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
+/// A number of things: `1 commit`, `2 commits`.
+pub(crate) fn count(number: u64, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
 /// How long ago a moment was: `3 min`, `2 days`.
 pub(crate) fn age(unix_s: u64) -> String {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -170,6 +175,14 @@ mod tests {
     #[test]
     fn nothing_reaches_the_terminal_but_text() {
         assert_eq!(one_line("a\x1b[2Jb\r\nc\u{9b}31m"), "a [2Jb c 31m");
+    }
+
+    #[test]
+    fn one_is_not_many() {
+        assert_eq!(
+            [count(0, "commit"), count(1, "commit"), count(2, "commit")],
+            ["0 commits", "1 commit", "2 commits"]
+        );
     }
 
     #[test]

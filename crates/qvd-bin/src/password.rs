@@ -2,12 +2,15 @@
 
 use std::io::{self, BufRead, IsTerminal, Read, Write};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use qvd_farm::Secret;
 use rand::seq::IndexedRandom;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 
-use crate::cli::PasswordSource;
+use crate::{
+    cli::PasswordSource,
+    failure::{Exit, Refusal},
+};
 
 /// Longest line read as a password, in bytes: what the gateway accepts is less.
 const LINE_MAX: u64 = 4096;
@@ -36,7 +39,7 @@ pub(crate) fn obtain(source: &PasswordSource) -> anyhow::Result<Password> {
     } else {
         let secret = ask("Password: ")?;
         if ask("Again: ")?.expose() != secret.expose() {
-            bail!("cannot take the password: the two differ");
+            return Err(Refusal::new(Exit::Usage, "cannot take the password: the two differ").into());
         }
         secret
     };
@@ -59,7 +62,7 @@ fn read_line(input: &mut dyn BufRead) -> anyhow::Result<Secret> {
     input.take(LINE_MAX).read_line(&mut line).context("cannot read the password from standard input")?;
     line.truncate(line.trim_end_matches(['\r', '\n']).len());
     if line.is_empty() {
-        bail!("cannot take the password: it is empty");
+        return Err(Refusal::new(Exit::Usage, "cannot take the password: it is empty").into());
     }
     Ok(Secret::new(line))
 }

@@ -7,6 +7,8 @@ use std::{
 
 use qvd_core::Instance;
 
+use crate::failure::{Exit, Refusal};
+
 /// State directory whose run-time directory bears no instance.
 const DEFAULT_ROOT: &str = "/var/lib/qvd";
 
@@ -38,6 +40,14 @@ impl Paths {
     pub(crate) fn socket(&self) -> PathBuf {
         self.run.join("api.sock")
     }
+}
+
+/// The text of a file that a person named, `what` being what it is for: `key`.
+pub(crate) fn read_text(what: &str, file: &Path) -> Result<String, Refusal> {
+    fs::read_to_string(file).map_err(|error| {
+        let exit = if error.kind() == io::ErrorKind::NotFound { Exit::NotFound } else { Exit::Failed };
+        Refusal::new(exit, format!("cannot read the {what} `{}`: {error}", file.display()))
+    })
 }
 
 #[cfg(test)]

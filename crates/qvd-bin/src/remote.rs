@@ -3,7 +3,7 @@
 use std::{future::Future, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Context;
-use qvd_core::{DesktopId, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
+use qvd_core::{DesktopId, DesktopState, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
 use qvd_farm::{DesktopInfo, OwnedDesktops};
 use qvd_gateway::api::{
     Client,
@@ -19,7 +19,7 @@ use crate::{
     failure::{Exit, Refusal},
     history::{author, short},
     image,
-    output::{Output, age, one_line},
+    output::{Output, age, count, one_line},
     password::{self, Password},
     paths::Paths,
 };
@@ -81,15 +81,19 @@ pub(crate) async fn desktop(client: &Client, command: Desktop, output: &Output) 
         }
         Desktop::Show { id } => output.result(&client.desktop(id).await?, details)?,
         Desktop::Stats { id } => output.result(&client.stats(id).await?, |stats| {
-            let (mib, processes, clients) = (stats.pss_bytes >> 20, stats.processes, stats.clients);
-            format!("desktop {id}: {mib} MiB in {processes} processes, {clients} clients")
+            let (mib, processes) = (stats.pss_bytes >> 20, stats.processes);
+            format!("desktop {id}: {mib} MiB in {processes} processes, {}", count(stats.clients.into(), "client"))
         })?,
         Desktop::Start { id } => {
+            let running = client.desktop(id).await?.status.state == DesktopState::Running;
             let progress = output.progress();
             let timings = client.start(id, |_, text| progress.say(text)).await?;
             drop(progress);
             let session = Duration::from_micros(timings.session_us);
-            output.result(&timings, |_| format!("desktop {id} is ready after {} ms", session.as_millis()))?;
+            output.result(&timings, |_| match running {
+                true => format!("desktop {id} runs already"),
+                false => format!("desktop {id} is ready after {} ms", session.as_millis()),
+            })?;
         }
         Desktop::Stop { id } => {
             client.stop(id).await?;
@@ -206,8 +210,8 @@ fn details(info: &DesktopInfo) -> String {
         ("name", desktop.name.clone()),
         ("image", format!("{}:{}", desktop.flavour, desktop.tag)),
         ("runs in", kind(desktop.virtualizer).to_owned()),
-        ("memory", desktop.limits.memory.to_string()),
-        ("processor", format!("{} thousandths of a core", desktop.limits.cpu.0)),
+        ("memory", format!("at most {}", desktop.limits.memory)),
+        ("processor", format!("at most {} thousandths of a core", desktop.limits.cpu.0)),
         ("processes", format!("at most {}", desktop.limits.pids)),
         ("network", network),
         ("created", format!("{} ago", age(desktop.created_unix_s))),

@@ -14,7 +14,7 @@ use qvd_storage::{
 };
 use serde_json::json;
 
-use crate::output::Output;
+use crate::{output::Output, paths::read_text};
 
 /// Makes a pair of keys.
 pub(crate) fn key(file: &Path, output: &Output) -> anyhow::Result<()> {
@@ -43,7 +43,7 @@ pub(crate) fn sign(
     output: &Output,
 ) -> anyhow::Result<()> {
     let sign = || {
-        let text = fs::read_to_string(key).with_context(|| format!("cannot read the key `{}`", key.display()))?;
+        let text = read_text("key", key)?;
         let password = password_stdin
             .then(|| -> io::Result<String> {
                 let mut line = String::new();
@@ -66,7 +66,7 @@ pub(crate) fn policy(repository: &Repository, require: &[PathBuf], none: bool, o
             repository.set_policy(None)?;
         } else if !require.is_empty() {
             let read = |file: &PathBuf| {
-                let text = fs::read_to_string(file).with_context(|| format!("cannot read `{}`", file.display()))?;
+                let text = read_text("key", file)?;
                 VerifyingKey::read(&text).with_context(|| format!("cannot use `{}`", file.display()))
             };
             let keys = require.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;

@@ -8,6 +8,8 @@ use qvd_net::{SiteRange, Subnet6};
 use qvd_node::NodeConfig;
 use serde::Deserialize;
 
+use crate::paths::read_text;
+
 /// How many bits the addresses of a tenant share unless the file says so: room
 /// for 4093 desktops.
 const EACH: u8 = 20;
@@ -29,7 +31,7 @@ struct File {
 /// Takes what `file` says into the settings of a node.
 pub(crate) fn read(file: &Path, config: &mut NodeConfig) -> anyhow::Result<()> {
     let cannot = || format!("cannot read the tenants of `{}`", file.display());
-    let text = std::fs::read_to_string(file).with_context(cannot)?;
+    let text = read_text("file of tenants", file)?;
     let (range, policies) = parse(&text, config).with_context(cannot)?;
     (config.tenants.range, config.tenants.policies) = (Some(range), policies);
     Ok(())

@@ -1,7 +1,6 @@
 //! Images on their way between repositories: what the command line says of them.
 
 use std::{
-    fs,
     io::{self, IsTerminal},
     path::Path,
 };
@@ -14,8 +13,10 @@ use crate::{
     cli::{Access, Transfer},
     failure::{Exit, Refusal},
     history::{Images, author, mib},
-    output::Output,
-    password, s3,
+    output::{Output, count},
+    password,
+    paths::read_text,
+    s3,
 };
 
 /// How the repository is reached that a person names, by a directory, its own or
@@ -23,9 +24,6 @@ use crate::{
 pub(crate) fn access(text: &Path, access: &Access) -> anyhow::Result<RemoteAccess> {
     let utf8 = || Refusal::new(Exit::Usage, format!("`{}` is no text", text.display()));
     let address = text.to_str().ok_or_else(utf8)?.to_owned();
-    let pem = |path: &std::path::PathBuf| {
-        fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))
-    };
     let mut remote = RemoteAccess { address, password: None, trusted_pem: None, keys: None };
     match Place::of(&remote.address)? {
         Place::Store(_) => remote.keys = Some(s3::keys_of_caller()?),
@@ -38,7 +36,7 @@ pub(crate) fn access(text: &Path, access: &Access) -> anyhow::Result<RemoteAcces
         }
         _ => {}
     }
-    remote.trusted_pem = access.ca.as_ref().map(pem).transpose()?;
+    remote.trusted_pem = access.ca.as_deref().map(|file| read_text("certificate", file)).transpose()?;
     Ok(remote)
 }
 
@@ -89,5 +87,6 @@ fn show(image: &Reference, done: &Transferred, output: &Output) -> anyhow::Resul
 
 fn line(what: &dyn std::fmt::Display, done: &Transferred) -> String {
     let Transferred { commits, objects, bytes, wire_bytes, .. } = done;
-    format!("{what}: {commits} commits, {objects} objects ({}) in {} of traffic", mib(*bytes), mib(*wire_bytes))
+    let (commits, objects) = (count(*commits, "commit"), count(*objects, "object"));
+    format!("{what}: {commits}, {objects} ({}) in {} of traffic", mib(*bytes), mib(*wire_bytes))
 }

@@ -3,7 +3,7 @@
 use std::{
     env, fs,
     future::Future,
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -28,7 +28,7 @@ use crate::{
     cli,
     failure::{Exit, Refusal},
     output::Output,
-    paths::Paths,
+    paths::{Paths, read_text},
     tenants,
 };
 
@@ -42,6 +42,9 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
         return Err(Refusal::new(Exit::Unsupported, "cannot run desktops: this takes root").into());
     }
     let init = find_init(args.init.as_deref())?;
+    args.memory.check()?;
+    args.machines.check()?;
+    let (name_server, name_server6) = name_servers(&args.name_server)?;
     is_free(args.listen)?;
     qvd_node::raise_limits();
     let runtime = runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
@@ -50,12 +53,7 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     config.network.internet = args.internet;
     config.vm = args.machines.config();
     config.memory = args.memory.config();
-    for server in &args.name_server {
-        match *server {
-            IpAddr::V4(server) => config.network.name_server = Some(server),
-            IpAddr::V6(server) => config.network.name_server6 = Some(server),
-        }
-    }
+    (config.network.name_server, config.network.name_server6) = (name_server, name_server6);
     config.network.mtu_octets = args.mtu.unwrap_or(config.network.mtu_octets);
     if let Some(file) = &args.tenant_policy {
         config.tenants.all = read_policy(file)?;
@@ -72,11 +70,26 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     served.and(ended)
 }
 
+/// The name server of each family.
+fn name_servers(named: &[IpAddr]) -> Result<(Option<Ipv4Addr>, Option<Ipv6Addr>), Refusal> {
+    let (mut ipv4, mut ipv6) = (None, None);
+    for server in named {
+        let before = match *server {
+            IpAddr::V4(server) => ipv4.replace(server).map(IpAddr::V4),
+            IpAddr::V6(server) => ipv6.replace(server).map(IpAddr::V6),
+        };
+        if let Some(before) = before {
+            let text = format!("cannot use two name servers of one family: {before} and {server}");
+            return Err(Refusal::new(Exit::Usage, text));
+        }
+    }
+    Ok((ipv4, ipv6))
+}
+
 /// A network policy in words, as a recipe's `[defaults.net]` has it.
 pub(crate) fn read_policy(file: &Path) -> anyhow::Result<NetPolicy> {
-    let cannot = || format!("cannot read the network policy `{}`", file.display());
-    let text = std::fs::read_to_string(file).with_context(cannot)?;
-    toml::from_str(&text).with_context(cannot)
+    let text = read_text("network policy", file)?;
+    toml::from_str(&text).with_context(|| format!("cannot read the network policy `{}`", file.display()))
 }
 
 /// Ends every desktop and the network, and removes what is then empty.
@@ -156,11 +169,14 @@ fn signals() -> anyhow::Result<impl Future<Output = &'static str>> {
     })
 }
 
-/// The static init: the one named, or the one beside this program.
+/// Where the init is when it is not beside the program, from the directory of that one.
+const INSTALLED_INIT: &str = "../lib/qvd/qvd-init";
+
+/// The static init: the one named, or the one beside this program or where `make install` puts it.
 pub(crate) fn find_init(named: Option<&Path>) -> anyhow::Result<PathBuf> {
     let path = match named {
         Some(path) => std::path::absolute(path).context("cannot find the init for desktops")?,
-        None => env::current_exe().context("cannot find this program")?.with_file_name("qvd-init"),
+        None => init_of(&env::current_exe().context("cannot find this program")?),
     };
     match fs::metadata(&path) {
         Ok(found) if found.is_file() => Ok(path),
@@ -173,6 +189,13 @@ pub(crate) fn find_init(named: Option<&Path>) -> anyhow::Result<PathBuf> {
             Err(Refusal::new(Exit::Unsupported, text).into())
         }
     }
+}
+
+/// The init that belongs to the program at `program`.
+fn init_of(program: &Path) -> PathBuf {
+    let installed = program.parent().and_then(|dir| dir.join(INSTALLED_INIT).canonicalize().ok());
+    let beside = program.with_file_name("qvd-init");
+    if beside.is_file() { beside } else { installed.unwrap_or(beside) }
 }
 
 /// Refuses a port in use before anything of the host is touched.
@@ -201,6 +224,20 @@ fn reachable(address: SocketAddr) -> SocketAddr {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_init_is_beside_the_program_or_where_it_is_installed() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("bin")).unwrap();
+        fs::create_dir_all(at("lib/qvd")).unwrap();
+        let found = || init_of(&at("bin/qvd"));
+        assert_eq!(found(), at("bin/qvd-init"), "what is nowhere is missed beside the program");
+        fs::write(at("lib/qvd/qvd-init"), "").unwrap();
+        assert_eq!(found(), at("lib/qvd/qvd-init").canonicalize().unwrap());
+        fs::write(at("bin/qvd-init"), "").unwrap();
+        assert_eq!(found(), at("bin/qvd-init"));
+    }
 
     #[test]
     fn a_port_in_use_is_refused_by_name() {

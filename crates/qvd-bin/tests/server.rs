@@ -46,7 +46,7 @@ fn a_generated_password_is_shown_once() {
 fn an_empty_password_is_refused() {
     let daemon = Daemon::start();
     let (status, text) = daemon.refusal(&["user", "add", "ana", "--password-stdin"]);
-    assert!(status == 1 && text.contains("empty"), "{status} {text}");
+    assert!(status == 2 && text.contains("empty"), "{status} {text}");
 }
 
 #[test]

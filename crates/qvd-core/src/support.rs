@@ -36,6 +36,8 @@ pub enum Missing {
     Privilege(String),
     /// A program is not installed; it names the program and its package.
     Program(String),
+    /// A file is not there; it names what it is and where it was looked for.
+    File(String),
     /// A device is absent or does not work.
     Device(String),
     /// It cannot work that way whatever the host; it names why.
@@ -49,6 +51,7 @@ impl fmt::Display for Missing {
             Self::Filesystem(what) => write!(f, "the file system lacks {what}"),
             Self::Privilege(what) => write!(f, "this process may not {what}"),
             Self::Program(what) => write!(f, "program {what} is not installed"),
+            Self::File(what) => write!(f, "there is no {what}"),
             Self::Device(what) => write!(f, "device {what} is not usable"),
             Self::Design(why) => write!(f, "by its nature, {why}"),
         }

@@ -100,10 +100,11 @@ impl Farm {
             .and_then(|found| found.try_get("owned"))
             .map_err(|e| FarmError::store("count a user's desktops", e))?;
         if owned > 0 {
+            let desktops = if owned == 1 { "a desktop".to_owned() } else { format!("{owned} desktops") };
             return Err(FarmError::with_code(
                 ErrorKind::Conflict,
                 "user_has_desktops",
-                format!("user `{name}` owns {owned} desktop(s): remove them first, or with the user"),
+                format!("user `{name}` owns {desktops}: remove them first, or with the user (--with-desktops)"),
             ));
         }
         let gone = sqlx::query("DELETE FROM users WHERE name = $1")

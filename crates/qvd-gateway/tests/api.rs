@@ -20,6 +20,7 @@ use qvd_gateway::api::{
     dto::{AddUser, BuildImage, CreateDesktop, ErrorBody, ErrorInfo, SetPassword},
     router, serve_unix,
 };
+use qvd_gateway::images;
 use qvd_guest::{ExecRequest, Exit};
 use qvd_node::{
     HostError, HostErrorKind,
@@ -434,4 +435,22 @@ async fn a_dead_daemons_socket_is_replaced_and_other_files_are_not() {
     let error = serve_unix(&socket, Router::new(), async {}).await.unwrap_err();
     assert!(matches!(error, UnixServeError::NotASocket(_)), "{error}");
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
+}
+
+#[tokio::test]
+async fn a_flavour_that_desktops_follow_stays() {
+    let (world, id) = World::with_desktop().await;
+    let remove = || images::Remove { flavour: icewm(), author: "root".to_owned() };
+    let refusal = |error: ClientError| match error {
+        ClientError::Refused { info, .. } => (info.code, info.message),
+        other => panic!("{other}"),
+    };
+    let (code, message) = refusal(world.client.image(&remove(), &mut |_| {}).await.unwrap_err());
+    assert_eq!((code.as_str(), message.contains(&format!("desktop {id} follows"))), ("busy", true), "{message}");
+    world.client.remove_desktop(id).await.unwrap();
+    // Nobody follows it any more; that this host keeps no images is another matter.
+    let (code, _) = refusal(world.client.image(&remove(), &mut |_| {}).await.unwrap_err());
+    assert_eq!(code, "no_repository");
+    world.end.send(()).unwrap();
+    world.served.await.unwrap().unwrap();
 }

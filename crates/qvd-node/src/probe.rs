@@ -169,6 +169,9 @@ fn advise(name: &str, support: Support) -> Probe {
     let remedy = match &support {
         // What else is missing shows only to somebody who may try.
         Support::No(Missing::Privilege(_)) => "run this as root",
+        Support::No(Missing::File(_)) if name == KVM => {
+            "install a kernel of the distribution (linux-image-…), or name a directory with one by --vm-kernel"
+        }
         _ => advice.remedy,
     };
     Probe {

@@ -81,6 +81,14 @@ fn history_is_shown_and_changed() {
         let (status, text) = world.refusal(&["untag", "tiny", "good"]);
         assert!(status == 4 && text.contains("tiny") && text.contains("good") && text.contains("`head`"), "{text}");
 
+        let (status, text) = world.refusal(&["untag", "tiny", "head"]);
+        assert!(status == 2 && text.contains("tiny:head") && text.contains("`qvd image rm`"), "{text}");
+
+        for nothing in ["nothing", "tiny:nothing"] {
+            let (status, text) = world.refusal(&["push", "elsewhere", nothing]);
+            assert!(status == 4 && text.contains("nothing") && !world.at("elsewhere").exists(), "{text}");
+        }
+
         let back = world.json(&["revert", &by_id, "-m", "better before"]);
         assert_eq!((&back["parents"][0], &back["message"]), (&two.into(), &"better before".into()), "{back}");
         assert_eq!(world.json(&["diff", &by_id, "tiny"])["files"], Value::Array(vec![]));

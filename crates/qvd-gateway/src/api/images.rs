@@ -9,7 +9,8 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::{MethodFilter, on},
 };
-use qvd_farm::{ErrorKind, FarmError};
+use qvd_core::FlavourName;
+use qvd_farm::{ErrorKind, Farm, FarmError};
 use qvd_storage::Repository;
 use tokio::sync::{mpsc, oneshot};
 
@@ -60,6 +61,9 @@ async fn answer<C: ImageCall>(
         Some(user) => call.asked_by(user),
         None => {}
     }
+    if let Some(flavour) = call.removes() {
+        unfollowed(&farm, flavour, &call.cannot()).await.map_err(|error| ApiError::new(&caller, &error))?;
+    }
     let Some(repository) = farm.repository() else {
         let message = "the images of this host are not on this machine";
         return Err(ApiError::plain(StatusCode::NOT_IMPLEMENTED, "no_repository", message));
@@ -71,6 +75,21 @@ async fn answer<C: ImageCall>(
         return events(caller, news, event, work).await;
     }
     work.await.map(|answer| Json(answer).into_response()).map_err(|error| ApiError::new(&caller, &error))
+}
+
+/// Refuses what would take away a flavour that desktops follow.
+async fn unfollowed(farm: &Farm, flavour: &FlavourName, cannot: &str) -> Result<(), FarmError> {
+    let followers = farm.desktops(None).await?.into_iter().filter(|desktop| desktop.flavour == *flavour);
+    let followers: Vec<String> = followers.map(|desktop| desktop.id.to_string()).collect();
+    let who = match followers.as_slice() {
+        [] => return Ok(()),
+        [one] => format!("desktop {one} follows it: remove that first"),
+        [some @ .., last] if some.len() < 5 => {
+            format!("desktops {} and {last} follow it: remove them first", some.join(", "))
+        }
+        many => format!("{} desktops follow it: remove them first", many.len()),
+    };
+    Err(FarmError::new(ErrorKind::Busy, format!("{cannot}: {who}")))
 }
 
 /// Carries a call out on a thread of its own: nobody waits for it when the daemon

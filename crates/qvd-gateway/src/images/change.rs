@@ -72,7 +72,7 @@ impl ImageCall for PutTag {
     }
 }
 
-/// Removes a tag.
+/// Removes a tag; not `head`, which goes with its flavour.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RemoveTag {
@@ -102,9 +102,17 @@ impl ImageCall for RemoveTag {
     fn carry_out(self, repository: &Repository, _: &mut (dyn FnMut(News) + Send)) -> Result<Reference, FarmError> {
         let remove = || {
             repository.resolve(&self.image())?;
-            repository.move_tag(&self.flavour, &self.tag, Expect::Anything, None, (&self.author, "removed"))
+            if self.tag == Tag::head() {
+                return Ok(false);
+            }
+            repository.move_tag(&self.flavour, &self.tag, Expect::Anything, None, (&self.author, "removed"))?;
+            Ok(true)
         };
-        remove().map_err(storage(&self.cannot()))?;
+        if !remove().map_err(storage(&self.cannot()))? {
+            // Without it the flavour's history could neither be seen nor go on.
+            let why = "a flavour has it for as long as it is there; `qvd image rm` removes the flavour";
+            return Err(FarmError::new(ErrorKind::Invalid, format!("{}: {why}", self.cannot())));
+        }
         Ok(self.image())
     }
 
@@ -113,7 +121,8 @@ impl ImageCall for RemoveTag {
     }
 }
 
-/// Removes a flavour with all its tags; its commits go by [`Gc`].
+/// Removes a flavour with all its tags; its commits go by [`Gc`]. A daemon refuses
+/// it while desktops follow the flavour.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Remove {
@@ -127,6 +136,10 @@ impl ImageCall for Remove {
     type Answer = FlavourName;
     const METHOD: Method = Method::DELETE;
     const PATH: &'static str = "flavours";
+
+    fn removes(&self) -> Option<&FlavourName> {
+        Some(&self.flavour)
+    }
 
     fn cannot(&self) -> String {
         format!("cannot remove flavour {}", self.flavour)

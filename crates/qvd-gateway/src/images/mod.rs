@@ -19,7 +19,7 @@ mod transfer;
 use std::path::Path;
 
 use axum::http::Method;
-use qvd_core::UserName;
+use qvd_core::{FlavourName, UserName};
 use qvd_farm::{ErrorKind, FarmError};
 use qvd_storage::Repository;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -74,6 +74,11 @@ pub trait ImageCall: Serialize + DeserializeOwned + Send + 'static {
 
     /// Notes that a user who has signed in asks for it: nobody signs as another.
     fn asked_by(&mut self, _user: &UserName) {}
+
+    /// A flavour that is gone afterwards: no desktop may follow it.
+    fn removes(&self) -> Option<&FlavourName> {
+        None
+    }
 
     /// A path of the host that it reads or writes: only the host's own
     /// administrator may name one.

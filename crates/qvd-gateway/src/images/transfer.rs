@@ -10,7 +10,7 @@ use axum::http::Method;
 use qvd_core::{FlavourName, UserName};
 use qvd_farm::{ErrorKind, FarmError};
 use qvd_storage::{
-    Repository,
+    Error, Repository,
     repository::{Checked, Reference, Revision, Source, Transferred, Wanted},
 };
 use serde::{Deserialize, Serialize};
@@ -54,6 +54,15 @@ impl ImageCall for Push {
         let cannot = self.cannot();
         let Transfer { remote, image, force, author } = self.0;
         let wanted = wanted(&cannot, &image, force)?;
+        // The other repository is made if need be, so not for what is not here.
+        let there = match image.revision {
+            Some(_) => here.resolve(&image).map(drop),
+            None if here.tags(&image.flavour).is_ok_and(|tags| tags.is_empty()) => {
+                Err(Error::NoSuchFlavour(image.flavour.clone()))
+            }
+            None => Ok(()),
+        };
+        there.map_err(storage(&cannot))?;
         let remote = Remote::open(&remote).map_err(|error| behind(&cannot, error))?;
         let mut teller = Teller::new(news);
         remote.push(here, &wanted, &author, &mut |so_far| teller.tell(so_far)).map_err(storage(&cannot))

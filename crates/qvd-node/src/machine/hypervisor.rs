@@ -192,13 +192,22 @@ pub(crate) fn probe_machines(config: &VmConfig, init: &Path, root: &Path) -> Vec
         Err(qvd_virt::Error::Unsupported { missing, .. }) => return vec![qemu(Support::No(missing))],
         Err(error) => return vec![qemu(failed(&error))],
     };
-    let tried = || -> Result<Kvm, Failure> {
-        let kernel = GuestKernel::find(config.kernel.as_deref().unwrap_or(Path::new(HOST)), init)?;
+    let tried = || -> Result<Support, Failure> {
+        let place = config.kernel.as_deref().unwrap_or(Path::new(HOST));
+        let kernel = match GuestKernel::find(place, init) {
+            Ok(kernel) => kernel,
+            Err(_) if !Kvm::is_present() => return Ok(Kvm::Absent.support()),
+            Err(qvd_virt::Error::Invalid { .. }) => {
+                let what = "kernel to try it with: neither boot/vmlinuz-VERSION nor lib/modules/VERSION";
+                return Ok(Support::No(Missing::File(format!("{what} in `{}`", place.display()))));
+            }
+            Err(error) => return Err(error.into()),
+        };
         let scratch = tempfile::tempdir()?;
         let known = if root.is_dir() { root } else { scratch.path() }.join(KNOWN);
-        Ok(kvm(&found, &kernel, UidRange::of_slot(UidRange::COUNT - 1)?, &known, scratch.path())?)
+        Ok(kvm(&found, &kernel, UidRange::of_slot(UidRange::COUNT - 1)?, &known, scratch.path())?.support())
     };
-    let kvm = tried().map_or_else(|error| failed(&*error), |kvm| kvm.support());
+    let kvm = tried().unwrap_or_else(|error| failed(&*error));
     vec![qemu(Support::Yes), (crate::probe::KVM, kvm)]
 }
 

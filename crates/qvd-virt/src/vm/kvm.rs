@@ -85,6 +85,12 @@ impl Kvm {
         }
     }
 
+    /// Whether there is a device at all, which does not say that it works.
+    #[must_use]
+    pub fn is_present() -> bool {
+        Path::new(DEVICE).exists()
+    }
+
     /// As an answer about the host.
     #[must_use]
     pub fn support(&self) -> Support {
@@ -97,7 +103,7 @@ impl Kvm {
     /// # Errors
     /// It could not be tried, for a reason that says nothing about KVM.
     pub fn try_out(qemu: &Qemu, mut spec: VmSpec) -> Result<Self, Error> {
-        if !Path::new(DEVICE).exists() {
+        if !Self::is_present() {
             return Ok(Self::Absent);
         }
         spec.accel = Accel::Kvm;
