@@ -3,6 +3,21 @@
 //! No I/O happens here. What one layer hands to another is a type of this
 //! crate or a file descriptor, so that `qvd-storage`, `qvd-virt` and `qvd-net`
 //! need not know each other.
+//!
+//! Quantities have types with their unit, and a name that exists is a valid one:
+//!
+//! ```
+//! use qvd_core::{Bytes, DesktopId, Instance, UserName};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let memory: Bytes = "512M".parse()?;
+//! assert_eq!((memory, memory.to_string()), (Bytes::mib(512), "512MiB".to_owned()));
+//! // What desktop 7 of an installation is called in the kernel.
+//! assert_eq!(Instance::new(0x1a2b).link_name(DesktopId::new(7)?), "qvd1a2b-7");
+//! let error = "../ana".parse::<UserName>().unwrap_err();
+//! assert!(error.to_string().starts_with("`../ana` is not a user name"));
+//! # Ok(()) }
+//! ```
 #![forbid(unsafe_code)]
 
 mod birth;

@@ -3,6 +3,23 @@
 //! A [`Farm`] keeps records in a database and asks a [`qvd_node::Host`] to act.
 //! Everything that a client may do passes through it, whichever protocol the
 //! client speaks, so the rules (who may, what is taken, how often) are here.
+//!
+//! ```no_run
+//! # async fn example(node: std::sync::Arc<qvd_node::Node>) -> Result<(), qvd_farm::FarmError> {
+//! use qvd_farm::{Farm, NewDesktop, Secret};
+//!
+//! let farm = Farm::open("/var/lib/qvd/qvd.sqlite".as_ref(), node).await?;
+//! # let (ana, icewm): (qvd_core::UserName, qvd_core::FlavourName) = ("ana".parse().unwrap(), "icewm".parse().unwrap());
+//! farm.add_user(&ana, &Secret::from("correct horse"), false).await?;
+//! let desktop = farm.create_desktop(NewDesktop::new(ana, icewm)).await?;
+//! let (news, _) = tokio::sync::mpsc::channel(16);
+//! let timings = farm.start(desktop.id, news).await?;
+//! println!("its session was ready after {} µs", timings.session_us);
+//! # Ok(()) }
+//! ```
+//!
+//! A [`FarmError`] has a kind, a word for programs that stays the same
+//! ([`FarmError::code`]), and one line for people.
 #![forbid(unsafe_code)]
 
 mod clock;

@@ -4,6 +4,27 @@
 //! Nothing here decides who may do what: that is the [`qvd_farm::Farm`]'s part.
 //! Here is what stands between it and a stranger: deadlines, bounds, parsers,
 //! cookies.
+//!
+//! ```no_run
+//! # async fn example(farm: qvd_farm::Farm) -> Result<(), Box<dyn std::error::Error>> {
+//! use qvd_gateway::{ConnectionLimits, Gateway, GatewayConfig, TlsSource};
+//!
+//! let gateway = Gateway::bind(
+//!     GatewayConfig {
+//!         listen: "0.0.0.0:8443".parse()?,
+//!         tls: TlsSource::SelfSigned { directory: "/var/lib/qvd/tls".into() },
+//!         hosts: Vec::new(),
+//!         limits: ConnectionLimits::default(),
+//!     },
+//!     farm,
+//! )
+//! .await?;
+//! println!("https://{}", gateway.local_addr());
+//! gateway.serve(std::future::pending()).await;
+//! # Ok(()) }
+//! ```
+//!
+//! [`api`] has what the REST API answers, and a client of it; [`images`] what is done with images.
 #![forbid(unsafe_code)]
 
 pub mod api;

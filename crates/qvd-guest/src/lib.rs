@@ -14,6 +14,23 @@
 //! A virtual machine has one serial port instead of a socket. A [`Link`] makes
 //! the same of it: whoever connects to a socket of the node's talks with the
 //! init inside, and descriptors become streams on the way.
+//!
+//! What a node asks, and a client of any desktop may:
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::{os::unix::net::UnixStream, time::Duration};
+//! use qvd_guest::{Channel, Reply, Request};
+//!
+//! let socket = UnixStream::connect("/run/qvd/desktops/7/init.sock")?;
+//! let mut channel = Channel::new(socket.into());
+//! channel.send(&Request::Stats, &[])?;
+//! let (reply, _descriptors) = channel.recv::<Reply>(Duration::from_secs(5))?;
+//! if let Reply::Stats(stats) = reply {
+//!     println!("{} bytes in {} processes", stats.pss_bytes, stats.processes);
+//! }
+//! # Ok(()) }
+//! ```
 #![forbid(unsafe_code)]
 
 mod boot;

@@ -1,4 +1,24 @@
 //! One host: storage, virtualizers and network composed into desktops.
+//!
+//! A [`Node`] is a [`Host`]: it starts desktops, opens their displays, runs programs
+//! in them and stops them. Desktops outlive the process: another [`Node::open`] on the same
+//! directories adopts what runs and removes what nobody owns. All calls block, and may
+//! come from any number of threads. [`probe`] tells what a host lacks.
+//!
+//! ```no_run
+//! # fn example(desktop: qvd_core::DesktopSpec) -> Result<(), Box<dyn std::error::Error>> {
+//! use std::time::Duration;
+//! use qvd_core::{DisplayKind, Geometry, Instance};
+//! use qvd_node::{Host, Node, NodeConfig};
+//!
+//! let (root, run) = ("/var/lib/qvd".as_ref(), "/run/qvd".as_ref());
+//! let node = Node::open(NodeConfig::new(root, run, "/usr/lib/qvd/qvd-init".into(), Instance::new(1)))?;
+//! node.ensure_running(&desktop, &mut |step| println!("{}", step.text()))?;
+//! let display = node.attach(desktop.id, DisplayKind::Rfb { geometry: Geometry::default() }, &mut |_| ())?;
+//! // `display.stream()` speaks RFB until another client takes the desktop over.
+//! node.stop(desktop.id, Duration::from_secs(5))?;
+//! # Ok(()) }
+//! ```
 #![forbid(unsafe_code)]
 
 mod config;

@@ -12,6 +12,29 @@
 //! `no_new_privs`, masked and read-only parts of `/proc` and `/sys`, a minimal
 //! `/dev` and cgroup limits. [`Container::enforced`] reads back from the
 //! kernel what of that is really so.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let root_mount: std::os::fd::OwnedFd = std::fs::File::open("/")?.into();
+//! use std::time::Duration;
+//! use qvd_core::{DesktopId, Instance, UidRange};
+//! use qvd_virt::{ContainerSpec, Program, Runtime};
+//!
+//! let runtime = Runtime::new(Instance::new(0x1a2b))?;
+//! let program = Program {
+//!     file: std::fs::File::open("/usr/lib/qvd/qvd-init")?.into(),
+//!     argv: vec!["qvd-init".to_owned()],
+//!     env: Vec::new(),
+//! };
+//! // A detached mount, for instance from `qvd_storage::Root::mount`.
+//! let spec = ContainerSpec::new(DesktopId::new(7)?, root_mount, UidRange::of_slot(7)?, program);
+//! let prepared = runtime.prepare(spec)?;
+//! let netns = prepared.netns()?; // what `qvd_net::Network::attach` puts a port into
+//! let mut container = prepared.start()?;
+//! println!("{:?} ended: {:?}", container.pid(), container.wait(Duration::from_secs(60))?);
+//! container.close()?;
+//! # Ok(()) }
+//! ```
 #![forbid(unsafe_code)]
 
 // Tests in here share the bed of those in `tests`, which name the crate.
