@@ -35,6 +35,13 @@ pub(crate) fn write_for_good(file: &Path, text: &str) -> Result<(), Error> {
     written.map_err(Error::io("write", file.display().to_string()))
 }
 
+/// Adds text to the end of a file. What becomes of a host that dies at once is as with
+/// [`write`], but that the text may be there in part.
+pub(crate) fn append(file: &Path, text: &str) -> Result<(), Error> {
+    let added = File::options().create(true).append(true).open(file).and_then(|mut to| to.write_all(text.as_bytes()));
+    added.map_err(Error::io("write", file.display().to_string()))
+}
+
 fn replace(file: &Path, text: &str, settle: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
     let new = file.with_extension("new");
     let mut to = File::create(&new)?;
