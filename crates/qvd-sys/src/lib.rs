@@ -16,6 +16,7 @@ pub mod ofd;
 pub mod packet;
 pub mod process;
 pub mod quota;
+mod signals;
 pub mod tap;
 pub mod thread;
 pub mod userns;

@@ -6,12 +6,10 @@
 //! lock. So the parent compiles everything beforehand into a [`Plan`], and the
 //! child merely walks it.
 //!
-//! The child is a copy-on-write clone and not `CLONE_VM`: it has to act at the
-//! same time as its parent, and processes that share memory share their fate
-//! with the OOM killer and their "dumpable" flag with `setuid`. The price is
-//! the parent's page tables. It is not small: `benches/start.rs` of `qvd-virt`
-//! saw 1 ms more with 16 MiB of touched memory and 9 ms more with 64 MiB, so
-//! whoever starts containers should be a small process.
+//! A child in namespaces of its own shares its parent's memory until it executes its
+//! program, by way of `CLONE_VM | CLONE_VFORK`; others have a copy. A copy costs the parent's
+//! page tables: 2 ms with 16 MiB of touched memory, 8 ms with 64 MiB (`benches/start.rs`
+//! of `qvd-virt`).
 
 mod child;
 mod landlock;
@@ -19,6 +17,7 @@ mod memfd;
 mod memory;
 mod pidfd;
 mod plan;
+mod shared;
 mod spawn;
 #[cfg(test)]
 mod tests;

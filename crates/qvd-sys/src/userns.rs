@@ -6,6 +6,8 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
+use crate::signals::BlockedSignals;
+
 /// Stack of the child that creates the namespace. It calls nothing but the
 /// C library's own exit path; the kernel's smallest signal frame with AVX-512
 /// state would still fit.
@@ -83,29 +85,5 @@ impl Drop for Child {
         // otherwise. It cannot fail: the child is ours and has ended.
         // SAFETY: `info` is valid for writing.
         let _reaped = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, libc::WEXITED | libc::__WALL) };
-    }
-}
-
-/// All signals blocked on this thread until dropped.
-struct BlockedSignals(libc::sigset_t);
-
-impl BlockedSignals {
-    fn all() -> io::Result<Self> {
-        // SAFETY: both sets are plain C structs that the calls fill.
-        unsafe {
-            let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
-            libc::sigfillset(&raw mut all);
-            match libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) {
-                0 => Ok(Self(before)),
-                error => Err(io::Error::from_raw_os_error(error)),
-            }
-        }
-    }
-}
-
-impl Drop for BlockedSignals {
-    fn drop(&mut self) {
-        // SAFETY: the set was filled by `pthread_sigmask`.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
     }
 }

@@ -42,7 +42,11 @@ fn main() {
     let row = |name, overlay, ballast_mib| Row { name, overlay, ballast_mib, start_us: vec![], total_us: vec![] };
     let mut small = [row("virt-bind", false, 0), row("virt-overlay", true, 0)];
     // Apart from the others, because releasing so much memory disturbs them.
-    let mut large = [row("virt-bind-16MiB-parent", false, 16), row("virt-bind-64MiB-parent", false, 64)];
+    let mut large = [
+        row("virt-bind-16MiB-parent", false, 16),
+        row("virt-bind-64MiB-parent", false, 64),
+        row("virt-bind-256MiB-parent", false, 256),
+    ];
     let bed = tempfile::tempdir().unwrap();
     let ids = UidRange::of_slot(60_000).unwrap();
     let tree = bed.path().join("tree");

@@ -2,6 +2,7 @@
 //! lock, no panic may be added here.
 
 use std::{
+    cell::Cell,
     ffi::{CStr, CString, c_long},
     os::fd::RawFd,
     sync::atomic::{AtomicU32, Ordering},
@@ -20,23 +21,20 @@ const FAILED: c_long = 127;
 /// Source: Linux `include/uapi/linux/prctl.h`.
 const PR_SET_MEMORY_MERGE: c_long = 67;
 
-/// System calls made so far. Only children count, and each has a copy of its
-/// own that begins at zero.
-static CALLS: AtomicU32 = AtomicU32::new(0);
-
-/// Makes a raw system call; the error is its number.
+/// Makes a raw system call of a child, which counts it; the error is its number.
 macro_rules! call {
-    ($name:ident $(, $argument:expr)* $(,)?) => {{
-        CALLS.fetch_add(1, Ordering::Relaxed);
+    ($child:ident, $name:ident $(, $argument:expr)* $(,)?) => {{
+        $child.calls.set($child.calls.get().wrapping_add(1));
         // SAFETY: every pointer among the arguments leads into the plan, which
-        // the child has a private copy of, or to a local that outlives the call.
+        // nobody changes any more, or to a local that outlives the call.
         let result = unsafe { libc::syscall(libc::$name $(, $argument)*) };
         if result < 0 { Err(errno()) } else { Ok(result) }
     }};
 }
 
 fn errno() -> i32 {
-    // SAFETY: the C library's per-thread errno; always readable.
+    // SAFETY: the C library's per-thread errno; always readable. Of a child that shares
+    // memory it is that of the thread that made it, which sleeps meanwhile.
     unsafe { *libc::__errno_location() }
 }
 
@@ -47,11 +45,19 @@ pub(super) struct Child<'a> {
     control: RawFd,
     slots: [RawFd; SLOTS],
     gaps: &'a Gaps,
+    /// System calls made so far.
+    calls: Cell<u32>,
 }
 
 impl<'a> Child<'a> {
     pub(super) const fn new(control: RawFd, gaps: &'a Gaps) -> Self {
-        Self { control, slots: [-1; SLOTS], gaps }
+        Self { control, slots: [-1; SLOTS], gaps, calls: Cell::new(0) }
+    }
+
+    /// Tells whoever waits on `word`, in memory that is shared, by giving it `value`.
+    pub(super) fn wake(&self, word: &AtomicU32, value: u32) {
+        word.store(value, Ordering::Release);
+        let _woken = call!(self, SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1);
     }
 
     /// Executes the steps; returns only by ending the process.
@@ -59,7 +65,7 @@ impl<'a> Child<'a> {
         // What else the parent has open is none of our business, and holding
         // it would keep sockets and pipes of others alive while we wait.
         for &(first, last) in self.gaps {
-            if let Err(error) = call!(SYS_close_range, first, last, 0) {
+            if let Err(error) = call!(self, SYS_close_range, first, last, 0) {
                 self.report(0, error);
             }
         }
@@ -82,7 +88,7 @@ impl<'a> Child<'a> {
     fn send(&self, step: u32, error: i32) -> Result<c_long, i32> {
         let record = [step, error.cast_unsigned()];
         let no_address = std::ptr::null::<u8>();
-        call!(SYS_sendto, self.control, record.as_ptr(), size_of_val(&record), libc::MSG_NOSIGNAL, no_address, 0)
+        call!(self, SYS_sendto, self.control, record.as_ptr(), size_of_val(&record), libc::MSG_NOSIGNAL, no_address, 0)
     }
 
     const fn fd(&self, fd: PlanFd) -> RawFd {
@@ -105,87 +111,79 @@ impl<'a> Child<'a> {
         match op {
             Op::Wait => return self.wait(),
             // With the call that tells it.
-            Op::Ready => self.send(READY, CALLS.load(Ordering::Relaxed).wrapping_add(1).cast_signed())?,
+            Op::Ready => self.send(READY, self.calls.get().wrapping_add(1).cast_signed())?,
             // Zero is the writer itself.
-            Op::EnterGroup(tasks) => call!(SYS_write, self.fd(*tasks), c"0".as_ptr(), 1)?,
-            Op::ClearGroups => call!(SYS_setgroups, 0, std::ptr::null::<libc::gid_t>())?,
-            Op::SetGid(id) => call!(SYS_setresgid, *id, *id, *id)?,
-            Op::SetUid(id) => call!(SYS_setresuid, *id, *id, *id)?,
-            Op::KeepCapabilities => call!(SYS_prctl, libc::PR_SET_KEEPCAPS, 1, 0, 0, 0)?,
-            Op::Capabilities(bits) => set_capabilities(*bits)?,
-            Op::OfferMemory => call!(SYS_prctl, PR_SET_MEMORY_MERGE, 1, 0, 0, 0)?,
-            Op::NewSession => call!(SYS_setsid)?,
+            Op::EnterGroup(tasks) => call!(self, SYS_write, self.fd(*tasks), c"0".as_ptr(), 1)?,
+            Op::ClearGroups => call!(self, SYS_setgroups, 0, std::ptr::null::<libc::gid_t>())?,
+            Op::SetGid(id) => call!(self, SYS_setresgid, *id, *id, *id)?,
+            Op::SetUid(id) => call!(self, SYS_setresuid, *id, *id, *id)?,
+            Op::KeepCapabilities => call!(self, SYS_prctl, libc::PR_SET_KEEPCAPS, 1, 0, 0, 0)?,
+            Op::Capabilities(bits) => self.set_capabilities(*bits)?,
+            Op::OfferMemory => call!(self, SYS_prctl, PR_SET_MEMORY_MERGE, 1, 0, 0, 0)?,
+            Op::NewSession => call!(self, SYS_setsid)?,
             Op::NewKeyring => {
-                match call!(SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) {
+                match call!(self, SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) {
                     // Without keyrings in the kernel there is none to leave.
                     Err(libc::ENOSYS) => 0,
                     other => other?,
                 }
             }
-            Op::Unshare(namespaces) => call!(SYS_unshare, namespaces.0)?,
-            Op::LoopbackUp => loopback_up()?,
-            Op::SetHostname(name) => call!(SYS_sethostname, name.as_ptr(), name.len())?,
-            Op::Umask(mask) => call!(SYS_umask, *mask)?,
-            Op::UnblockSignals => {
-                let none = 0_u64;
-                call!(
-                    SYS_rt_sigprocmask,
-                    libc::SIG_SETMASK,
-                    &raw const none,
-                    std::ptr::null::<u64>(),
-                    size_of::<u64>()
-                )?
-            }
+            Op::Unshare(namespaces) => call!(self, SYS_unshare, namespaces.0)?,
+            Op::LoopbackUp => self.loopback_up()?,
+            Op::SetHostname(name) => call!(self, SYS_sethostname, name.as_ptr(), name.len())?,
+            Op::Umask(mask) => call!(self, SYS_umask, *mask)?,
+            Op::UnblockSignals => self.block_signals(0)?,
+            Op::BlockSignals(mask) => self.block_signals(*mask)?,
             Op::DefaultSignal(signal) => {
                 // The kernel's sigaction: handler, flags, restorer, mask; all
                 // zero is SIG_DFL.
                 let default = [0_u64; 4];
-                call!(SYS_rt_sigaction, *signal, default.as_ptr(), std::ptr::null::<u64>(), size_of::<u64>())?
+                call!(self, SYS_rt_sigaction, *signal, default.as_ptr(), std::ptr::null::<u64>(), size_of::<u64>())?
             }
-            Op::MakeDir { dir, path, mode } => match call!(SYS_mkdirat, self.fd(*dir), path.as_ptr(), *mode) {
+            Op::MakeDir { dir, path, mode } => match call!(self, SYS_mkdirat, self.fd(*dir), path.as_ptr(), *mode) {
                 Err(libc::EEXIST) => 0,
                 other => other?,
             },
             Op::OpenDir { dir, path, into } => {
-                let fd = open_dir(self.fd(*dir), path)?;
+                let fd = self.open_dir(self.fd(*dir), path)?;
                 return self.fill(*into, fd);
             }
             Op::OpenDevice { dir, path, into } => {
                 let flags = libc::O_RDWR | libc::O_NOFOLLOW | libc::O_CLOEXEC;
-                let fd = call!(SYS_openat, self.fd(*dir), path.as_ptr(), flags)?;
+                let fd = call!(self, SYS_openat, self.fd(*dir), path.as_ptr(), flags)?;
                 return self.fill(*into, fd);
             }
             Op::MakeFs { kind, options, attributes, into } => {
-                let fd = make_fs(kind, options, *attributes)?;
+                let fd = self.make_fs(kind, options, *attributes)?;
                 return self.fill(*into, fd);
             }
             Op::MakeFsAt { kind, options, attributes, dir, name } => {
-                call!(SYS_fchdir, self.fd(*dir))?;
+                call!(self, SYS_fchdir, self.fd(*dir))?;
                 let (kind, flags) = (kind.as_ptr(), libc::c_ulong::from(*attributes));
-                call!(SYS_mount, kind, name.as_ptr(), kind, flags, options.as_ptr())?
+                call!(self, SYS_mount, kind, name.as_ptr(), kind, flags, options.as_ptr())?
             }
             Op::CloneTree { dir, path, attributes, into } => {
-                let fd = clone_tree(self.fd(*dir), path, *attributes)?;
+                let fd = self.clone_tree(self.fd(*dir), path, *attributes)?;
                 return self.fill(*into, fd);
             }
-            Op::Attach { mount, dir, path } => attach(self.fd(*mount), self.fd(*dir), path)?,
-            Op::PivotRoot(root) => pivot_root(self.fd(*root))?,
+            Op::Attach { mount, dir, path } => self.attach(self.fd(*mount), self.fd(*dir), path)?,
+            Op::PivotRoot(root) => self.pivot_root(self.fd(*root))?,
             Op::DropBounding(capabilities) => {
                 for &capability in capabilities {
-                    call!(SYS_prctl, libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0)?;
+                    call!(self, SYS_prctl, libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0)?;
                 }
                 0
             }
-            Op::NoNewPrivileges => call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?,
-            Op::SmallPages => call!(SYS_prctl, libc::PR_SET_THP_DISABLE, 1, 0, 0, 0)?,
-            Op::Seccomp(filter) => load(filter)?,
-            Op::Landlock(rules) => call!(SYS_landlock_restrict_self, self.fd(*rules), 0)?,
-            Op::TryLandlock => try_landlock()?,
-            Op::Dup { from, to } => call!(SYS_dup3, self.fd(*from), *to, 0)?,
-            Op::CloseOnExecFrom(first) => call!(SYS_close_range, *first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)?,
+            Op::NoNewPrivileges => call!(self, SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?,
+            Op::SmallPages => call!(self, SYS_prctl, libc::PR_SET_THP_DISABLE, 1, 0, 0, 0)?,
+            Op::Seccomp(filter) => self.load(filter)?,
+            Op::Landlock(rules) => call!(self, SYS_landlock_restrict_self, self.fd(*rules), 0)?,
+            Op::TryLandlock => self.try_landlock()?,
+            Op::Dup { from, to } => call!(self, SYS_dup3, self.fd(*from), *to, 0)?,
+            Op::CloseOnExecFrom(first) => call!(self, SYS_close_range, *first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)?,
             Op::Exec { program, args } => {
                 let empty = c"".as_ptr();
-                call!(SYS_execveat, self.fd(*program), empty, args.argv(), args.envp(), libc::AT_EMPTY_PATH)?
+                call!(self, SYS_execveat, self.fd(*program), empty, args.argv(), args.envp(), libc::AT_EMPTY_PATH)?
             }
         };
         Ok(())
@@ -194,7 +192,7 @@ impl<'a> Child<'a> {
     fn wait(&self) -> Result<(), i32> {
         let mut byte = 0_u8;
         loop {
-            match call!(SYS_read, self.control, &raw mut byte, 1) {
+            match call!(self, SYS_read, self.control, &raw mut byte, 1) {
                 // The parent is gone or has thought better of it.
                 Ok(0) => exit(0),
                 Ok(_) => return Ok(()),
@@ -213,102 +211,110 @@ fn exit(status: c_long) -> ! {
     }
 }
 
-fn open_dir(dir: RawFd, path: &CStr) -> Result<c_long, i32> {
-    // SAFETY: an all-zero open_how is a valid value of a plain C struct.
-    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
-    how.flags = (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC).cast_unsigned().into();
-    how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS;
-    call!(SYS_openat2, dir, path.as_ptr(), &raw const how, size_of::<libc::open_how>())
-}
-
-fn loopback_up() -> Result<c_long, i32> {
-    let socket = call!(SYS_socket, libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0)?;
-    // SAFETY: an all-zero ifreq is a valid value of a plain C struct.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
-        *place = libc::c_char::from_ne_bytes([*byte]);
+/// Steps of more than one call.
+impl Child<'_> {
+    fn open_dir(&self, dir: RawFd, path: &CStr) -> Result<c_long, i32> {
+        // SAFETY: an all-zero open_how is a valid value of a plain C struct.
+        let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+        how.flags = (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC).cast_unsigned().into();
+        how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS;
+        call!(self, SYS_openat2, dir, path.as_ptr(), &raw const how, size_of::<libc::open_how>())
     }
-    // The kernel keeps what belongs to the device, such as IFF_LOOPBACK. Both
-    // flags are small: Linux `include/uapi/linux/if.h`.
-    request.ifr_ifru.ifru_flags = 1 | 0x40;
-    // The exec closes it with the others.
-    call!(SYS_ioctl, socket, libc::SIOCSIFFLAGS, &raw const request)
-}
 
-fn set_capabilities(bits: u64) -> Result<c_long, i32> {
-    // Source: Linux `include/uapi/linux/capability.h`: the header with version
-    // 3, then effective, permitted and inheritable, lower halves first.
-    let header: [u32; 2] = [0x2008_0522, 0];
-    let [a, b, c, d, e, f, g, h] = bits.to_le_bytes();
-    let (low, high) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
-    let data = [low, low, low, high, high, high];
-    call!(SYS_capset, header.as_ptr(), data.as_ptr())?;
-    let mut left = bits;
-    while left != 0 {
-        let capability = libc::c_ulong::from(left.trailing_zeros());
-        call!(SYS_prctl, libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0)?;
-        left &= left - 1;
+    fn block_signals(&self, mask: u64) -> Result<c_long, i32> {
+        let (new, old) = (&raw const mask, std::ptr::null::<u64>());
+        call!(self, SYS_rt_sigprocmask, libc::SIG_SETMASK, new, old, size_of::<u64>())
     }
-    Ok(0)
-}
 
-fn make_fs(kind: &CStr, options: &[(CString, CString)], attributes: u32) -> Result<c_long, i32> {
-    let context = call!(SYS_fsopen, kind.as_ptr(), libc::FSOPEN_CLOEXEC)?;
-    let none = std::ptr::null::<u8>();
-    for (key, value) in options {
-        if value.is_empty() {
-            call!(SYS_fsconfig, context, libc::FSCONFIG_SET_FLAG, key.as_ptr(), none, 0)?;
-        } else {
-            call!(SYS_fsconfig, context, libc::FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr(), 0)?;
+    fn loopback_up(&self) -> Result<c_long, i32> {
+        let socket = call!(self, SYS_socket, libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0)?;
+        // SAFETY: an all-zero ifreq is a valid value of a plain C struct.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
+            *place = libc::c_char::from_ne_bytes([*byte]);
+        }
+        // The kernel keeps what belongs to the device, such as IFF_LOOPBACK. Both
+        // flags are small: Linux `include/uapi/linux/if.h`.
+        request.ifr_ifru.ifru_flags = 1 | 0x40;
+        // The exec closes it with the others.
+        call!(self, SYS_ioctl, socket, libc::SIOCSIFFLAGS, &raw const request)
+    }
+
+    fn set_capabilities(&self, bits: u64) -> Result<c_long, i32> {
+        // Source: Linux `include/uapi/linux/capability.h`: the header with version
+        // 3, then effective, permitted and inheritable, lower halves first.
+        let header: [u32; 2] = [0x2008_0522, 0];
+        let [a, b, c, d, e, f, g, h] = bits.to_le_bytes();
+        let (low, high) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+        let data = [low, low, low, high, high, high];
+        call!(self, SYS_capset, header.as_ptr(), data.as_ptr())?;
+        let mut left = bits;
+        while left != 0 {
+            let capability = libc::c_ulong::from(left.trailing_zeros());
+            call!(self, SYS_prctl, libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0)?;
+            left &= left - 1;
+        }
+        Ok(0)
+    }
+
+    fn make_fs(&self, kind: &CStr, options: &[(CString, CString)], attributes: u32) -> Result<c_long, i32> {
+        let context = call!(self, SYS_fsopen, kind.as_ptr(), libc::FSOPEN_CLOEXEC)?;
+        let none = std::ptr::null::<u8>();
+        for (key, value) in options {
+            if value.is_empty() {
+                call!(self, SYS_fsconfig, context, libc::FSCONFIG_SET_FLAG, key.as_ptr(), none, 0)?;
+            } else {
+                call!(self, SYS_fsconfig, context, libc::FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr(), 0)?;
+            }
+        }
+        call!(self, SYS_fsconfig, context, libc::FSCONFIG_CMD_CREATE, none, none, 0)?;
+        call!(self, SYS_fsmount, context, libc::FSMOUNT_CLOEXEC, attributes)
+    }
+
+    fn clone_tree(&self, dir: RawFd, path: &CStr, attributes: u64) -> Result<c_long, i32> {
+        let flags = libc::OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned() | libc::AT_EMPTY_PATH.cast_unsigned();
+        let tree = call!(self, SYS_open_tree, dir, path.as_ptr(), flags)?;
+        if attributes != 0 {
+            let attr = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
+            let size = size_of::<libc::mount_attr>();
+            call!(self, SYS_mount_setattr, tree, c"".as_ptr(), libc::AT_EMPTY_PATH, &raw const attr, size)?;
+        }
+        Ok(tree)
+    }
+
+    fn attach(&self, mount: RawFd, dir: RawFd, path: &CStr) -> Result<c_long, i32> {
+        let mut flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
+        if path.is_empty() {
+            flags |= libc::MOVE_MOUNT_T_EMPTY_PATH;
+        }
+        call!(self, SYS_move_mount, mount, c"".as_ptr(), dir, path.as_ptr(), flags)
+    }
+
+    fn pivot_root(&self, root: RawFd) -> Result<c_long, i32> {
+        call!(self, SYS_fchdir, root)?;
+        // pivot_root(".", ".") stacks the old root on the new one: no directory
+        // for it is needed, and it is taken away at once. See pivot_root(2).
+        call!(self, SYS_pivot_root, c".".as_ptr(), c".".as_ptr())?;
+        // The working directory is the new root, as it was before.
+        call!(self, SYS_umount2, c".".as_ptr(), libc::MNT_DETACH)
+    }
+
+    /// Asks for what a restriction forbids: a device, which nobody but root of the host
+    /// could make anyway, but who is told so for another reason.
+    fn try_landlock(&self) -> Result<c_long, i32> {
+        // Source: Linux `include/uapi/linux/major.h`: the null device is 1:3.
+        let null = (1 << 8) | 3;
+        match call!(self, SYS_mknodat, libc::AT_FDCWD, c"/landlock".as_ptr(), libc::S_IFCHR | 0o600, null) {
+            Err(libc::EACCES) => Ok(0),
+            Ok(_) | Err(libc::EPERM) => Err(libc::EOPNOTSUPP),
+            Err(error) => Err(error),
         }
     }
-    call!(SYS_fsconfig, context, libc::FSCONFIG_CMD_CREATE, none, none, 0)?;
-    call!(SYS_fsmount, context, libc::FSMOUNT_CLOEXEC, attributes)
-}
 
-fn clone_tree(dir: RawFd, path: &CStr, attributes: u64) -> Result<c_long, i32> {
-    let flags = libc::OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned() | libc::AT_EMPTY_PATH.cast_unsigned();
-    let tree = call!(SYS_open_tree, dir, path.as_ptr(), flags)?;
-    if attributes != 0 {
-        let attr = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
-        let size = size_of::<libc::mount_attr>();
-        call!(SYS_mount_setattr, tree, c"".as_ptr(), libc::AT_EMPTY_PATH, &raw const attr, size)?;
+    fn load(&self, filter: &[BpfInstruction]) -> Result<c_long, i32> {
+        let Ok(len) = u16::try_from(filter.len()) else { return Err(libc::EINVAL) };
+        // The kernel's sock_fprog only reads, whatever its C type says.
+        let program = libc::sock_fprog { len, filter: filter.as_ptr().cast_mut().cast() };
+        call!(self, SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program)
     }
-    Ok(tree)
-}
-
-fn attach(mount: RawFd, dir: RawFd, path: &CStr) -> Result<c_long, i32> {
-    let mut flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
-    if path.is_empty() {
-        flags |= libc::MOVE_MOUNT_T_EMPTY_PATH;
-    }
-    call!(SYS_move_mount, mount, c"".as_ptr(), dir, path.as_ptr(), flags)
-}
-
-fn pivot_root(root: RawFd) -> Result<c_long, i32> {
-    call!(SYS_fchdir, root)?;
-    // pivot_root(".", ".") stacks the old root on the new one: no directory
-    // for it is needed, and it is taken away at once. See pivot_root(2).
-    call!(SYS_pivot_root, c".".as_ptr(), c".".as_ptr())?;
-    // The working directory is the new root, as it was before.
-    call!(SYS_umount2, c".".as_ptr(), libc::MNT_DETACH)
-}
-
-/// Asks for what a restriction forbids: a device, which nobody but root of the host
-/// could make anyway, but who is told so for another reason.
-fn try_landlock() -> Result<c_long, i32> {
-    // Source: Linux `include/uapi/linux/major.h`: the null device is 1:3.
-    let null = (1 << 8) | 3;
-    match call!(SYS_mknodat, libc::AT_FDCWD, c"/landlock".as_ptr(), libc::S_IFCHR | 0o600, null) {
-        Err(libc::EACCES) => Ok(0),
-        Ok(_) | Err(libc::EPERM) => Err(libc::EOPNOTSUPP),
-        Err(error) => Err(error),
-    }
-}
-
-fn load(filter: &[BpfInstruction]) -> Result<c_long, i32> {
-    let Ok(len) = u16::try_from(filter.len()) else { return Err(libc::EINVAL) };
-    // The kernel's sock_fprog only reads, whatever its C type says.
-    let program = libc::sock_fprog { len, filter: filter.as_ptr().cast_mut().cast() };
-    call!(SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program)
 }

@@ -78,6 +78,11 @@ impl Namespaces {
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
+
+    /// Whether all of those are among these.
+    pub(super) const fn has(self, others: Self) -> bool {
+        self.0 & others.0 == others.0
+    }
 }
 
 /// Arguments and environment of a program, in the form the kernel takes.
@@ -164,6 +169,8 @@ pub enum Op {
     Umask(u32),
     /// Blocks no signal.
     UnblockSignals,
+    /// Blocks these signals and no others; bit 0 is signal 1.
+    BlockSignals(u64),
     /// Gives a signal its default action.
     DefaultSignal(i32),
     /// Makes a directory; one that is there is as good.

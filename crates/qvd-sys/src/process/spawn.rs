@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,7 +17,9 @@ use super::{
     child::{Child, READY},
     pidfd::Process,
     plan::{Namespaces, Op, Plan, lift},
+    shared,
 };
+use crate::signals;
 
 /// Why a child could not be made or did not get through its plan.
 #[derive(Debug, thiserror::Error)]
@@ -61,20 +64,31 @@ pub enum Event {
 pub struct Spawned {
     process: Process,
     control: OwnedFd,
-    names: Vec<String>,
+    steps: Arc<Vec<(String, Op)>>,
 }
 
 /// Makes a child in new `namespaces` and, with `cgroup`, in that v2 cgroup,
 /// and lets it execute `plan`.
 ///
+/// In user and process namespaces of its own it shares our memory until it executes, unless
+/// its plan changes how the kernel treats that; otherwise it has a copy. The flag
+/// "dumpable" of this process is put back after each: whoever clears it does so before.
+///
 /// # Errors
 /// [`SpawnError::Clone`]: no such namespaces, no processes left, or no privilege.
 pub fn spawn(plan: Plan, namespaces: Namespaces, cgroup: Option<BorrowedFd<'_>>) -> Result<Spawned, SpawnError> {
+    let shares = shared::may_share(&plan, namespaces);
+    let unblocks = plan.has(|op| matches!(op, Op::UnblockSignals));
     let Plan { mut steps, fds, .. } = plan;
     // CLONE_CLEAR_SIGHAND leaves ignored signals ignored, through the exec too;
     // Rust programs ignore SIGPIPE.
     let ignored = (1..=SIGNALS).filter(|&signal| is_ignored(signal));
     steps.splice(0..0, ignored.map(|signal| (format!("reset signal {signal}"), Op::DefaultSignal(signal))));
+    if shares && !unblocks {
+        let mask = signals::blocked().map_err(SpawnError::Clone)?;
+        steps.insert(0, ("take signals as before".to_owned(), Op::BlockSignals(mask)));
+    }
+    let steps = Arc::new(steps);
 
     let kind = SocketType::SEQPACKET;
     let (control, theirs) =
@@ -83,28 +97,42 @@ pub fn spawn(plan: Plan, namespaces: Namespaces, cgroup: Option<BorrowedFd<'_>>)
     let mut kept: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).chain([theirs.as_raw_fd()]).collect();
     let gaps = gaps(&mut kept);
 
-    let mut pidfd: RawFd = -1;
     // SAFETY: an all-zero clone_args is a valid value of a plain C struct.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = namespaces.0 | CLEAR_SIGHAND | libc::CLONE_PIDFD.cast_unsigned() as u64;
-    args.pidfd = (&raw mut pidfd).addr() as u64;
     args.exit_signal = libc::SIGCHLD.cast_unsigned().into();
     if let Some(cgroup) = cgroup {
         args.flags |= INTO_CGROUP;
         args.cgroup = cgroup.as_raw_fd().cast_unsigned().into();
     }
+    let made = if shares {
+        shared::clone(args, Arc::clone(&steps), gaps, theirs.as_raw_fd())
+    } else {
+        copy(args, &steps, &gaps, theirs.as_raw_fd())
+    };
+    let (pid, pidfd) = made.map_err(SpawnError::Clone)?;
+    Ok(Spawned { process: Process::newborn(pid, pidfd), control, steps })
+}
+
+/// Makes a child with a copy of our memory.
+fn copy(
+    mut args: libc::clone_args,
+    steps: &[(String, Op)],
+    gaps: &[(u32, u32)],
+    control: RawFd,
+) -> io::Result<(u32, OwnedFd)> {
+    let mut pidfd: RawFd = -1;
+    args.pidfd = (&raw mut pidfd).expose_provenance() as u64;
     // SAFETY: like fork: without CLONE_VM the child has a copy of everything.
     // It touches only what was prepared above, with raw system calls, and never
     // returns from `run`. The kernel stores the new descriptor into `pidfd`.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
     if pid == 0 {
-        Child::new(theirs.as_raw_fd(), &gaps).run(&steps);
+        Child::new(control, gaps).run(steps);
     }
-    let Ok(pid) = u32::try_from(pid) else { return Err(SpawnError::Clone(io::Error::last_os_error())) };
+    let Ok(pid) = u32::try_from(pid) else { return Err(io::Error::last_os_error()) };
     // SAFETY: the kernel has just opened it for us, and nobody else knows it.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    let names = steps.into_iter().map(|(name, _)| name).collect();
-    Ok(Spawned { process: Process::newborn(pid, pidfd), control, names })
+    Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
 }
 
 /// Source: Linux `include/uapi/linux/sched.h`; libc types them as `c_int`,
@@ -198,8 +226,8 @@ impl Spawned {
         if step == READY {
             return Ok(Event::Ready { calls: error.cast_unsigned() });
         }
-        let name = usize::try_from(step).ok().and_then(|step| self.names.get(step));
-        let name = name.map_or_else(|| "prepare the process".to_owned(), Clone::clone);
+        let name = usize::try_from(step).ok().and_then(|step| self.steps.get(step));
+        let name = name.map_or_else(|| "prepare the process".to_owned(), |(name, _)| name.clone());
         Err(SpawnError::Step { name, source: io::Error::from_raw_os_error(error) })
     }
 

@@ -13,6 +13,7 @@ mod faults;
 mod lifecycle;
 mod limits;
 mod many;
+mod parent;
 mod races;
 mod system;
 mod v2;
