@@ -158,14 +158,33 @@ impl Desktop {
         }
     }
 
-    /// Lets its programs end by themselves, within a limit.
-    pub(crate) fn ask_to_end(&mut self, grace: Duration) {
+    /// Lets its programs end by themselves, within a limit. What came of it, if they
+    /// did not.
+    pub(crate) fn ask_to_end(&mut self, grace: Duration) -> Option<String> {
         if grace.is_zero() {
-            return;
+            return None;
         }
         let asked = self.guest.stop(grace).map_err(Failure::from);
-        if let Err(error) = asked.and_then(|()| self.machine.wait_end(grace)) {
-            tracing::info!(desktop = %self.id(), error, "the desktop did not end by itself");
+        let why = match asked.and_then(|()| self.machine.wait_end(grace)) {
+            Ok(true) => return None,
+            Ok(false) => format!("it had {} s", grace.as_secs()),
+            // It had ended already.
+            Err(_) if !self.is_alive() => return None,
+            Err(error) => qvd_core::causes(&*error).join(": "),
+        };
+        tracing::warn!(desktop = %self.id(), why, "the desktop did not end by itself: it is ended");
+        Some(format!("did not end when it was asked to ({why}): what its programs had not written is lost"))
+    }
+
+    /// Takes note if it has ended because the kernel ended it for want of memory.
+    fn find_lack_of_memory(&mut self) {
+        // Source: signal(7); the kernel's choice is killed by this one.
+        const KILL: i32 = 9;
+        if self.verdict.is_none()
+            && matches!(self.machine.exit(), Ok(Some(Exit::Signal(KILL))))
+            && self.known("killed processes", self.machine.container().killed_for_memory(), 0) > 0
+        {
+            self.verdict = Some("was ended by the kernel: memory was used up".to_owned());
         }
     }
 }
@@ -312,6 +331,7 @@ impl Parts {
     /// Tells how its first process ended.
     pub(crate) fn close(&self, desktop: &mut Desktop) -> Result<String, Left> {
         let mut errors = Vec::new();
+        desktop.find_lack_of_memory();
         errors.extend(desktop.machine.end().err());
         if errors.is_empty()
             && let Some(port) = &mut desktop.port

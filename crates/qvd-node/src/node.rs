@@ -322,6 +322,8 @@ impl Host for Node {
     fn stop(&self, id: DesktopId, grace: Duration) -> Result<(), HostError> {
         let slot = self.inner.slot(id);
         let mut live = lock(&slot.live);
+        // It was asked to end: that alone is nothing to report.
+        let mut ended = None;
         if let Some(desktop) = live.as_mut() {
             {
                 let mut face = lock(&slot.face);
@@ -335,13 +337,12 @@ impl Host for Node {
             // Who is not asked need not hear it: its pages stay where they are.
             if !grace.is_zero() {
                 let awake = slot.wake(id)?;
-                desktop.ask_to_end(grace);
+                ended = desktop.ask_to_end(grace);
                 drop(awake);
             }
         }
         self.inner.close(&slot, &mut live)?;
-        // It was asked to: that is nothing to report.
-        lock(&slot.face).ended = None;
+        lock(&slot.face).ended = ended;
         Ok(())
     }
 

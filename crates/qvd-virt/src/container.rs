@@ -398,6 +398,16 @@ impl Container {
         self.place.cgroup.refused_processes().map_err(io_error(op()))
     }
 
+    /// How often the kernel has ended one of its processes because memory was used up:
+    /// its own, or all of the host's.
+    ///
+    /// # Errors
+    /// It has been removed, or the kernel does not say.
+    pub fn killed_for_memory(&self) -> Result<u64, Error> {
+        let op = || format!("count the processes of desktop {} that memory was missing for", self.place.id);
+        self.place.cgroup.killed_for_memory().map_err(io_error(op()))
+    }
+
     /// Whether one of its programs has a stream of a sound device open, so that
     /// somebody may be listening although nobody looks.
     ///

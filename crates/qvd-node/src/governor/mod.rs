@@ -390,7 +390,31 @@ mod tests {
         fn all(&self) -> Vec<DesktopId> {
             Vec::new()
         }
+        fn release_stock(&self) {}
         fn with(&self, _: DesktopId, _: &mut dyn FnMut(Reached<'_>)) {}
+    }
+
+    /// A host whose machines that stand ready can be ended.
+    struct Stocked<'a>(&'a Governor);
+
+    impl Desktops for Stocked<'_> {
+        fn all(&self) -> Vec<DesktopId> {
+            Vec::new()
+        }
+        fn release_stock(&self) {
+            self.0.note_stock(StockReport::default());
+        }
+        fn with(&self, _: DesktopId, _: &mut dyn FnMut(Reached<'_>)) {}
+    }
+
+    #[test]
+    fn a_round_ends_what_stands_ready_before_it_asks_anybody() {
+        for (free, left) in [(60, 2), (40, 0)] {
+            let (_proc, governor) = governor(1000, free, MemoryConfig::default());
+            governor.note_stock(StockReport { ready: 2, ready_memory: Bytes::mib(96), ..StockReport::default() });
+            governor.go_round(&Stocked(&governor));
+            assert_eq!(governor.report().unwrap().stock.ready, left, "{free} MiB are free of 1000");
+        }
     }
 
     #[test]

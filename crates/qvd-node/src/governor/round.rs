@@ -142,6 +142,8 @@ pub(crate) struct Reached<'a> {
 /// Lets a round at one desktop at a time, if it runs and nobody else works on it.
 pub(crate) trait Desktops {
     fn all(&self) -> Vec<DesktopId>;
+    /// Ends the machines that stand ready for nobody.
+    fn release_stock(&self);
     fn with(&self, id: DesktopId, work: &mut dyn FnMut(Reached<'_>));
 }
 
@@ -162,6 +164,10 @@ impl Governor {
     fn work(&self, mut round: MutexGuard<'_, Round>, desktops: &dyn Desktops) {
         for id in desktops.all() {
             desktops.with(id, &mut |reached| self.measure(&mut round, reached));
+        }
+        // Nobody misses those: nothing is asked of a desktop while there are any.
+        if lock(&self.stock).ready > 0 && self.is_short() {
+            desktops.release_stock();
         }
         let starting = lock(&self.starting).clone();
         let all: Vec<Measured> = self.guests(&starting).into_values().collect();

@@ -78,9 +78,8 @@ impl Machine for InContainer {
         Ok(self.container.refused_processes()?)
     }
 
-    fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
-        self.container.wait(grace + END_GRACE)?;
-        Ok(())
+    fn wait_end(&mut self, grace: Duration) -> Result<bool, Failure> {
+        Ok(self.container.wait(grace + END_GRACE)?.is_some())
     }
 
     fn end(&mut self) -> Result<(), Failure> {

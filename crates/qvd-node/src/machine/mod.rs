@@ -71,8 +71,9 @@ pub(crate) trait Machine: fmt::Debug + Send {
         None
     }
 
-    /// Waits until it has ended by itself, as its init was asked to.
-    fn wait_end(&mut self, grace: Duration) -> Result<(), Failure>;
+    /// Waits until it has ended by itself, as its init was asked to; false if it did
+    /// not in time.
+    fn wait_end(&mut self, grace: Duration) -> Result<bool, Failure>;
 
     /// Ends all of its processes now, if any are left. After an error, calling
     /// again tries again.

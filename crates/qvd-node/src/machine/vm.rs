@@ -12,7 +12,7 @@ use qvd_guest::{BootConfig, Carrier, Identity, Link, LinkError};
 use qvd_storage::{Device, Disk, DiskFormat};
 use qvd_virt::{
     Container, Exit,
-    vm::{BackingSpec, DiskFormat as Format, DiskSpec, StopLimits, Vm, VmState},
+    vm::{BackingSpec, DiskFormat as Format, DiskSpec, StopLimits, StoppedBy, Vm, VmState},
 };
 
 use super::{Balloon, END_GRACE, Failure, Machine, MachineRecord, Usage, standstill::Standstill};
@@ -287,10 +287,9 @@ impl Machine for InVm {
         over.then(|| carrier.close().err()).flatten().map(|error| qvd_core::causes(&error).join(": "))
     }
 
-    fn wait_end(&mut self, grace: Duration) -> Result<(), Failure> {
+    fn wait_end(&mut self, grace: Duration) -> Result<bool, Failure> {
         let limits = StopLimits { guest: grace + END_GRACE + OFF_WITHIN, button: Duration::ZERO };
-        self.vm.stop(limits, || true)?;
-        Ok(())
+        Ok(self.vm.stop(limits, || true)? != StoppedBy::Kill)
     }
 
     fn end(&mut self) -> Result<(), Failure> {

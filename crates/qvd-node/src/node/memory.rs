@@ -62,6 +62,11 @@ impl Desktops for Inner {
         lock(&self.slots).keys().copied().collect()
     }
 
+    fn release_stock(&self) {
+        let ended = Self::release_stock(self);
+        tracing::info!(ended, "memory is short: machines that stood ready are ended");
+    }
+
     fn with(&self, id: DesktopId, work: &mut dyn FnMut(Reached<'_>)) {
         let Some(slot) = lock(&self.slots).get(&id).cloned() else { return };
         let Ok(mut live) = slot.live.try_lock() else { return };

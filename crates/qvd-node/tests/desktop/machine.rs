@@ -3,6 +3,8 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv6Addr, TcpListener},
+    path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -246,8 +248,12 @@ fn born(host: &Host) {
     said(&node, third.id, "echo kept > ~/mark; echo here > /tmp/mark; sync");
     run(&node, third.id, true, "echo system > /etc/mark; sync");
     node.stop(one.id, Duration::from_secs(10)).unwrap();
+    refuses_broken_disks(host, &node, one);
+    wait_for_stock(&node, 2);
     let (runs, stood) = (pid(host, third.id), standing(host));
     assert_eq!(stood.len(), 2);
+    config.memory.total = Some(with_room(&node, Bytes::mib(512)));
+    config.memory.every = Duration::from_secs(1);
     drop(node);
     assert!(standing(host).is_empty() && stood.iter().all(|&pid| !is_alive(pid)), "nobody has them any more");
     let node = Node::open(config).unwrap();
@@ -257,6 +263,8 @@ fn born(host: &Host) {
     assert!(!is_alive(runs));
     node.ensure_running(third, &mut |_| {}).unwrap();
     assert_eq!(said(&node, third.id, "cat ~/mark; test ! -e /etc/mark; test ! -e /tmp/mark"), "kept\n");
+    gives_up_what_stands_ready(host, &node, &[other.id, third.id]);
+    ends_for_want_of_memory(host, &node, third);
     break_the_line(&node, [&other.id, &third.id].map(|&id| id));
     // Nobody gets any more what no tag leads to; what stands ready otherwise goes with the node.
     wait_for_stock(&node, 2);
@@ -271,6 +279,108 @@ fn born(host: &Host) {
         node.remove(spec.id).unwrap();
     }
     node.shut_down(Duration::ZERO).unwrap();
+}
+
+/// What desktops have, what they are born from, and room for more, for a node that is to
+/// have little.
+fn with_room(node: &Node, room: Bytes) -> Bytes {
+    let report = node.memory().unwrap();
+    let desktops: u64 = report.desktops.iter().map(|one| one.resident.get()).sum();
+    let StockReport { templates_memory, ready_memory, .. } = report.stock;
+    Bytes::new(desktops + templates_memory.get() + ready_memory.get() + room.get())
+}
+
+/// A container takes nearly all that is left: what stands ready for nobody goes, nothing is
+/// asked of those that run, and it comes back with the memory.
+fn gives_up_what_stands_ready(host: &Host, node: &Node, running: &[DesktopId]) {
+    let hungry = DesktopSpec { root: RootPolicy::Volatile, ..host.spec(4) };
+    let runs: Vec<_> = running.iter().map(|&id| pid(host, id)).collect();
+    node.ensure_running(&hungry, &mut |_| {}).unwrap();
+    wait_for_stock(node, 2);
+    let stood = standing(host);
+    let report = node.memory().unwrap();
+    let (total, available) = (report.total.get(), report.available.get());
+    assert!(available > total / 10, "{report:?}");
+    let takes = available - total / 50;
+    let hold = r#"$x = "x"; $x x= shift; open(my $f, ">", "/tmp/holds"); sleep 600"#;
+    said(node, hungry.id, &format!("setsid perl -e '{hold}' {takes} </dev/null >/dev/null 2>&1 &"));
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        let report = node.memory().unwrap();
+        for one in &report.desktops {
+            assert_eq!(one.reclaimed, Bytes::new(0), "nothing was to be asked of anybody: {report:?}");
+        }
+        if report.stock.ready == 0 {
+            break;
+        }
+        assert!(Instant::now() < end, "they stand ready still: {report:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(standing(host).is_empty() && stood.iter().all(|&pid| !is_alive(pid)));
+    said(node, hungry.id, "until [ -e /tmp/holds ]; do sleep 0.1; done");
+    for (&id, runs) in running.iter().zip(runs) {
+        assert_eq!((node.status(id).state, pid(host, id)), (DesktopState::Running, runs));
+        assert_eq!(said(node, id, "echo runs"), "runs\n");
+    }
+    assert_eq!(node.memory().unwrap().stock.ready, 0, "none is made while it is so");
+    node.remove(hungry.id).unwrap();
+    wait_for_stock(node, 2);
+    assert!(standing(host).is_disjoint(&stood));
+}
+
+/// Files in which a desktop's limit on memory and what it has are, under whichever version
+/// of cgroups this host has.
+fn memory_files(group: &Path) -> [PathBuf; 2] {
+    let v1 = Path::new("/sys/fs/cgroup/memory").join(group);
+    if v1.is_dir() {
+        return ["memory.limit_in_bytes", "memory.usage_in_bytes"].map(|file| v1.join(file));
+    }
+    ["memory.max", "memory.current"].map(|file| Path::new("/sys/fs/cgroup").join(group).join(file))
+}
+
+/// The kernel ends a machine that has no memory left: that is told, and it starts again.
+fn ends_for_want_of_memory(host: &Host, node: &Node, spec: &DesktopSpec) {
+    let text = std::fs::read_to_string(format!("/proc/{}/cgroup", pid(host, spec.id))).unwrap();
+    let group = text.lines().find_map(|line| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        (controllers.is_empty() || controllers.split(',').any(|one| one == "memory")).then_some(path)
+    });
+    let [limit, used] = memory_files(Path::new(group.unwrap().trim_start_matches('/')));
+    let used: u64 = std::fs::read_to_string(used).unwrap().trim().parse().unwrap();
+    std::fs::write(limit, (used + (16 << 20)).to_string()).unwrap();
+    let script = "head -c 100000000 /dev/zero > /tmp/much &";
+    said(node, spec.id, &format!("{{ {script} }} </dev/null >/dev/null 2>&1"));
+    let end = Instant::now() + Duration::from_secs(120);
+    while node.status(spec.id).state != DesktopState::Stopped {
+        assert!(Instant::now() < end, "{:?}", node.status(spec.id));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(node.status(spec.id).ended.unwrap(), "was ended by the kernel: memory was used up");
+    node.ensure_running(spec, &mut |_| {}).unwrap();
+    assert_eq!(node.status(spec.id).ended, None);
+    assert_eq!(said(node, spec.id, "cat ~/mark"), "kept\n");
+}
+
+/// A home whose disk is gone or was cut while its desktop was stopped is refused by name, and
+/// nobody makes another in its place.
+fn refuses_broken_disks(host: &Host, node: &Node, spec: &DesktopSpec) {
+    let disk = host.config.root.join(format!("home-disks/{}/disk.qcow2", spec.id));
+    let whole = std::fs::read(&disk).unwrap();
+    for left in [None, Some(0), Some(100)] {
+        match left {
+            None => std::fs::remove_file(&disk).unwrap(),
+            Some(length) => std::fs::write(&disk, &whole[..length]).unwrap(),
+        }
+        let error = qvd_core::causes(&node.ensure_running(spec, &mut |_| {}).unwrap_err()).join(": ");
+        assert!(error.contains(&disk.display().to_string()), "{left:?}: {error}");
+        assert_eq!(node.status(spec.id).state, DesktopState::Stopped);
+        assert_eq!(std::fs::metadata(&disk).ok().map(|about| about.len()), left.map(|length| length as u64));
+    }
+    std::fs::write(&disk, &whole).unwrap();
+    node.ensure_running(spec, &mut |_| {}).unwrap();
+    node.stop(spec.id, Duration::from_secs(10)).unwrap();
+    assert_eq!(node.status(spec.id).ended, None, "it ended as it was asked to");
 }
 
 /// Has root in a guest get hold of its end of the line to the node and do something to
@@ -309,7 +419,15 @@ fn break_the_line(node: &Node, [talking, silent]: [DesktopId; 2]) {
     };
     assert_eq!(error.kind(), HostErrorKind::Timeout, "{error:?}");
     node.stop(silent, Duration::from_secs(1)).unwrap();
-    assert_eq!(node.status(silent).state, DesktopState::Stopped);
+    let status = node.status(silent);
+    assert_eq!(status.state, DesktopState::Stopped);
+    let why = status.ended.unwrap();
+    assert!(why.starts_with("did not end when it was asked to") && why.ends_with("is lost"), "{why}");
+}
+
+fn mount_over(what: &Path, at: &Path) {
+    let done = Command::new("mount").arg("--bind").args([what, at]).status().unwrap();
+    assert!(done.success());
 }
 
 #[test]
@@ -335,6 +453,19 @@ fn a_machine_that_cannot_be_says_why_and_leaves_nothing() {
         let (kind, error) = refused(without, &spec);
         assert_eq!(kind, HostErrorKind::Unsupported, "{error}");
         assert!(error.contains("--vm-kernel") && error.contains(&home.path().display().to_string()), "{error}");
+
+        // No QEMU: that is said, at a start and by who looks at the host.
+        let (kind, error) = qvd_sys::mount::in_private_namespace(|| {
+            for binary in ["/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"].map(Path::new) {
+                if binary.exists() {
+                    mount_over(Path::new("/dev/null"), binary);
+                }
+            }
+            refused(config(host), &spec)
+        })
+        .unwrap();
+        assert_eq!(kind, HostErrorKind::Unsupported, "{error}");
+        assert!(error.contains("qemu-system-x86_64"), "{error}");
 
         // What is wished for falls back; what is required does not.
         let mut strict = config(host);

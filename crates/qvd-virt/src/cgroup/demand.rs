@@ -21,6 +21,20 @@ impl Cgroup {
         Ok(events.lines().find_map(|line| line.strip_prefix("max ")?.parse().ok()).unwrap_or(0))
     }
 
+    /// How often the kernel ended one of its processes because memory was used up: the
+    /// group's, or all of the host's. Source: Linux
+    /// `Documentation/admin-guide/cgroup-v2.rst`, `memory.events`; v1 has the same line in
+    /// `memory.oom_control` since Linux 4.13 (`mm/memcontrol.c`, `mem_cgroup_oom_control_read`).
+    pub(crate) fn killed_for_memory(&self) -> io::Result<u64> {
+        let Some(hierarchy) = self.of(Controller::Memory) else { return Ok(0) };
+        let file = if hierarchy.unified { "memory.events" } else { "memory.oom_control" };
+        let events = match self.all.tree.read(&self.path(hierarchy).join(file)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            events => events?,
+        };
+        Ok(events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0))
+    }
+
     /// Asks the kernel for whatever memory is charged to it and can be had: pages,
     /// and what the kernel remembers of files for its processes. Where the kernel
     /// cannot be asked, nothing happens.

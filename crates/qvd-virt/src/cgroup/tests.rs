@@ -367,6 +367,14 @@ fn what_stands_still_gives_back_all_it_has() {
         assert_eq!(cgroup.refused_processes().unwrap(), 0, "a kernel that does not count");
         add("pids.events", "max 12\n");
         assert_eq!(cgroup.refused_processes().unwrap(), 12);
+
+        assert_eq!(cgroup.killed_for_memory().unwrap(), 0, "a kernel that does not count");
+        let (file, text) = match unified {
+            true => ("memory.events", "low 0\noom 2\noom_kill 3\noom_group_kill 1\n"),
+            false => ("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),
+        };
+        add(file, text);
+        assert_eq!(cgroup.killed_for_memory().unwrap(), 3);
         cgroup.close().unwrap();
     }
 }
