@@ -11,6 +11,7 @@ pub mod init;
 pub mod loopdev;
 pub mod map;
 pub mod mount;
+pub mod multicast;
 pub mod netns;
 pub mod ofd;
 pub mod packet;

@@ -12,6 +12,7 @@ use qvd_sys::netns;
 
 use super::{
     frames::{self, IPV4, IPV6, Ip, Station, arp, ethernet, ipv4, udp},
+    stage::{Stage, Story},
     vectors::{self, ALL_NODES, Cast, Named, link_option, neighbour_discovery, solicited_node, summed, udp6},
     world::{MARK_LEN, PATIENCE, Seen, World, config, desktop, on_a_host, subnet},
 };
@@ -250,6 +251,21 @@ fn members_hear_their_groups() {
             let mut world = World::of(NetConfig { backend, ..config() }, policy(false), &[]);
             for (name, frame, heard) in from_host(&world) {
                 assert_eq!(world.hears(&frame), heard, "{backend}: {name}");
+            }
+        });
+    }
+}
+
+/// What a multicast router of the host's takes in from outside comes to who is in the
+/// group, and to nobody else.
+#[test]
+fn members_hear_what_is_routed_to_their_groups() {
+    for backend in Backend::ALL {
+        on_a_host(|| {
+            let mut stage = Stage::new(backend, policy(true), NetPolicy::internet());
+            for group in [GROUP.into(), GROUP6.into()] {
+                let heard = stage.tell(Story::Routed(group));
+                assert_eq!(heard, "the first hears true, the second false", "{backend}: {group}");
             }
         });
     }

@@ -35,7 +35,7 @@ type Scene = (NetPolicy, NetPolicy, Vec<Story>);
 fn scenes() -> Vec<Scene> {
     use Story::{
         Advertisement, Answer, Asked, Burst, Connections, Echo, Group, GroupOfLink, Packet, Related, Report, Reset,
-        Segment, Solicitation, Unasked, Visit,
+        Routed, Segment, Solicitation, Unasked, Visit,
     };
     let gateway = IpAddr::from(subnet().gateway());
     let nobody = Ipv4Addr::new(10, 66, 0, 99);
@@ -54,7 +54,7 @@ fn scenes() -> Vec<Scene> {
         all.extend([Answer(near), Unasked(near), Related(near), Segment(far), Reset(far)]);
     }
     for (to, group) in [(gateway, GROUP.into()), (gateway6().into(), GROUP6.into())] {
-        all.extend([Echo(to), Packet(to, 17, SERVICE), Group(group), Asked(to)]);
+        all.extend([Echo(to), Packet(to, 17, SERVICE), Group(group), Routed(group), Asked(to)]);
     }
     let of_link = gateway_of_link().into();
     all.extend([
@@ -202,11 +202,9 @@ fn take_out_each(noticed: &mut BTreeMap<String, bool>, stage: &mut Stage, storie
 
 /// Rules whose lack changes nothing here: what is told of and what the second bridge
 /// and a port that lost its bridge need have tests of their own ([`super::drops`],
-/// [`super::bridges`], [`super::confinement`]); groups are routed by none but a multicast router.
+/// [`super::bridges`], [`super::confinement`]).
 const MADE_UP_FOR: &[&str] = &[
     "dropped: add @sampled { ether saddr . meta mark limit rate 10/minute burst 2 packets } log group 32343 snaplen 64",
-    "inward: ip daddr 224.0.0.0/4 accept",
-    "inward: ip6 daddr ff00::/8 accept",
     "routed: iifname \"qvd7e57-*\" drop",
     "to_host: iifname \"qvd7e57-*\" drop",
     "to_host: iifname \"qvd7e57.*\" goto of_desktop",
@@ -259,22 +257,8 @@ fn is_left(line: &Line) -> bool {
 /// The same of rules of iptables: what a chain does not end, one further up does, and ports
 /// that lost their bridge have a test of their own as well ([`super::confinement`]).
 const MADE_UP_FOR_BY_COMMANDS: &[(&str, &[&str])] = &[
-    (
-        "iptables",
-        &[
-            "filter: -A qvd7e57-host -i qvd7e57-+ -j DROP",
-            "filter: -A qvd7e57-inw -d 224.0.0.0/4 -j ACCEPT",
-            "filter: -A qvd7e57-route -i qvd7e57-+ -j DROP",
-        ],
-    ),
-    (
-        "ip6tables",
-        &[
-            "filter: -A qvd7e57-host -i qvd7e57-+ -j DROP",
-            "filter: -A qvd7e57-inw -d ff00::/8 -j ACCEPT",
-            "filter: -A qvd7e57-route -i qvd7e57-+ -j DROP",
-        ],
-    ),
+    ("iptables", &["filter: -A qvd7e57-host -i qvd7e57-+ -j DROP", "filter: -A qvd7e57-route -i qvd7e57-+ -j DROP"]),
+    ("ip6tables", &["filter: -A qvd7e57-host -i qvd7e57-+ -j DROP", "filter: -A qvd7e57-route -i qvd7e57-+ -j DROP"]),
 ];
 
 #[test]

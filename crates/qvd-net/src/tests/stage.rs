@@ -14,7 +14,7 @@ use rustix::net::AddressFamily;
 use super::{
     frames,
     groups::{GROUP, GROUP6, ROUTER_ALERT, igmp},
-    internet::{OUTSIDE, UPLINK, wait_for_bridge},
+    internet::{OUTSIDE, OUTSIDE6, UPLINK, wait_for_bridge},
     mutation::grown,
     site::{FAR6, Site, with_names},
     vectors::{link_option, neighbour_discovery, solicited_node, summed},
@@ -60,6 +60,8 @@ pub(super) enum Story {
     Group(IpAddr),
     /// The same, from the desktop's address of the link.
     GroupOfLink,
+    /// A packet from outside to a group that a multicast router of the host's takes in.
+    Routed(IpAddr),
     /// A packet of the second desktop's to this address of the first.
     Visit(IpAddr),
     /// What says which groups the desktop is in, to who routes groups.
@@ -83,6 +85,7 @@ impl Story {
             | Self::Echo(with)
             | Self::Asked(with)
             | Self::Group(with)
+            | Self::Routed(with)
             | Self::Visit(with)
             | Self::Connections(with)
             | Self::Burst(with) => with.is_ipv4(),
@@ -234,6 +237,7 @@ impl Stage {
                 let packet = datagram((from, 443), (to, 9), &mark);
                 self.outside_says(&packet, &mark)
             }
+            Story::Routed(group) => self.routed(group),
             Story::Asked(by) => self.asked(by),
             Story::Connections(to) => {
                 let begun = (0..6).filter(|_| {
@@ -297,6 +301,26 @@ impl Stage {
         self.site.host_says(own, &control);
         let came = came_before(&self.at_a, mark, &control);
         format!("came {}", came.iter().any(|frame| frame[..6] == own.mac))
+    }
+
+    /// Who hears what is routed to a group from outside.
+    fn routed(&mut self, group: IpAddr) -> String {
+        let mut route = Netlink::route().unwrap();
+        let links = ["uplink", &*self.site.network.bridge_name()];
+        let links = links.map(|link| find(&mut route, link).unwrap().unwrap().index);
+        let from: IpAddr = if group.is_ipv4() { OUTSIDE.into() } else { OUTSIDE6.into() };
+        let _router = qvd_sys::multicast::route(links, from, group).unwrap();
+        let (mark, control) = (self.site.mark(), self.site.mark());
+        let (ethertype, packet) = datagram((from, 443), (group, 9), &mark);
+        let (to, outside) = (Mac::of_group(group).octets(), Mac::of(INSTANCE, OUTSIDE).octets());
+        self.site.at_outside.send(&frames::ethernet(to, outside, ethertype, &packet)).unwrap();
+        self.site.at_outside.send(&[&[0xff; 60][..], &control].concat()).unwrap();
+        assert!(heard_before(&self.site.uplink, &mark, &control));
+        for to in [self.site.a.station(), self.site.b.station()] {
+            self.site.host_says(to, &control);
+        }
+        let [a, b] = [&self.at_a, &self.site.at_b].map(|ear| heard_before(ear, &mark, &control));
+        format!("the first hears {a}, the second {b}")
     }
 
     /// What comes of an answer to a packet that went out, and what was said.
