@@ -4,7 +4,7 @@
 #   make demo [ONCE=1]   a desktop in the browser; ONCE=1 looks at it and ends
 #   make test            every test, privileges demanded: run it as root
 #   make check           format, lints, docs, unit tests, dependencies: no root
-#   make install         qvd, its init, manual and completions, below DESTDIR if given, to PREFIX
+#   make install         qvd, its init, service, manual and completions, below DESTDIR if given, to PREFIX
 #   make bench [JSON=1]  start latency beside the floor, runc and lxc
 #   make density N=40    what so many desktops take; IDLE=1: at rest
 #   make neighbour       what one desktop's attacks cost another
@@ -37,6 +37,7 @@ install: build init
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(T)/release/qvd
 	install -D -t $(DESTDIR)$(PREFIX)/lib/qvd $(INIT)
 	$(T)/release/qvd man $(DESTDIR)$(PREFIX)/share/man/man1
+	sed 's,@PREFIX@,$(PREFIX),' packaging/qvd.service | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/lib/systemd/system/qvd.service
 	$(T)/release/qvd completions bash | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/bash-completion/completions/qvd
 	$(T)/release/qvd completions zsh | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_qvd
 	$(T)/release/qvd completions fish | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/qvd.fish

@@ -59,6 +59,7 @@ pub(crate) fn on_a_host(test: impl FnOnce(&Host) + Send) {
             listen: "127.0.0.1:0".to_owned(),
             ephemeral: true,
             arguments: Vec::new(),
+            manager: None,
             log: Some(std::env::temp_dir().join(format!("qvd-{instance}.log"))),
         };
         let marks = [instance.bridge_name(), instance.cgroup_name()];

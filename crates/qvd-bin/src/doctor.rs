@@ -44,7 +44,8 @@ pub(crate) fn run(paths: &Paths, args: &Doctor, output: &Output) -> anyhow::Resu
     let disks = tried(qvd_node::survey_disks(&paths.root), "disks");
     let filters = qvd_net::Backend::ALL.map(|back_end| FilterGaps { back_end, gaps: back_end.gaps() }).into();
     output.result(&Found { checks, roots, disks, filters }, |found| {
-        let mut text: Vec<String> = found.checks.iter().map(check).collect();
+        let next = found.checks.iter().skip(1).map(Some).chain([None]);
+        let mut text: Vec<String> = found.checks.iter().zip(next).map(|(probe, next)| check(probe, next)).collect();
         text.extend(found.roots.iter().map(roots_table));
         text.extend(found.disks.iter().map(disks_table));
         text.extend(found.filters.iter().filter(|filter| !filter.gaps.is_empty()).map(gaps));
@@ -74,16 +75,19 @@ fn gaps(filter: &FilterGaps) -> String {
     format!("filter {}, where it has to take the place of nft:{lines}", filter.back_end)
 }
 
-/// A line, and what to do about a no below it.
-fn check(probe: &Probe) -> String {
+/// A line, and what to do about a no below it: once for all that come one after the other
+/// and take the same.
+fn check(probe: &Probe, next: Option<&Probe>) -> String {
     let Probe { name, support, .. } = probe;
+    let said_below = next.is_some_and(|next| !next.support.is_yes() && next.remedy == probe.remedy);
     match support {
         Support::Yes => format!("yes  {name}"),
         Support::No(missing) => {
             let word = if probe.required { "NO " } else { "no " };
             let details =
                 [("", missing.to_string()), ("cost: ", probe.cost.clone()), ("remedy: ", probe.remedy.clone())];
-            let details = details.iter().map(|(label, text)| format!("\n       {label}{}", one_line(text)));
+            let shown = if said_below { 2 } else { details.len() };
+            let details = details.iter().take(shown).map(|(label, text)| format!("\n       {label}{}", one_line(text)));
             format!("{word}  {name}{}", details.collect::<String>())
         }
         // A later version of the vocabulary may know more answers.

@@ -17,6 +17,7 @@ use qvd_gateway::{
     api::{self, ApiState, UnixDoor},
 };
 use qvd_node::{Node, NodeConfig, Swap};
+use sd_notify::NotifyState;
 use serde_json::json;
 use tokio::{
     runtime,
@@ -118,6 +119,7 @@ async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) 
     let url = format!("https://{}", reachable(gateway.local_addr()));
     let ready = json!({ "url": url, "socket": paths.socket(), "root": paths.root });
     output.result(&ready, |_| format!("listening on {url}"))?;
+    tell_manager(&[NotifyState::Ready, NotifyState::Status(&format!("listening on {url}"))]);
 
     let until = |mut stopped: watch::Receiver<bool>| async move {
         // A sender that is gone has stopped too.
@@ -137,11 +139,19 @@ async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) 
         expiry,
         async {
             tracing::info!(signal = signals.await, "stopping");
+            tell_manager(&[NotifyState::Stopping]);
             stop.send_replace(true);
         },
     );
     farm.close().await;
     Ok(closed?)
+}
+
+/// Tells whoever manages this service, if anybody does.
+fn tell_manager(news: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(news) {
+        tracing::warn!(%error, "cannot tell the service manager");
+    }
 }
 
 fn database(paths: &Paths) -> PathBuf {

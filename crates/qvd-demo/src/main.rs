@@ -125,6 +125,7 @@ fn main() -> anyhow::Result<()> {
         listen,
         ephemeral: true,
         arguments: Vec::new(),
+        manager: None,
         log: Some(log.clone()),
     };
     let server = setup.start().with_context(|| format!("the server's log is `{}`", log.display()))?;

@@ -33,6 +33,8 @@ pub struct Setup {
     pub ephemeral: bool,
     /// Further arguments of `qvd up`.
     pub arguments: Vec<String>,
+    /// Socket of who manages it as a service, if anybody does.
+    pub manager: Option<PathBuf>,
     /// File for what the server logs; `None` is our own standard error.
     pub log: Option<PathBuf>,
 }
@@ -65,6 +67,7 @@ impl Setup {
         if self.ephemeral {
             command.arg("--ephemeral");
         }
+        command.envs(self.manager.iter().map(|socket| ("NOTIFY_SOCKET", socket)));
         if let Some(log) = &self.log {
             command.stderr(std::fs::File::create(log).with_context(|| format!("cannot create `{}`", log.display()))?);
         }
