@@ -1,7 +1,7 @@
 //! The command line's words for memory, and what is told of it.
 
 use clap::Args;
-use qvd_core::{Bytes, Limits};
+use qvd_core::Bytes;
 use qvd_gateway::api::Client;
 use qvd_node::{DesktopMemory, MemoryConfig, MemoryReport, StockReport};
 
@@ -28,7 +28,7 @@ pub(crate) struct Memory {
 impl Memory {
     /// Refuses what no desktop could start with.
     pub(crate) fn check(&self) -> Result<(), Refusal> {
-        let least = Limits::LEAST.memory;
+        let least = MemoryConfig::default().container_minimum;
         match self.total.filter(|&total| total < least) {
             Some(total) => {
                 let text = format!("cannot share out {total} of memory: one desktop alone takes at least {least}");

@@ -6,8 +6,10 @@ use std::{
     time::Duration,
 };
 
+use qvd_testkit::privileged;
+
 use super::{
-    frames, vectors,
+    NEEDS, frames, vectors,
     world::{Desktop, PATIENCE, World, config, desktop, on_a_host},
 };
 use crate::{Backend, DropReason, NetConfig, Network};
@@ -43,57 +45,60 @@ fn what_is_dropped_is_counted_by_reason() {
         ("denial of the neighbour's address", NeighbourMessage),
         ("a service of the host", Host),
     ];
-    let by_backend = Mutex::new(Vec::new());
-    for backend in Backend::ALL {
-        on_a_host(|| {
-            let mut world = World::with(NetConfig { backend, ..config() }, &[]);
-            let (own, gateway) = (world.a.station(), world.gateway());
-            let packet = frames::udp(own.ip, gateway.ip, (5000, 4000));
-            let to_host = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
-            let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
-            let mut all: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
-            all.push(("a service of the host".to_owned(), to_host));
-            let (mut before, mut uncounted, mut reasons) = (world.a.port.drops().unwrap(), Vec::new(), BTreeMap::new());
-            for (name, frame) in all {
-                world.send(&frame);
-                let after = world.a.port.drops().unwrap();
-                match one_more(&before, &after)[..] {
-                    [reason] => drop(reasons.insert(name, reason)),
-                    [] => uncounted.push(name),
-                    _ => panic!("{backend}: {name} is counted twice: {before:?}, {after:?}"),
+    privileged(NEEDS, || {
+        let by_backend = Mutex::new(Vec::new());
+        for backend in Backend::ALL {
+            on_a_host(|| {
+                let mut world = World::with(NetConfig { backend, ..config() }, &[]);
+                let (own, gateway) = (world.a.station(), world.gateway());
+                let packet = frames::udp(own.ip, gateway.ip, (5000, 4000));
+                let to_host = frames::ethernet(gateway.mac, own.mac, frames::IPV4, &packet);
+                let matrix = world.hostile().into_iter().map(|(name, frame)| (name.to_owned(), frame));
+                let mut all: Vec<_> = matrix.chain(vectors::hostile(&world.cast())).collect();
+                all.push(("a service of the host".to_owned(), to_host));
+                let (mut before, mut uncounted, mut reasons) =
+                    (world.a.port.drops().unwrap(), Vec::new(), BTreeMap::new());
+                for (name, frame) in all {
+                    world.send(&frame);
+                    let after = world.a.port.drops().unwrap();
+                    match one_more(&before, &after)[..] {
+                        [reason] => drop(reasons.insert(name, reason)),
+                        [] => uncounted.push(name),
+                        _ => panic!("{backend}: {name} is counted twice: {before:?}, {after:?}"),
+                    }
+                    before = after;
                 }
-                before = after;
-            }
-            for &(name, reason) in NAMED {
-                assert_eq!(reasons.get(name), Some(&reason), "{backend}: {name}");
-            }
-            // The bridge itself has no use for these.
-            uncounted.retain(|name| !name.ends_with("reserved group 01"));
-            let mut of_bridge =
-                vec!["arp to neighbour", "source is a group", "source is everybody", "source is nobody"];
-            if backend == Backend::Iptables {
-                // Dropped at the way to the host, by a rule of all ports; and by the kernel
-                // itself, before iptables sees them.
-                uncounted.retain(|name| !name.ends_with("reserved group 02"));
-                of_bridge.remove(0);
-                of_bridge.extend(["ipv4 of version six", "header shorter than a header"]);
-            }
-            assert_eq!(uncounted, of_bridge, "{backend}");
-            assert!(world.b.port.drops().unwrap().is_empty());
-            by_backend.lock().unwrap().push(reasons);
-        });
-    }
-    let [nft, iptables] = &by_backend.into_inner().unwrap()[..] else { panic!("two back ends") };
-    for (name, reason) in iptables {
-        // ebtables looks where a frame goes before anybody looks into it, and at ARP as a whole.
-        let meets_first = match reason {
-            Destination => name.contains("advertisement") || name.contains("of groups"),
-            Arp => name.starts_with("arp to "),
-            NeighbourMessage => name == "ipv6 source is nobody",
-            _ => false,
-        };
-        assert!(meets_first || nft.get(name) == Some(reason), "{name}: {reason:?}, {:?}", nft.get(name));
-    }
+                for &(name, reason) in NAMED {
+                    assert_eq!(reasons.get(name), Some(&reason), "{backend}: {name}");
+                }
+                // The bridge itself has no use for these.
+                uncounted.retain(|name| !name.ends_with("reserved group 01"));
+                let mut of_bridge =
+                    vec!["arp to neighbour", "source is a group", "source is everybody", "source is nobody"];
+                if backend == Backend::Iptables {
+                    // Dropped at the way to the host, by a rule of all ports; and by the kernel
+                    // itself, before iptables sees them.
+                    uncounted.retain(|name| !name.ends_with("reserved group 02"));
+                    of_bridge.remove(0);
+                    of_bridge.extend(["ipv4 of version six", "header shorter than a header"]);
+                }
+                assert_eq!(uncounted, of_bridge, "{backend}");
+                assert!(world.b.port.drops().unwrap().is_empty());
+                by_backend.lock().unwrap().push(reasons);
+            });
+        }
+        let [nft, iptables] = &by_backend.into_inner().unwrap()[..] else { panic!("two back ends") };
+        for (name, reason) in iptables {
+            // ebtables looks where a frame goes before anybody looks into it, and at ARP as a whole.
+            let meets_first = match reason {
+                Destination => name.contains("advertisement") || name.contains("of groups"),
+                Arp => name.starts_with("arp to "),
+                NeighbourMessage => name == "ipv6 source is nobody",
+                _ => false,
+            };
+            assert!(meets_first || nft.get(name) == Some(reason), "{name}: {reason:?}, {:?}", nft.get(name));
+        }
+    });
 }
 
 /// Counts of rules that are loaded anew are those of before; whoever has the address next

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, Ipv6Addr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener},
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -195,7 +195,9 @@ fn born(host: &Host) {
     (config.vm.templates, config.vm.pool) = (true, 2);
     // What they do here is not to wait until somebody wakes them.
     config.rest_after = Duration::from_secs(3600);
-    let all = [1, 2, 3].map(|number| DesktopSpec { root: RootPolicy::Volatile, ..machine(host, number) });
+    (config.network.internet, config.network.name_server) = (true, Some(Ipv4Addr::new(192, 0, 2, 53)));
+    let mut all = [1, 2, 3].map(|number| DesktopSpec { root: RootPolicy::Volatile, ..machine(host, number) });
+    all[2].net.internet = true;
     let [one, other, third] = &all;
     let node = Node::open(config.clone()).unwrap();
     node.ensure_running(one, &mut |_| {}).unwrap();
@@ -230,6 +232,10 @@ fn born(host: &Host) {
         assert_eq!(greeting(display.stream()), "RFB 003.008\n");
     }
     talks_by_ipv6(&node, &config, third.id);
+    // Who gets out is told whom to ask for names.
+    let names = all.each_ref().map(|spec| said(&node, spec.id, "cat /etc/resolv.conf"));
+    let gateway = config.network.subnet.gateway();
+    assert_eq!(names, ["", "", &format!("# by qvd-init\nnameserver {gateway}\n")]);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     for spec in &all {
         let clock: u64 = said(&node, spec.id, "date +%s").trim().parse().unwrap();
