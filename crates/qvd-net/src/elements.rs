@@ -28,7 +28,7 @@ const NFNL_SUBSYS_NFTABLES: u16 = 10;
 pub(crate) const NFNETLINK_V0: u8 = 0;
 
 /// Where a set is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Family {
     Bridge,
     Inet,
@@ -80,10 +80,10 @@ const ELEMENT_OVERHEAD: usize = 64;
 /// `elements` as few messages: each of one set.
 fn grouped(elements: &[Element]) -> Vec<(Family, &'static str, Vec<&Element>)> {
     let mut groups: Vec<(Family, &'static str, Vec<&Element>)> = Vec::new();
-    let mut open: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    let mut open: BTreeMap<(Family, &str), (usize, usize)> = BTreeMap::new();
     for element in elements {
         let length = element.key.len() + ELEMENT_OVERHEAD;
-        match open.get_mut(element.set) {
+        match open.get_mut(&(element.family, element.set)) {
             Some((place, used)) if *used + length <= LIST_MAX => {
                 *used += length;
                 if let Some((_, _, group)) = groups.get_mut(*place) {
@@ -91,7 +91,7 @@ fn grouped(elements: &[Element]) -> Vec<(Family, &'static str, Vec<&Element>)> {
                 }
             }
             _ => {
-                open.insert(element.set, (groups.len(), length));
+                open.insert((element.family, element.set), (groups.len(), length));
                 groups.push((element.family, element.set, vec![element]));
             }
         }
@@ -153,12 +153,11 @@ pub(crate) fn missing(netlink: &mut Netlink, table: &str, elements: &[Element]) 
 }
 
 fn missing_of_many(netlink: &mut Netlink, table: &str, elements: &[Element]) -> Result<Option<usize>, NetlinkError> {
-    let mut sets: BTreeMap<&str, (Family, HashMap<&[u8], usize>)> = BTreeMap::new();
+    let mut sets: BTreeMap<(Family, &str), HashMap<&[u8], usize>> = BTreeMap::new();
     for (place, element) in elements.iter().enumerate() {
-        let (_, wanted) = sets.entry(element.set).or_insert_with(|| (element.family, HashMap::new()));
-        wanted.insert(&element.key, place);
+        sets.entry((element.family, element.set)).or_default().insert(&element.key, place);
     }
-    for (set, (family, wanted)) in &mut sets {
+    for ((family, set), wanted) in &mut sets {
         for answer in dump(netlink, table, *family, set)?.unwrap_or_default() {
             for (key, goto) in raw_elements(&answer) {
                 let is_meant = |place: usize| elements.get(place).is_some_and(|element| element.leads_to(goto));
@@ -168,7 +167,7 @@ fn missing_of_many(netlink: &mut Netlink, table: &str, elements: &[Element]) -> 
             }
         }
     }
-    Ok(sets.values().flat_map(|(_, wanted)| wanted.values().copied()).min())
+    Ok(sets.values().flat_map(|wanted| wanted.values().copied()).min())
 }
 
 /// The keys of all elements of a set; `None` when there is no such set.

@@ -144,10 +144,16 @@ fn rules_that_are_replaced_go_on_counting() {
 fn counts_outlast_a_process_and_not_a_desktop() {
     on_a_host(|| {
         let mut world = World::new(&[], true);
-        let (_, frame) = world.hostile().remove(0);
-        world.send(&frame);
+        let (own, gateway) = (world.a.station(), world.gateway());
+        let to_host =
+            frames::ethernet(gateway.mac, own.mac, frames::IPV4, &frames::udp(own.ip, gateway.ip, (5000, 4000)));
+        let (_, spoof) = world.hostile().remove(0);
+        // One is counted at the port, the other behind the bridge.
+        world.send(&spoof);
+        world.send(&to_host);
         let before = world.a.port.drops().unwrap();
         assert_eq!(before.get(&DropReason::SourceMac), Some(&1));
+        assert!(before.get(&DropReason::Host).is_some_and(|count| *count >= 1));
         let number = world.a.port.desktop().number();
         world.a.port.close().unwrap();
         let again = Network::open(*world.network.config()).unwrap();
