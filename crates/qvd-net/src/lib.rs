@@ -43,6 +43,7 @@ mod error;
 mod explain;
 mod filter;
 mod flows;
+mod giants;
 mod guard;
 mod identity;
 mod kept;

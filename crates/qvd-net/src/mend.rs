@@ -18,7 +18,11 @@ pub(crate) struct Record {
     pub(crate) identity: Identity,
     pub(crate) access: Access,
     pub(crate) index: u32,
+    pub(crate) is_tap: bool,
 }
+
+/// How a machine's port differs that nothing keeps giants from.
+pub(crate) const GIANTS_PASS: &str = "frames longer than the link pass";
 
 impl Record {
     const fn confined(&self) -> Confined<'_> {
@@ -92,7 +96,7 @@ impl Inner {
         let records: Vec<_> = ports.values().collect();
         let confined: Vec<_> = records.iter().map(|record| record.confined()).collect();
         let mut was_cut = lock(&self.cut);
-        let differed = match self.what_differs(&confined) {
+        let differed = match self.what_differs(&records, &confined) {
             Ok(None) if !*was_cut => return Ok(Mended::default()),
             Ok(None) => "the ports were cut".to_owned(),
             Ok(Some(differed)) => differed,
@@ -107,7 +111,10 @@ impl Inner {
         self.regroup_bridges()?;
         self.load()?;
         self.filter.add(&confined)?;
-        if let Some(differs) = self.what_differs(&confined)? {
+        for record in records.iter().filter(|record| record.is_tap) {
+            self.stop_giants(record.index, &record.identity.link)?;
+        }
+        if let Some(differs) = self.what_differs(&records, &confined)? {
             return Err(Error::NotConfined { object: self.config.instance.bridge_name(), differs });
         }
         self.set_links(&records, links::raise)?;
@@ -120,9 +127,14 @@ impl Inner {
         self.bridges_differ()?.map_or_else(|| self.filter.differs(), |differs| Ok(Some(differs)))
     }
 
-    fn what_differs(&self, ports: &[Confined<'_>]) -> Result<Option<String>, Error> {
+    fn what_differs(&self, records: &[&Record], ports: &[Confined<'_>]) -> Result<Option<String>, Error> {
         if let Some(differs) = self.fixed_differs()? {
             return Ok(Some(differs));
+        }
+        for Record { index, identity, .. } in records.iter().filter(|record| record.is_tap) {
+            if !self.giants_are_stopped(*index, &identity.link)? {
+                return Ok(Some(format!("{}: {GIANTS_PASS}", identity.link)));
+            }
         }
         let missing = self.filter.missing(ports)?;
         Ok(missing.map(|(place, lacks)| {

@@ -362,3 +362,7 @@ fn refusal(error: &netlink_packet_core::ErrorMessage, flags: u16, index: usize) 
         });
     NetlinkError { source: error.to_io(), text, index }
 }
+/// What was to be done to a link that is gone is done.
+pub(crate) fn gone_is_done(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    result.or_else(|error| if error.is(rustix::io::Errno::NODEV) { Ok(()) } else { Err(error) })
+}

@@ -8,12 +8,12 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use netlink_packet_route::link::InfoKind;
 use qvd_core::{DesktopId, Instance, NetPolicy};
-use qvd_sys::netns;
+use qvd_sys::{bpf::Program, netns};
 
 pub use self::config::NetConfig;
 pub(crate) use self::known::{find, forget_address, gone, no_ipv6_address, refuse_own, way};
@@ -68,6 +68,8 @@ pub(crate) struct Inner {
     /// Who tells machines their addresses, by bridge, once there is one.
     responders: Mutex<BTreeMap<u32, Responder>>,
     notes: Notes,
+    /// What looks at the frames of machines, once there is one.
+    pub(crate) no_giants: OnceLock<Program>,
     pub(crate) without: Vec<Protection>,
 }
 
@@ -156,8 +158,23 @@ impl Network {
         let (open, cut, without) = (Mutex::default(), Mutex::default(), without.to_vec());
         let responders = Mutex::default();
         let (bridge, bridges) = (bridges.first(), Mutex::new(bridges));
-        let inner =
-            Inner { config, bridge, bridges, netns, route, filter, flows, pool, open, cut, responders, notes, without };
+        let no_giants = OnceLock::new();
+        let inner = Inner {
+            config,
+            bridge,
+            bridges,
+            netns,
+            route,
+            filter,
+            flows,
+            pool,
+            open,
+            cut,
+            responders,
+            notes,
+            no_giants,
+            without,
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 

@@ -9,17 +9,16 @@ use std::{
 use netlink_packet_route::RouteNetlinkMessage;
 use qvd_core::{DesktopId, NetPolicy};
 use qvd_sys::netns;
-use rustix::io::Errno;
 
 use crate::{
-    Error, Mac, NetConfig, NetlinkError, TeardownErrors,
+    Error, Mac, NetConfig, TeardownErrors,
     access::Access,
     explain::Way,
     filter::Confined,
     identity::Identity,
     links,
     mend::Record,
-    netlink::Netlink,
+    netlink::{Netlink, gone_is_done},
     network::{Inner, forget_address, lock, refuse_own, way},
 };
 
@@ -80,6 +79,8 @@ pub struct Port {
     identity: Identity,
     /// Index of the host's end, once there is one.
     index: Option<u32>,
+    /// Whether a machine's frames come in by it.
+    is_tap: bool,
     /// Index of its bridge.
     bridge: u32,
     access: Access,
@@ -106,7 +107,7 @@ impl Port {
     pub(crate) fn attach_tap(network: &Arc<Inner>, spec: &TapSpec) -> Result<(Self, OwnedFd), Error> {
         let mut port = Self::reserve(network, spec.desktop, spec.address, &spec.policy, None)?;
         let made = port.create_tap(spec.header).and_then(|(tap, index)| {
-            port.index = Some(index);
+            (port.index, port.is_tap) = (Some(index), true);
             port.begin()?;
             port.confine(index)?;
             port.answer()?;
@@ -176,13 +177,15 @@ impl Port {
         let forgotten = if was_anothers { network.filter.forget_drops(identity.mac) } else { Ok(()) };
         let room = forgotten.and_then(|()| bridge.map_or_else(|| network.take_room(), Ok));
         let bridge = room.inspect_err(|_| lock(&network.pool).give_back(desktop, address))?;
-        Ok(Self { network: Arc::clone(network), desktop, identity, index: None, bridge, access, open: true })
+        let network = Arc::clone(network);
+        Ok(Self { network, desktop, identity, index: None, is_tap: false, bridge, access, open: true })
     }
 
     /// From now on it is watched.
     pub(crate) fn register(&self) {
         let Some(index) = self.index else { return };
-        let record = Record { identity: self.identity.clone(), access: self.access.clone(), index };
+        let (identity, access) = (self.identity.clone(), self.access.clone());
+        let record = Record { identity, access, index, is_tap: self.is_tap };
         lock(&self.network.open).insert(self.desktop, record);
     }
 
@@ -279,6 +282,14 @@ impl Port {
     #[must_use]
     pub fn extra_addresses(&self) -> &[IpAddr] {
         &self.identity.extra
+    }
+
+    /// Octets of the longest frame that the desktop can send, its header included. A pair of
+    /// links has room for a tag (Linux `include/linux/netdevice.h`, `__is_skb_forwardable`).
+    pub(crate) fn longest_frame(&self) -> usize {
+        const HEADER: usize = 14;
+        const TAG: usize = 4;
+        usize::from(self.network.config.mtu_octets) + HEADER + if self.is_tap { 0 } else { TAG }
     }
 
     /// The multicast groups that it takes part in.
@@ -380,10 +391,6 @@ impl Drop for Port {
             tracing::warn!(%error, link = self.identity.link, "port left behind");
         }
     }
-}
-
-fn gone_is_done(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
-    result.or_else(|error| if error.is(Errno::NODEV) { Ok(()) } else { Err(error) })
 }
 
 fn netlink_in(netns: BorrowedFd<'_>, what: &str) -> Result<Netlink, Error> {

@@ -4,6 +4,7 @@
 //! typed, and each `unsafe` block says why it is sound.
 
 pub mod blk;
+pub mod bpf;
 pub mod btrfs;
 pub mod dm;
 pub mod guest;

@@ -90,6 +90,10 @@ impl Port {
     #[must_use]
     pub fn explain(&self, frame: &[u8]) -> Decision {
         let config = self.config();
+        if frame.len() > self.longest_frame() {
+            let rule = "no longer than the link takes";
+            return Decision { passes: false, rule: rule.into(), arrives: false, beyond: rule.into() };
+        }
         let gateway_mac = Mac::of(config.instance, config.subnet.gateway());
         let party = Party {
             mac: self.mac().octets(),

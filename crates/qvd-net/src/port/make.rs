@@ -10,9 +10,11 @@ use netlink_packet_route::link::{InfoBridgePort, InfoKind};
 use qvd_sys::netns;
 use rustix::io::Errno;
 
-use super::{Port, gone_is_done, netlink_in};
+use super::{Port, netlink_in};
 use crate::{
     Error, links,
+    mend::GIANTS_PASS,
+    netlink::gone_is_done,
     network::{find, group, no_ipv6_address},
     qdisc,
     responder::Guest,
@@ -39,7 +41,8 @@ impl Port {
         let mtu = links::set_mtu(index, self.network.config.mtu_octets);
         self.network.route().batch(vec![mtu]).map_err(Error::netlink("set the MTU of", &*self.identity.link))?;
         self.bridge = found.bridge.filter(|&bridge| self.network.is_ours(bridge)).unwrap_or(self.bridge);
-        if found.kind == Some(InfoKind::Tun) {
+        self.is_tap = found.kind == Some(InfoKind::Tun);
+        if self.is_tap {
             self.answer()?;
         }
         if self.access.policy.down_kbit_s.is_none() {
@@ -141,6 +144,9 @@ impl Port {
             route.batch(requests).map_err(refused("set the flags of"))?;
         }
         network.filter.add(&[self.confined()])?;
+        if self.is_tap {
+            network.stop_giants(index, &self.identity.link)?;
+        }
         if let Some(rate) = self.access.policy.down_kbit_s {
             let shaped = network.route().batch(vec![qdisc::shape(index, rate)]);
             shaped.map_err(Error::netlink("limit what is sent to", &*self.identity.link))?;
@@ -162,6 +168,9 @@ impl Port {
         }
         if let Some(flag) = self.demanded_flags().iter().find(|&flag| !shown.port.contains(flag)) {
             return Err(self.not_confined(&format!("the bridge does not show {flag:?}")));
+        }
+        if self.is_tap && !network.giants_are_stopped(index, &self.identity.link)? {
+            return Err(self.not_confined(GIANTS_PASS));
         }
         match network.filter.missing(&[self.confined()])? {
             None => Ok(()),

@@ -228,6 +228,8 @@ pub(crate) enum Protection {
     Members,
     /// Connections end with their port.
     Flows,
+    /// No frame longer than its link.
+    Giants,
 }
 
 /// What the rules depend on.

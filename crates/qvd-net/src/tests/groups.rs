@@ -164,7 +164,7 @@ fn groups_and_further_addresses_pass_and_no_others() {
         on_a_host(|| {
             let config = NetConfig { internet: true, backend, ..config() };
             let mut world =
-                if by_tap { World::of_tap(config, policy(true)) } else { World::of(config, policy(true), &[]) };
+                if by_tap { World::of_tap(config, policy(true), &[]) } else { World::of(config, policy(true), &[]) };
             let mut wrong = Vec::new();
             for (name, frame, passes) in all_frames(&world.cast()) {
                 let (sent, seen) = world.send_marked(&frame);

@@ -179,12 +179,12 @@ impl World {
 
     /// The same, whose first desktop is a machine with a tap.
     pub(crate) fn with_tap(config: NetConfig) -> Self {
-        Self::of_tap(config, NetPolicy { internet: config.internet, ..NetPolicy::host_only() })
+        Self::of_tap(config, NetPolicy { internet: config.internet, ..NetPolicy::host_only() }, &[])
     }
 
     /// The same with this policy.
-    pub(crate) fn of_tap(config: NetConfig, policy: NetPolicy) -> Self {
-        let network = Network::open(config).unwrap();
+    pub(crate) fn of_tap(config: NetConfig, policy: NetPolicy, without: &[Protection]) -> Self {
+        let network = Network::open_without(config, without).unwrap();
         let spec = TapSpec { desktop: desktop(7), address: None, policy, header: false };
         let (port, tap) = network.attach_tap(&spec).unwrap();
         Self::around(network, Desktop { netns: netns::create().unwrap(), port }, Mouth::Tap(tap))
@@ -390,7 +390,7 @@ pub(crate) fn connected(from: &PacketSocket, frame: &[u8], to: &PacketSocket) {
     connected_by(&|frame| from.send(frame), frame, to);
 }
 
-fn connected_by(send: &dyn Fn(&[u8]) -> io::Result<()>, frame: &[u8], to: &PacketSocket) {
+pub(crate) fn connected_by(send: &dyn Fn(&[u8]) -> io::Result<()>, frame: &[u8], to: &PacketSocket) {
     const TRIES: u32 = 1000;
     let frame = [frame, b"connected?"].concat();
     for _ in 0..TRIES {
