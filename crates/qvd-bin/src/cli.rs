@@ -96,6 +96,9 @@ pub(crate) struct Up {
     /// Name that browsers may address this gateway by; any, unless given
     #[arg(long, value_name = "NAME", value_parser = host_name)]
     pub(crate) host: Vec<String>,
+    /// Keep users and desktops in this PostgreSQL database, and not in a file of SQLite; the password stands in the file that PGPASSFILE names
+    #[arg(long, value_name = "postgres://USER@HOST/DATABASE")]
+    pub(crate) database: Option<String>,
     /// Stop every desktop at the end; otherwise they keep running
     #[arg(long)]
     pub(crate) ephemeral: bool,

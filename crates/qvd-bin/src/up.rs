@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context;
 use qvd_core::NetPolicy;
-use qvd_farm::Farm;
+use qvd_farm::{Database, Farm, FarmError};
 use qvd_gateway::{
     ConnectionLimits, Gateway, GatewayConfig, GatewayError, TlsSource,
     api::{self, ApiState, UnixDoor},
@@ -46,6 +46,7 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     args.memory.check()?;
     args.machines.check()?;
     let (name_server, name_server6) = name_servers(&args.name_server)?;
+    let database = database(paths, args)?;
     is_free(args.listen)?;
     qvd_node::raise_limits();
     let runtime = runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
@@ -64,7 +65,7 @@ pub(crate) fn run(paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Res
     }
     let swap = args.zram.map(|most| Swap::open(&paths.run, most)).transpose()?.flatten();
     let node = Node::open(config)?;
-    let served = runtime.block_on(serve(Arc::clone(&node), paths, args, output));
+    let served = runtime.block_on(serve(Arc::clone(&node), &database, paths, args, output));
     let keep = !args.ephemeral && !node.is_idle();
     // Where no desktop is left, neither is a network for them.
     let ended = if keep { Ok(()) } else { take_down(&node, swap, &paths.run) };
@@ -109,8 +110,14 @@ fn take_down(node: &Node, swap: Option<Swap>, run: &Path) -> anyhow::Result<()> 
 const EXPIRY: Duration = Duration::from_secs(5);
 
 /// Serves until a signal.
-async fn serve(node: Arc<Node>, paths: &Paths, args: &cli::Up, output: &Output) -> anyhow::Result<()> {
-    let farm = Farm::open(&database(paths), node).await?;
+async fn serve(
+    node: Arc<Node>,
+    database: &Database,
+    paths: &Paths,
+    args: &cli::Up,
+    output: &Output,
+) -> anyhow::Result<()> {
+    let farm = Farm::open(database, node).await?;
     let door = UnixDoor::bind(&paths.socket()).await?;
     let gateway = Gateway::bind(gateway_config(paths, args), farm.clone()).await?;
     let (stop, stopped) = watch::channel(false);
@@ -154,8 +161,9 @@ fn tell_manager(news: &[NotifyState<'_>]) {
     }
 }
 
-fn database(paths: &Paths) -> PathBuf {
-    paths.root.join("qvd.sqlite")
+fn database(paths: &Paths, args: &cli::Up) -> Result<Database, FarmError> {
+    let file = || Ok(Database::File(paths.root.join("qvd.sqlite")));
+    args.database.as_ref().map_or_else(file, |url| url.parse().map(Database::Postgres))
 }
 
 fn gateway_config(paths: &Paths, args: &cli::Up) -> GatewayConfig {

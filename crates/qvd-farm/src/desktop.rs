@@ -6,10 +6,9 @@ mod live;
 use std::error::Error as _;
 
 use qvd_core::{DesktopId, UserName};
-use sqlx::Row;
 
 pub(crate) use self::create::check_limits;
-use crate::{Desktop, DesktopInfo, ErrorKind, Farm, FarmError, row};
+use crate::{Desktop, DesktopInfo, ErrorKind, Farm, FarmError, row, store::query};
 
 /// Longest name, in bytes: a label of a host name. Source: RFC 1123, 2.1.
 const NAME_MAX: usize = 63;
@@ -35,9 +34,9 @@ impl Farm {
     /// # Errors
     /// The database cannot be read.
     pub async fn desktops(&self, user: Option<&UserName>) -> Result<Vec<Desktop>, FarmError> {
-        sqlx::query(select!("WHERE $1 IS NULL OR user_name = $1 ORDER BY id"))
+        query(select!("WHERE $1 IS NULL OR user_name = $1 ORDER BY id"))
             .bind(user.map(UserName::as_str))
-            .fetch_all(self.pool())
+            .fetch_all(self.store())
             .await
             .and_then(|rows| rows.iter().map(row::desktop).collect())
             .map_err(|e| FarmError::store("list the desktops", e))
@@ -94,10 +93,10 @@ impl Farm {
     /// # Errors
     /// The user has no such desktop.
     pub async fn desktop_named(&self, user: &UserName, name: &str) -> Result<Desktop, FarmError> {
-        sqlx::query(select!("WHERE user_name = $1 AND name = $2"))
+        query(select!("WHERE user_name = $1 AND name = $2"))
             .bind(user.as_str())
             .bind(name)
-            .fetch_optional(self.pool())
+            .fetch_optional(self.store())
             .await
             .and_then(|found| found.as_ref().map(row::desktop).transpose())
             .map_err(|e| FarmError::store("look up a desktop", e))?
@@ -114,14 +113,14 @@ impl Farm {
     /// There is no such desktop.
     pub async fn set_blocked(&self, id: DesktopId, blocked: bool) -> Result<(), FarmError> {
         let mut write = self.write().await?;
-        let changed = sqlx::query("UPDATE desktops SET blocked = $1 WHERE id = $2")
+        let changed = query("UPDATE desktops SET blocked = $1 WHERE id = $2")
             .bind(blocked)
             .bind(i64::from(id.number()))
-            .execute(&mut *write.tx)
+            .execute(&mut write)
             .await
             .map_err(|e| FarmError::store("block a desktop", e))?;
         write.commit().await?;
-        if changed.rows_affected() == 0 {
+        if changed == 0 {
             return Err(unknown(id));
         }
         tracing::info!(desktop = %id, blocked, "desktop's maintenance changed");
@@ -138,22 +137,22 @@ impl Farm {
     pub async fn remove_desktop(&self, id: DesktopId) -> Result<(), FarmError> {
         let turn = self.change(id).await;
         let mut write = self.write().await?;
-        let marked = sqlx::query("UPDATE desktops SET removing = TRUE WHERE id = $1")
+        let marked = query("UPDATE desktops SET removing = TRUE WHERE id = $1")
             .bind(i64::from(id.number()))
-            .execute(&mut *write.tx)
+            .execute(&mut write)
             .await
             .map_err(|e| FarmError::store("mark a desktop for removal", e))?;
         write.commit().await?;
-        if marked.rows_affected() == 0 {
+        if marked == 0 {
             return Err(unknown(id));
         }
         self.on_host(move |host| (host.remove(id), turn)).await.and_then(|(removed, turn)| {
             removed.map(|()| turn).map_err(|e| FarmError::host(format!("cannot remove desktop {id}"), e))
         })?;
         let mut write = self.write().await?;
-        sqlx::query("DELETE FROM desktops WHERE id = $1")
+        query("DELETE FROM desktops WHERE id = $1")
             .bind(i64::from(id.number()))
-            .execute(&mut *write.tx)
+            .execute(&mut write)
             .await
             .map_err(|e| FarmError::store("remove a desktop", e))?;
         write.commit().await?;
@@ -164,8 +163,8 @@ impl Farm {
     /// Finishes the removals that a dead process began. One that fails again
     /// stays for the next time; it must not keep the farm from opening.
     pub(crate) async fn finish_removals(&self) -> Result<(), FarmError> {
-        let marked: Vec<DesktopId> = sqlx::query("SELECT id FROM desktops WHERE removing ORDER BY id")
-            .fetch_all(self.pool())
+        let marked: Vec<DesktopId> = query("SELECT id FROM desktops WHERE removing ORDER BY id")
+            .fetch_all(self.store())
             .await
             .and_then(|rows| rows.iter().map(row::desktop_id).collect())
             .map_err(|e| FarmError::store("look for unfinished removals", e))?;
@@ -178,9 +177,9 @@ impl Farm {
     }
 
     async fn lookup(&self, id: DesktopId) -> Result<(Desktop, bool), FarmError> {
-        sqlx::query(select!("WHERE id = $1"))
+        query(select!("WHERE id = $1"))
             .bind(i64::from(id.number()))
-            .fetch_optional(self.pool())
+            .fetch_optional(self.store())
             .await
             .and_then(|found| found.map(|r| Ok((row::desktop(&r)?, r.try_get("removing")?))).transpose())
             .map_err(|e| FarmError::store("look up a desktop", e))?

@@ -1,6 +1,7 @@
 use std::{error::Error as StdError, fmt, time::Duration};
 
 use qvd_node::{HostError, HostErrorKind};
+use sqlx::sqlite::SqliteError;
 
 /// What somebody who has to choose a next step needs to know of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -99,14 +100,7 @@ impl FarmError {
     }
 
     pub(crate) fn store(op: &'static str, source: sqlx::Error) -> Self {
-        let kind = match &source {
-            // SQLITE_BUSY (5) in any of its extended forms: the low byte is the
-            // primary code. Source: sqlite.org/rescode.html.
-            sqlx::Error::Database(e) if e.code().and_then(|c| c.parse::<i32>().ok()).is_some_and(|c| c & 0xff == 5) => {
-                ErrorKind::Busy
-            }
-            _ => ErrorKind::Failed,
-        };
+        let kind = if is_busy(&source) { ErrorKind::Busy } else { ErrorKind::Failed };
         Self::with_code(kind, "store_failed", format!("cannot {op} in the farm's database")).because(source)
     }
 
@@ -125,6 +119,20 @@ impl FarmError {
         };
         Self::new(kind, what).because(source)
     }
+}
+
+/// Whether somebody else holds the database, and it may work later.
+fn is_busy(error: &sqlx::Error) -> bool {
+    let sqlx::Error::Database(error) = error else { return false };
+    let Some(code) = error.code() else { return false };
+    if error.try_downcast_ref::<SqliteError>().is_some() {
+        // SQLITE_BUSY (5) in any of its extended forms: the low byte is the
+        // primary code. Source: sqlite.org/rescode.html.
+        return code.parse::<i32>().is_ok_and(|code| code & 0xff == 5);
+    }
+    // Too many connections, a lock not got in time, a server that begins or ends.
+    // Source: PostgreSQL's manual, appendix A.
+    ["53300", "55P03", "57P01", "57P03"].contains(&&*code)
 }
 
 impl fmt::Display for FarmError {

@@ -1,30 +1,21 @@
 use std::{
     collections::HashMap,
-    fs::OpenOptions,
-    io,
-    os::unix::fs::OpenOptionsExt,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
 use qvd_core::DesktopId;
 use qvd_node::{Host, ImageSummary};
 use qvd_storage::{BuildOptions, Repository};
-use sqlx::{
-    Sqlite, SqlitePool, Transaction,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, mpsc};
+
+use crate::{
+    Clock, Database, ErrorKind, FarmError, SystemClock,
+    clock::unix_s,
+    limiter::Limiter,
+    password::Passwords,
+    store::{Change, Store},
 };
-use tokio::sync::{Mutex as AsyncMutex, MutexGuard, OwnedMutexGuard, mpsc};
-
-use crate::{Clock, ErrorKind, FarmError, SystemClock, clock::unix_s, limiter::Limiter, password::Passwords};
-
-/// How long a statement waits for another process that writes, `sqlite3` on
-/// the command line for instance. Our own writers queue before it.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Connections to the database: readers do not wait for each other in WAL mode.
-const MAX_CONNECTIONS: u32 = 8;
 
 /// The control plane. Cloning is cheap and gives the same farm.
 #[derive(Debug, Clone)]
@@ -34,9 +25,7 @@ pub struct Farm {
 
 #[derive(Debug)]
 struct Inner {
-    pool: SqlitePool,
-    /// SQLite has one writer at a time; waiting here is fair, waiting there is polling.
-    writer: AsyncMutex<()>,
+    store: Store,
     host: Arc<dyn Host>,
     clock: Arc<dyn Clock>,
     passwords: Passwords,
@@ -45,51 +34,28 @@ struct Inner {
     changing: Mutex<HashMap<DesktopId, Arc<AsyncMutex<()>>>>,
 }
 
-/// A write transaction. The writers' queue moves on when it is dropped.
-pub(crate) struct Write<'a> {
-    pub(crate) tx: Transaction<'static, Sqlite>,
-    _turn: MutexGuard<'a, ()>,
-}
-
-impl Write<'_> {
-    pub(crate) async fn commit(self) -> Result<(), FarmError> {
-        self.tx.commit().await.map_err(|e| FarmError::store("commit a change", e))
-    }
-}
-
 impl Farm {
-    /// Opens the farm's database, or makes it, readable by its owner alone.
-    /// Removals that a dead process left half done are finished first.
+    /// Opens the farm's database, or makes its tables. Removals that a dead process left
+    /// half done are finished first.
     ///
     /// # Errors
-    /// The file cannot be opened, is no database, or is of a newer version.
-    pub async fn open(db: &Path, host: Arc<dyn Host>) -> Result<Self, FarmError> {
-        Self::open_with_clock(db, host, Arc::new(SystemClock)).await
+    /// The database cannot be opened, is none, is of a newer version, or, on PostgreSQL,
+    /// another farm has it open ([`ErrorKind::Busy`]).
+    pub async fn open(database: &Database, host: Arc<dyn Host>) -> Result<Self, FarmError> {
+        Self::open_with_clock(database, host, Arc::new(SystemClock)).await
     }
 
     /// [`Farm::open`] with another source of time.
     ///
     /// # Errors
     /// As [`Farm::open`].
-    pub async fn open_with_clock(db: &Path, host: Arc<dyn Host>, clock: Arc<dyn Clock>) -> Result<Self, FarmError> {
-        let failed = |what: &str| FarmError::new(ErrorKind::Failed, format!("cannot {what} `{}`", db.display()));
-        private_file(db).map_err(|e| failed("create the database").because(e))?;
-        let options = SqliteConnectOptions::new()
-            .filename(db)
-            .journal_mode(SqliteJournalMode::Wal)
-            // A user or desktop that was reported as made must be there after a power cut.
-            .synchronous(SqliteSynchronous::Full)
-            .foreign_keys(true)
-            .busy_timeout(BUSY_TIMEOUT);
-        let pool = SqlitePoolOptions::new()
-            .max_connections(MAX_CONNECTIONS)
-            .connect_with(options)
-            .await
-            .map_err(|e| failed("open the database").because(e))?;
-        sqlx::migrate!().run(&pool).await.map_err(|e| failed("bring up to date the database").because(e))?;
+    pub async fn open_with_clock(
+        database: &Database,
+        host: Arc<dyn Host>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, FarmError> {
         let inner = Inner {
-            pool,
-            writer: AsyncMutex::new(()),
+            store: Store::open(database).await?,
             host,
             clock,
             passwords: Passwords::new()?,
@@ -104,7 +70,7 @@ impl Farm {
 
     /// Closes the database; what is under way is finished first.
     pub async fn close(&self) {
-        self.inner.pool.close().await;
+        self.inner.store.close().await;
     }
 
     /// The newest image of every flavour, by name.
@@ -147,8 +113,8 @@ impl Farm {
         self.inner.host.repository()
     }
 
-    pub(crate) fn pool(&self) -> &SqlitePool {
-        &self.inner.pool
+    pub(crate) fn store(&self) -> &Store {
+        &self.inner.store
     }
 
     pub(crate) fn passwords(&self) -> &Passwords {
@@ -167,14 +133,9 @@ impl Farm {
         f(&mut self.inner.limiter.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Begins to write. `BEGIN IMMEDIATE`, because a transaction that reads
-    /// first and then writes fails at once when another wrote in between; the
-    /// busy timeout does not apply to that (sqlite.org/lang_transaction.html).
-    pub(crate) async fn write(&self) -> Result<Write<'_>, FarmError> {
-        let turn = self.inner.writer.lock().await;
-        let tx =
-            self.inner.pool.begin_with("BEGIN IMMEDIATE").await.map_err(|e| FarmError::store("begin a change", e))?;
-        Ok(Write { tx, _turn: turn })
+    /// Begins to write.
+    pub(crate) async fn write(&self) -> Result<Change, FarmError> {
+        self.inner.store.change().await
     }
 
     /// Runs a blocking call of the host. It goes on to its end even when the
@@ -198,10 +159,4 @@ impl Farm {
         };
         lock.lock_owned().await
     }
-}
-
-/// Makes the file if it is not there, for its owner alone. SQLite gives its
-/// side files (`-wal`, `-shm`) the mode of the database.
-fn private_file(path: &Path) -> io::Result<()> {
-    OpenOptions::new().create(true).append(true).mode(0o600).open(path).map(drop)
 }

@@ -2,9 +2,8 @@ use std::{collections::HashMap, error::Error as _};
 
 use qvd_core::{DesktopId, Digest, FlavourName, Tag};
 use qvd_node::HostErrorKind;
-use sqlx::Row;
 
-use crate::{ErrorKind, Farm, FarmError, Flavour, FlavourDefaults, row};
+use crate::{ErrorKind, Farm, FarmError, Flavour, FlavourDefaults, row, store::query};
 
 impl Farm {
     /// The flavours that have an image, by name.
@@ -48,7 +47,7 @@ impl Farm {
         self.flavour(name).await?;
         crate::desktop::check_limits(&defaults.limits)?;
         let mut write = self.write().await?;
-        sqlx::query(
+        query(
             "INSERT INTO flavour_defaults
                  (name, memory_bytes, cpu_milli, pids, root_policy, net_port, net_internet, net_policy, io_bytes_per_s)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
@@ -66,7 +65,7 @@ impl Farm {
         .bind(defaults.net.internet)
         .bind(row::net_column(&defaults.net)?)
         .bind(defaults.limits.io.map(row::bytes_column))
-        .execute(&mut *write.tx)
+        .execute(&mut write)
         .await
         .map_err(|e| FarmError::store("set a flavour's defaults", e))?;
         write.commit().await?;
@@ -94,11 +93,11 @@ impl Farm {
     }
 
     async fn all_defaults(&self) -> Result<HashMap<String, FlavourDefaults>, FarmError> {
-        sqlx::query(
+        query(
             "SELECT name, memory_bytes, cpu_milli, pids, root_policy, io_bytes_per_s, net_port, net_internet, net_policy
              FROM flavour_defaults",
         )
-        .fetch_all(self.pool())
+        .fetch_all(self.store())
         .await
         .and_then(|rows| rows.iter().map(|r| Ok((r.try_get("name")?, row::flavour_defaults(r)?))).collect())
         .map_err(|e| FarmError::store("read the flavours' defaults", e))

@@ -6,9 +6,9 @@
 //!
 //! ```no_run
 //! # async fn example(node: std::sync::Arc<qvd_node::Node>) -> Result<(), qvd_farm::FarmError> {
-//! use qvd_farm::{Farm, NewDesktop, Secret};
+//! use qvd_farm::{Database, Farm, NewDesktop, Secret};
 //!
-//! let farm = Farm::open("/var/lib/qvd/qvd.sqlite".as_ref(), node).await?;
+//! let farm = Farm::open(&Database::File("/var/lib/qvd/qvd.sqlite".into()), node).await?;
 //! # let (ana, icewm): (qvd_core::UserName, qvd_core::FlavourName) = ("ana".parse().unwrap(), "icewm".parse().unwrap());
 //! farm.add_user(&ana, &Secret::from("correct horse"), false).await?;
 //! let desktop = farm.create_desktop(NewDesktop::new(ana, icewm)).await?;
@@ -23,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 mod clock;
+mod database;
 mod desktop;
 mod error;
 mod farm;
@@ -32,10 +33,12 @@ mod password;
 mod row;
 mod secret;
 mod session;
+mod store;
 mod types;
 mod user;
 
 pub use clock::{Clock, SystemClock};
+pub use database::{Database, PostgresUrl};
 pub use error::{ErrorKind, FarmError};
 pub use farm::Farm;
 pub use secret::Secret;

@@ -4,9 +4,8 @@
 use std::{collections::BTreeSet, net::Ipv4Addr, str::FromStr};
 
 use qvd_core::{Bytes, Calls, DesktopId, Device, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
-use sqlx::{Row, sqlite::SqliteRow};
 
-use crate::{Desktop, FarmError, FlavourDefaults, SessionInfo, SessionKind, User};
+use crate::{Desktop, FarmError, FlavourDefaults, SessionInfo, SessionKind, User, store::Row};
 
 type Result<T> = std::result::Result<T, sqlx::Error>;
 
@@ -17,23 +16,20 @@ fn decode<T, E: std::error::Error + Send + Sync + 'static>(
     value.map_err(|source| sqlx::Error::ColumnDecode { index: column.to_owned(), source: Box::new(source) })
 }
 
-fn parsed<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(
-    row: &SqliteRow,
-    column: &'static str,
-) -> Result<T> {
-    decode(column, row.try_get::<&str, _>(column)?.parse())
+fn parsed<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(row: &Row, column: &'static str) -> Result<T> {
+    decode(column, row.try_get::<&str>(column)?.parse())
 }
 
 fn unsigned<T: TryFrom<i64, Error: std::error::Error + Send + Sync + 'static>>(
-    row: &SqliteRow,
+    row: &Row,
     column: &'static str,
 ) -> Result<T> {
-    decode(column, T::try_from(row.try_get::<i64, _>(column)?))
+    decode(column, T::try_from(row.try_get::<i64>(column)?))
 }
 
 /// A word of one of our enums, by its serde name.
-fn word<T: serde::de::DeserializeOwned>(row: &SqliteRow, column: &'static str) -> Result<T> {
-    decode(column, serde_json::from_value(serde_json::Value::from(row.try_get::<&str, _>(column)?)))
+fn word<T: serde::de::DeserializeOwned>(row: &Row, column: &'static str) -> Result<T> {
+    decode(column, serde_json::from_value(serde_json::Value::from(row.try_get::<&str>(column)?)))
 }
 
 pub(crate) const fn root_policy_word(policy: RootPolicy) -> &'static str {
@@ -51,12 +47,12 @@ pub(crate) const fn virtualizer_word(virtualizer: Virtualizer) -> &'static str {
     }
 }
 
-/// What SQLite can hold of a number of bytes: 8 EiB less one, more than any host has.
+/// What a column can hold of a number of bytes: 8 EiB less one, more than any host has.
 pub(crate) fn bytes_column(bytes: Bytes) -> i64 {
     i64::try_from(bytes.get()).unwrap_or(i64::MAX)
 }
 
-pub(crate) fn user(row: &SqliteRow) -> Result<User> {
+pub(crate) fn user(row: &Row) -> Result<User> {
     Ok(User {
         name: parsed(row, "name")?,
         admin: row.try_get("admin")?,
@@ -65,25 +61,25 @@ pub(crate) fn user(row: &SqliteRow) -> Result<User> {
     })
 }
 
-pub(crate) fn limits(row: &SqliteRow) -> Result<Limits> {
+pub(crate) fn limits(row: &Row) -> Result<Limits> {
     Ok(Limits {
         memory: Bytes::new(unsigned(row, "memory_bytes")?),
         cpu: MilliCpu(unsigned(row, "cpu_milli")?),
         pids: unsigned(row, "pids")?,
-        io: match row.try_get::<Option<i64>, _>("io_bytes_per_s")? {
+        io: match row.try_get::<Option<i64>>("io_bytes_per_s")? {
             None => None,
             Some(_) => Some(Bytes::new(unsigned(row, "io_bytes_per_s")?)),
         },
     })
 }
 
-fn devices(row: &SqliteRow) -> Result<BTreeSet<Device>> {
-    let words = row.try_get::<&str, _>("devices")?.split_ascii_whitespace();
+fn devices(row: &Row) -> Result<BTreeSet<Device>> {
+    let words = row.try_get::<&str>("devices")?.split_ascii_whitespace();
     decode("devices", words.map(str::parse).collect())
 }
 
-fn calls(row: &SqliteRow) -> Result<Option<Calls>> {
-    decode("calls", row.try_get::<Option<&str>, _>("calls")?.map(str::parse).transpose())
+fn calls(row: &Row) -> Result<Option<Calls>> {
+    decode("calls", row.try_get::<Option<&str>>("calls")?.map(str::parse).transpose())
 }
 
 /// Kinds of devices, as their column has them.
@@ -91,7 +87,7 @@ pub(crate) fn devices_column(devices: &BTreeSet<Device>) -> String {
     devices.iter().map(|device| device.as_str()).collect::<Vec<_>>().join(" ")
 }
 
-fn net(row: &SqliteRow) -> Result<NetPolicy> {
+fn net(row: &Row) -> Result<NetPolicy> {
     let policy: Option<&str> = row.try_get("net_policy")?;
     if let Some(policy) = policy {
         return decode("net_policy", serde_json::from_str(policy));
@@ -107,15 +103,15 @@ pub(crate) fn net_column(net: &NetPolicy) -> std::result::Result<String, FarmErr
     serde_json::to_string(net).map_err(encode)
 }
 
-pub(crate) fn flavour_defaults(row: &SqliteRow) -> Result<FlavourDefaults> {
+pub(crate) fn flavour_defaults(row: &Row) -> Result<FlavourDefaults> {
     Ok(FlavourDefaults { limits: limits(row)?, root: word(row, "root_policy")?, net: net(row)? })
 }
 
-pub(crate) fn desktop_id(row: &SqliteRow) -> Result<DesktopId> {
+pub(crate) fn desktop_id(row: &Row) -> Result<DesktopId> {
     decode("id", DesktopId::new(unsigned(row, "id")?))
 }
 
-pub(crate) fn desktop(row: &SqliteRow) -> Result<Desktop> {
+pub(crate) fn desktop(row: &Row) -> Result<Desktop> {
     let address: Option<&str> = row.try_get("address")?;
     Ok(Desktop {
         id: desktop_id(row)?,
@@ -135,7 +131,7 @@ pub(crate) fn desktop(row: &SqliteRow) -> Result<Desktop> {
     })
 }
 
-pub(crate) fn session(row: &SqliteRow) -> Result<SessionInfo> {
+pub(crate) fn session(row: &Row) -> Result<SessionInfo> {
     Ok(SessionInfo {
         id: row.try_get("id")?,
         user: parsed(row, "user_name")?,

@@ -4,7 +4,7 @@ use qvd_core::{Digest, UserName};
 use rand::{TryRngCore, rngs::OsRng};
 use sha2::{Digest as _, Sha256};
 
-use crate::{ErrorKind, Farm, FarmError, Secret, SessionInfo, SessionKind, User, row};
+use crate::{ErrorKind, Farm, FarmError, Secret, SessionInfo, SessionKind, User, row, store::query};
 
 /// A web session ends when nothing came from it for this long.
 const WEB_IDLE: Duration = Duration::from_secs(8 * 3600);
@@ -88,7 +88,7 @@ impl Farm {
         let token = Secret::new(Digest::new(bytes).hex());
         let now = self.now_unix_s();
         let mut write = self.write().await?;
-        let info = sqlx::query(
+        let info = query(
             "INSERT INTO sessions (token_hash, user_name, kind, created_unix_s, last_used_unix_s, expires_unix_s)
              VALUES ($1, $2, $3, $4, $4, $5)
              RETURNING id, user_name, kind, created_unix_s, last_used_unix_s, expires_unix_s",
@@ -98,7 +98,7 @@ impl Farm {
         .bind(kind.as_str())
         .bind(now)
         .bind(now.saturating_add(seconds(LIFETIME)))
-        .fetch_one(&mut *write.tx)
+        .fetch_one(&mut write)
         .await
         .and_then(|found| row::session(&found))
         .map_err(|e| FarmError::store("create a session", e))?;
@@ -115,13 +115,13 @@ impl Farm {
     pub async fn find_session(&self, token: &Secret, kind: SessionKind) -> Result<Session, FarmError> {
         let store = |e| FarmError::store("look up a session", e);
         let now = self.now_unix_s();
-        let found = sqlx::query(
+        let found = query(
             "SELECT id, user_name, kind, sessions.created_unix_s, last_used_unix_s, expires_unix_s
              FROM sessions WHERE token_hash = $1 AND kind = $2",
         )
         .bind(token_hash(token.expose()))
         .bind(kind.as_str())
-        .fetch_optional(self.pool())
+        .fetch_optional(self.store())
         .await
         .and_then(|found| found.as_ref().map(row::session).transpose())
         .map_err(store)?;
@@ -132,10 +132,10 @@ impl Farm {
         let user = self.user(&info.user).await?;
         if now.saturating_sub(info.last_used_unix_s.cast_signed()) >= seconds(TOUCH_EVERY) {
             let mut write = self.write().await?;
-            sqlx::query("UPDATE sessions SET last_used_unix_s = $1 WHERE id = $2 AND last_used_unix_s < $1")
+            query("UPDATE sessions SET last_used_unix_s = $1 WHERE id = $2 AND last_used_unix_s < $1")
                 .bind(now)
                 .bind(info.id)
-                .execute(&mut *write.tx)
+                .execute(&mut write)
                 .await
                 .map_err(|e| FarmError::store("note that a session is in use", e))?;
             write.commit().await?;
@@ -150,9 +150,9 @@ impl Farm {
     /// The database cannot be written.
     pub async fn end_session(&self, token: &Secret) -> Result<(), FarmError> {
         let mut write = self.write().await?;
-        sqlx::query("DELETE FROM sessions WHERE token_hash = $1")
+        query("DELETE FROM sessions WHERE token_hash = $1")
             .bind(token_hash(token.expose()))
-            .execute(&mut *write.tx)
+            .execute(&mut write)
             .await
             .map_err(|e| FarmError::store("end a session", e))?;
         write.commit().await
@@ -164,13 +164,13 @@ impl Farm {
     /// There is no such session.
     pub async fn end_session_by_id(&self, id: i64) -> Result<(), FarmError> {
         let mut write = self.write().await?;
-        let gone = sqlx::query("DELETE FROM sessions WHERE id = $1")
+        let gone = query("DELETE FROM sessions WHERE id = $1")
             .bind(id)
-            .execute(&mut *write.tx)
+            .execute(&mut write)
             .await
             .map_err(|e| FarmError::store("end a session", e))?;
         write.commit().await?;
-        if gone.rows_affected() == 0 {
+        if gone == 0 {
             let what = format!("there is no session {id}");
             return Err(FarmError::with_code(ErrorKind::NotFound, "unknown_session", what));
         }
@@ -185,12 +185,12 @@ impl Farm {
     pub async fn sessions(&self, user: Option<&UserName>) -> Result<Vec<SessionInfo>, FarmError> {
         let now = self.now_unix_s();
         let idle_since = now.saturating_sub(seconds(WEB_IDLE));
-        let all: Vec<SessionInfo> = sqlx::query(
+        let all: Vec<SessionInfo> = query(
             "SELECT id, user_name, kind, created_unix_s, last_used_unix_s, expires_unix_s
              FROM sessions WHERE $1 IS NULL OR user_name = $1 ORDER BY id",
         )
         .bind(user.map(UserName::as_str))
-        .fetch_all(self.pool())
+        .fetch_all(self.store())
         .await
         .and_then(|rows| rows.iter().map(row::session).collect())
         .map_err(|e| FarmError::store("list the sessions", e))?;
@@ -206,14 +206,14 @@ impl Farm {
         let now = self.now_unix_s();
         let mut write = self.write().await?;
         let gone =
-            sqlx::query("DELETE FROM sessions WHERE expires_unix_s <= $1 OR (kind = 'web' AND last_used_unix_s <= $2)")
+            query("DELETE FROM sessions WHERE expires_unix_s <= $1 OR (kind = 'web' AND last_used_unix_s <= $2)")
                 .bind(now)
                 .bind(now.saturating_sub(seconds(WEB_IDLE)))
-                .execute(&mut *write.tx)
+                .execute(&mut write)
                 .await
                 .map_err(|e| FarmError::store("delete ended sessions", e))?;
         write.commit().await?;
-        Ok(gone.rows_affected())
+        Ok(gone)
     }
 }
 

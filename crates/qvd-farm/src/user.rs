@@ -1,9 +1,8 @@
 use std::net::IpAddr;
 
 use qvd_core::{TenantName, UserName};
-use sqlx::Row;
 
-use crate::{ErrorKind, Farm, FarmError, OwnedDesktops, Secret, User, row};
+use crate::{ErrorKind, Farm, FarmError, OwnedDesktops, Secret, User, row, store::query};
 
 fn unknown(name: &UserName) -> FarmError {
     FarmError::with_code(ErrorKind::NotFound, "unknown_user", format!("there is no user `{name}`"))
@@ -32,7 +31,7 @@ impl Farm {
         let hash = self.passwords().hash(password).await?;
         let created = self.now_unix_s();
         let mut write = self.write().await?;
-        let added = sqlx::query(
+        let added = query(
             "INSERT INTO users (name, password_hash, admin, created_unix_s, tenant) VALUES ($1, $2, $3, $4, $5)
              ON CONFLICT (name) DO NOTHING RETURNING name, admin, tenant, created_unix_s",
         )
@@ -41,7 +40,7 @@ impl Farm {
         .bind(admin)
         .bind(created)
         .bind(tenant.as_str())
-        .fetch_optional(&mut *write.tx)
+        .fetch_optional(&mut write)
         .await
         .and_then(|found| found.as_ref().map(row::user).transpose())
         .map_err(|e| FarmError::store("add a user", e))?;
@@ -58,8 +57,8 @@ impl Farm {
     /// # Errors
     /// The database cannot be read.
     pub async fn users(&self) -> Result<Vec<User>, FarmError> {
-        sqlx::query("SELECT name, admin, tenant, created_unix_s FROM users ORDER BY name")
-            .fetch_all(self.pool())
+        query("SELECT name, admin, tenant, created_unix_s FROM users ORDER BY name")
+            .fetch_all(self.store())
             .await
             .and_then(|rows| rows.iter().map(row::user).collect())
             .map_err(|e| FarmError::store("list the users", e))
@@ -70,9 +69,9 @@ impl Farm {
     /// # Errors
     /// There is no such user.
     pub async fn user(&self, name: &UserName) -> Result<User, FarmError> {
-        sqlx::query("SELECT name, admin, tenant, created_unix_s FROM users WHERE name = $1")
+        query("SELECT name, admin, tenant, created_unix_s FROM users WHERE name = $1")
             .bind(name.as_str())
-            .fetch_optional(self.pool())
+            .fetch_optional(self.store())
             .await
             .and_then(|found| found.as_ref().map(row::user).transpose())
             .map_err(|e| FarmError::store("look up a user", e))?
@@ -93,9 +92,9 @@ impl Farm {
             }
         }
         let mut write = self.write().await?;
-        let owned: i64 = sqlx::query("SELECT COUNT(*) AS owned FROM desktops WHERE user_name = $1")
+        let owned: i64 = query("SELECT COUNT(*) AS owned FROM desktops WHERE user_name = $1")
             .bind(name.as_str())
-            .fetch_one(&mut *write.tx)
+            .fetch_one(&mut write)
             .await
             .and_then(|found| found.try_get("owned"))
             .map_err(|e| FarmError::store("count a user's desktops", e))?;
@@ -107,13 +106,13 @@ impl Farm {
                 format!("user `{name}` owns {desktops}: remove them first, or with the user (--with-desktops)"),
             ));
         }
-        let gone = sqlx::query("DELETE FROM users WHERE name = $1")
+        let gone = query("DELETE FROM users WHERE name = $1")
             .bind(name.as_str())
-            .execute(&mut *write.tx)
+            .execute(&mut write)
             .await
             .map_err(|e| FarmError::store("remove a user", e))?;
         write.commit().await?;
-        if gone.rows_affected() == 0 {
+        if gone == 0 {
             return Err(unknown(name));
         }
         tracing::info!(user = %name, "user removed");
@@ -128,18 +127,18 @@ impl Farm {
     pub async fn set_password(&self, name: &UserName, password: &Secret) -> Result<(), FarmError> {
         let hash = self.passwords().hash(password).await?;
         let mut write = self.write().await?;
-        let changed = sqlx::query("UPDATE users SET password_hash = $1 WHERE name = $2")
+        let changed = query("UPDATE users SET password_hash = $1 WHERE name = $2")
             .bind(hash)
             .bind(name.as_str())
-            .execute(&mut *write.tx)
+            .execute(&mut write)
             .await
             .map_err(|e| FarmError::store("change a password", e))?;
-        if changed.rows_affected() == 0 {
+        if changed == 0 {
             return Err(unknown(name));
         }
-        sqlx::query("DELETE FROM sessions WHERE user_name = $1")
+        query("DELETE FROM sessions WHERE user_name = $1")
             .bind(name.as_str())
-            .execute(&mut *write.tx)
+            .execute(&mut write)
             .await
             .map_err(|e| FarmError::store("end a user's sessions", e))?;
         write.commit().await?;
@@ -164,9 +163,9 @@ impl Farm {
                 format!("too many failed sign-ins; try again in {} s", retry_after.as_secs() + 1),
             ));
         }
-        let found = sqlx::query("SELECT name, admin, tenant, created_unix_s, password_hash FROM users WHERE name = $1")
+        let found = query("SELECT name, admin, tenant, created_unix_s, password_hash FROM users WHERE name = $1")
             .bind(name)
-            .fetch_optional(self.pool())
+            .fetch_optional(self.store())
             .await
             .map_err(|e| FarmError::store("look up a user", e))?;
         let (user, hash) = match &found {

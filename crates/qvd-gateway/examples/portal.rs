@@ -6,7 +6,7 @@
 
 use std::{error::Error, sync::Arc};
 
-use qvd_farm::{Farm, NewDesktop, Progress, Secret};
+use qvd_farm::{Database, Farm, NewDesktop, Progress, Secret};
 use qvd_gateway::{ConnectionLimits, Gateway, GatewayConfig, TlsSource};
 use qvd_node::fake::FakeHost;
 
@@ -16,7 +16,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let dir = tempfile::tempdir()?;
     let host = Arc::new(FakeHost::new());
     host.add_image("xfce".parse()?);
-    let farm = Farm::open(&dir.path().join("qvd.sqlite"), host).await?;
+    let farm = Farm::open(&Database::File(dir.path().join("qvd.sqlite")), host).await?;
     let (ada, password) = ("ada".parse()?, Secret::from("correct horse"));
     farm.add_user(&ada, &password, false).await?;
     for (flavour, name) in [("icewm", "office"), ("xfce", "development"), ("icewm", "accounting")] {

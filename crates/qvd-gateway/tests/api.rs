@@ -14,7 +14,7 @@ use axum::{
     http::{Method, Request, StatusCode, header},
 };
 use qvd_core::{Bytes, DesktopId, DesktopState, FlavourName, StartStep, TenantName, UserName};
-use qvd_farm::{Farm, FlavourDefaults, OwnedDesktops, Secret, SessionKind};
+use qvd_farm::{Database, Farm, FlavourDefaults, OwnedDesktops, Secret, SessionKind};
 use qvd_gateway::api::{
     ApiState, Caller, Client, ClientError, ExecOutput, ExecReader, UnixDoor, UnixServeError,
     dto::{AddUser, BuildImage, CreateDesktop, ErrorBody, ErrorInfo, SetPassword},
@@ -51,7 +51,7 @@ impl World {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let host = Arc::new(FakeHost::new());
-        let farm = Farm::open(&dir.path().join("qvd.sqlite"), host.clone()).await.unwrap();
+        let farm = Farm::open(&Database::File(dir.path().join("qvd.sqlite")), host.clone()).await.unwrap();
         let socket = dir.path().join("qvd.sock");
         let door = UnixDoor::bind(&socket).await.unwrap();
         let (end, ended) = oneshot::channel::<()>();

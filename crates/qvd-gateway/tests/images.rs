@@ -8,7 +8,7 @@ use axum::{
     body::Body,
     http::{Method, Request, StatusCode, header},
 };
-use qvd_farm::Farm;
+use qvd_farm::{Database, Farm};
 use qvd_gateway::{
     api::{ApiState, Caller, Client, UnixDoor, router},
     images::{Import, Log, PutTag, Reflog, Show},
@@ -30,7 +30,7 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let host = Arc::new(FakeHost::new());
         host.keep_images_in(Arc::new(Repository::open(&dir.path().join("images")).unwrap()));
-        let farm = Farm::open(&dir.path().join("qvd.sqlite"), host).await.unwrap();
+        let farm = Farm::open(&Database::File(dir.path().join("qvd.sqlite")), host).await.unwrap();
         Self { dir, farm }
     }
 

@@ -10,10 +10,12 @@ mod bed;
 mod census;
 pub mod chart;
 mod need;
+mod postgres;
 mod read;
 mod tree;
 
 pub use bed::{Bed, Ran, bed_directory, debian_disk, in_bed};
 pub use census::{Census, Difference, Kind, Object, Scope};
 pub use need::{Lack, Need, privileged};
+pub use postgres::Postgres;
 pub use tree::{copy_program, copy_program_as};

@@ -34,6 +34,8 @@ pub enum Need {
     Bed,
     /// The disk with Debian on it, see [`debian_disk`](crate::debian_disk).
     DebianDisk,
+    /// PostgreSQL, of any version.
+    Postgres,
     /// A program in `PATH`.
     Program(&'static str),
     /// An environment variable that names what the test works on.
@@ -84,6 +86,10 @@ impl Need {
             Self::DebianDisk => match crate::bed::debian_disk() {
                 Some(_) => Ok(()),
                 None => Err("it is not made; `make disk` does that".to_owned()),
+            },
+            Self::Postgres => match crate::postgres::programs() {
+                Some(_) => Ok(()),
+                None => Err("it is not installed".to_owned()),
             },
             Self::Program(name) => program(name),
             Self::Env(name) => match env::var_os(name) {

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use qvd_farm::Farm;
+use qvd_farm::{Database, Farm};
 use qvd_gateway::api::{ApiState, UnixDoor, router};
 use qvd_node::fake::FakeHost;
 use serde_json::Value;
@@ -30,7 +30,7 @@ impl Daemon {
         let runtime = Runtime::new().unwrap();
         let (stop, stopped) = oneshot::channel();
         let door = runtime.block_on(async {
-            let farm = Farm::open(&dir.path().join("qvd.sqlite"), Arc::clone(&host) as _).await.unwrap();
+            let farm = Farm::open(&Database::File(dir.path().join("qvd.sqlite")), Arc::clone(&host) as _).await.unwrap();
             (UnixDoor::bind(&socket).await.unwrap(), router(ApiState { farm }))
         });
         let task = runtime.spawn(async move {

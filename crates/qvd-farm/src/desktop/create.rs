@@ -3,10 +3,12 @@
 use std::net::Ipv4Addr;
 
 use qvd_core::{Bytes, Calls, DesktopId, FlavourName, Limits, NetPolicy, Tag, UserName};
-use sqlx::{Sqlite, Transaction};
 
 use super::NAME_MAX;
-use crate::{Desktop, ErrorKind, Farm, FarmError, NewDesktop, row};
+use crate::{
+    Desktop, ErrorKind, Farm, FarmError, NewDesktop, row,
+    store::{Change, query},
+};
 
 /// A session reads some ten megabytes of programs before it is up.
 const LEAST_IO: Bytes = Bytes::mib(1);
@@ -103,8 +105,8 @@ impl Farm {
 
         let mut write = self.write().await?;
         let store = |e| FarmError::store("create a desktop", e);
-        let name = free_to_take(&mut write.tx, &new).await?;
-        let inserted = sqlx::query(
+        let name = free_to_take(&mut write, &new).await?;
+        let inserted = query(
             "INSERT INTO desktops (user_name, name, flavour, tag, virtualizer, memory_bytes, cpu_milli, pids,
                  root_policy, net_port, net_internet, net_policy, address, created_unix_s, io_bytes_per_s, devices, calls)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
@@ -128,7 +130,7 @@ impl Farm {
         .bind(limits.io.map(row::bytes_column))
         .bind(row::devices_column(&new.devices))
         .bind(new.calls.map(|calls| calls.as_str()))
-        .fetch_one(&mut *write.tx)
+        .fetch_one(&mut write)
         .await
         .and_then(|found| row::desktop(&found));
         let desktop = match inserted {
@@ -145,30 +147,28 @@ impl Farm {
     }
 }
 
-type Tx = Transaction<'static, Sqlite>;
-
-async fn holder_of_name(tx: &mut Tx, user: &UserName, name: &str) -> Result<Option<DesktopId>, sqlx::Error> {
-    let found = sqlx::query("SELECT id FROM desktops WHERE user_name = $1 AND name = $2")
+async fn holder_of_name(change: &mut Change, user: &UserName, name: &str) -> Result<Option<DesktopId>, sqlx::Error> {
+    let found = query("SELECT id FROM desktops WHERE user_name = $1 AND name = $2")
         .bind(user.as_str())
         .bind(name)
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *change)
         .await?;
     found.as_ref().map(row::desktop_id).transpose()
 }
 
-async fn holder_of_address(tx: &mut Tx, address: Ipv4Addr) -> Result<Option<DesktopId>, sqlx::Error> {
-    let found = sqlx::query("SELECT id FROM desktops WHERE address = $1")
+async fn holder_of_address(change: &mut Change, address: Ipv4Addr) -> Result<Option<DesktopId>, sqlx::Error> {
+    let found = query("SELECT id FROM desktops WHERE address = $1")
         .bind(address.to_string())
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *change)
         .await?;
     found.as_ref().map(row::desktop_id).transpose()
 }
 
 /// The first of `stem`, `stem-2`, `stem-3`, … that this user has not.
-async fn free_name(tx: &mut Tx, user: &UserName, stem: &str) -> Result<String, sqlx::Error> {
+async fn free_name(change: &mut Change, user: &UserName, stem: &str) -> Result<String, sqlx::Error> {
     let mut name = stem.to_owned();
     let mut number = 2_u32;
-    while holder_of_name(tx, user, &name).await?.is_some() {
+    while holder_of_name(change, user, &name).await?.is_some() {
         let suffix = format!("-{number}");
         let kept = stem.get(..NAME_MAX - suffix.len()).unwrap_or(stem).trim_end_matches('-');
         name = format!("{kept}{suffix}");
@@ -178,21 +178,21 @@ async fn free_name(tx: &mut Tx, user: &UserName, stem: &str) -> Result<String, s
 }
 
 /// The name that it gets, if nobody has it nor the address.
-async fn free_to_take(tx: &mut Tx, new: &NewDesktop) -> Result<String, FarmError> {
+async fn free_to_take(change: &mut Change, new: &NewDesktop) -> Result<String, FarmError> {
     let store = |e| FarmError::store("create a desktop", e);
     let taken = |code, what| Err(FarmError::with_code(ErrorKind::Conflict, code, what));
     let name = match &new.name {
         Some(name) => {
-            if let Some(other) = holder_of_name(tx, &new.user, name).await.map_err(store)? {
+            if let Some(other) = holder_of_name(change, &new.user, name).await.map_err(store)? {
                 let what = format!("user `{}` has a desktop `{name}` already: desktop {other}", new.user);
                 return taken("name_taken", what);
             }
             name.clone()
         }
-        None => free_name(tx, &new.user, &name_of(&new.flavour)).await.map_err(store)?,
+        None => free_name(change, &new.user, &name_of(&new.flavour)).await.map_err(store)?,
     };
     if let Some(address) = new.address
-        && let Some(other) = holder_of_address(tx, address).await.map_err(store)?
+        && let Some(other) = holder_of_address(change, address).await.map_err(store)?
     {
         return taken("address_taken", format!("address {address} is taken by desktop {other}"));
     }

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use qvd_core::DesktopId;
-use qvd_farm::{Farm, NewDesktop, Secret};
+use qvd_farm::{Database, Farm, NewDesktop, Secret};
 use qvd_gateway::{ConnectionLimits, Gateway, GatewayConfig, TlsSource};
 use qvd_node::fake::FakeHost;
 use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
@@ -43,7 +43,7 @@ impl Site {
     pub(crate) async fn with(limits: ConnectionLimits, hosts: Vec<String>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let host = Arc::new(FakeHost::new());
-        let farm = Farm::open(&dir.path().join("qvd.sqlite"), Arc::clone(&host) as _).await.unwrap();
+        let farm = Farm::open(&Database::File(dir.path().join("qvd.sqlite")), Arc::clone(&host) as _).await.unwrap();
         for name in ["ada", "bob"] {
             farm.add_user(&name.parse().unwrap(), &Secret::from(PASSWORD), name == "bob").await.unwrap();
         }
