@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueHint};
-use qvd_core::{Bytes, Calls, DesktopId, Device, FlavourName, Tag, TenantName, UserName};
+use qvd_core::{Bytes, Calls, DesktopId, Device, FlavourName, Limits, MilliCpu, Tag, TenantName, UserName};
 
 pub(crate) use image::{Access, Image, Import, Transfer};
 
@@ -69,6 +69,9 @@ pub(crate) enum Command {
     /// Users
     #[command(subcommand)]
     User(User),
+    /// What new desktops of a flavour get
+    #[command(subcommand)]
+    Flavour(Flavour),
     /// Print a completion script
     Completions {
         /// Shell to complete for
@@ -205,18 +208,8 @@ pub(crate) struct Create {
     /// What it runs in: namespaces on the host's kernel, or QEMU with a kernel of its own; the same image does for both
     #[arg(long, value_enum, default_value_t = Kind::Container)]
     pub(crate) virtualizer: Kind,
-    /// Memory, such as 512M or 2G
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) memory: Option<Bytes>,
-    /// Processor time in thousandths of a core
-    #[arg(long, value_name = "MILLICORES")]
-    pub(crate) cpu: Option<u32>,
-    /// Processes and threads at once
-    #[arg(long, value_name = "COUNT")]
-    pub(crate) pids: Option<u32>,
-    /// Most that it reads, and writes, in a second on each disk, such as 50M
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) io: Option<Bytes>,
+    #[command(flatten)]
+    pub(crate) limits: Limited,
     /// Device of the host beside those of its image: fuse, dri, sound, camera
     #[arg(long = "device", value_name = "KIND")]
     pub(crate) devices: Vec<Device>,
@@ -238,6 +231,79 @@ pub(crate) struct Create {
     /// Its own IPv4 address
     #[arg(long)]
     pub(crate) address: Option<Ipv4Addr>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Flavour {
+    /// List flavours and what new desktops of each get
+    Ls,
+    /// Show what new desktops of a flavour get
+    Show {
+        /// The line of images
+        flavour: FlavourName,
+    },
+    /// Set what new desktops of a flavour get, instead of what the recipe of its image says
+    Set(SetFlavour),
+    /// Let new desktops get again what the recipe of the flavour's image says
+    Reset {
+        /// The line of images
+        flavour: FlavourName,
+    },
+}
+
+/// What is left out stays as it is. Desktops that there are already keep theirs.
+#[derive(Debug, Args)]
+#[group(id = "changes", required = true, multiple = true, args = ["memory", "cpu", "pids", "io", "root_policy", "net_policy"])]
+pub(crate) struct SetFlavour {
+    /// The line of images
+    pub(crate) flavour: FlavourName,
+    #[command(flatten)]
+    pub(crate) limits: Limited,
+    /// What becomes of a root when its desktop stops
+    #[arg(long, value_enum, value_name = "POLICY")]
+    pub(crate) root_policy: Option<Roots>,
+    /// File with the network policy in TOML, as a recipe's `[defaults.net]`
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) net_policy: Option<PathBuf>,
+}
+
+/// What becomes of a root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Roots {
+    /// It is made anew at each start
+    Volatile,
+    /// It is kept
+    Persistent,
+}
+
+/// How much a desktop may use.
+#[derive(Debug, Args)]
+pub(crate) struct Limited {
+    /// Memory, such as 512M or 2G
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<Bytes>,
+    /// Processor time in thousandths of a core
+    #[arg(long, value_name = "MILLICORES")]
+    pub(crate) cpu: Option<u32>,
+    /// Processes and threads at once
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) pids: Option<u32>,
+    /// Most that it reads, and writes, in a second on each disk, such as 50M
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) io: Option<Bytes>,
+}
+
+impl Limited {
+    /// `limits` with what was said instead; none if nothing was.
+    pub(crate) fn over(&self, limits: Limits) -> Option<Limits> {
+        let is_said = self.memory.is_some() || self.cpu.is_some() || self.pids.is_some() || self.io.is_some();
+        is_said.then(|| Limits {
+            memory: self.memory.unwrap_or(limits.memory),
+            cpu: self.cpu.map_or(limits.cpu, MilliCpu),
+            pids: self.pids.unwrap_or(limits.pids),
+            io: self.io.or(limits.io),
+        })
+    }
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@ mod cli;
 mod doctor;
 mod exec;
 mod failure;
+mod flavour;
 mod generate;
 mod graph;
 mod history;
@@ -84,6 +85,10 @@ fn dispatch(global: &Global, command: Command, output: &Output) -> anyhow::Resul
         Command::Net(command) => {
             let client = remote::connect(&paths()?, global.server.as_deref())?;
             remote::wait(net::run(&client, command, output))??;
+        }
+        Command::Flavour(command) => {
+            let client = remote::connect(&paths()?, global.server.as_deref())?;
+            remote::wait(flavour::run(&client, command, output))??;
         }
         Command::User(command) => {
             let client = remote::connect(&paths()?, global.server.as_deref())?;

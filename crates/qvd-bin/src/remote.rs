@@ -3,7 +3,7 @@
 use std::{future::Future, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Context;
-use qvd_core::{DesktopId, DesktopState, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
+use qvd_core::{DesktopId, DesktopState, Limits, NetPolicy, RootPolicy, Virtualizer};
 use qvd_farm::{DesktopInfo, OwnedDesktops};
 use qvd_gateway::api::{
     Client,
@@ -133,17 +133,11 @@ fn done(output: &Output, id: DesktopId, what: &str) -> anyhow::Result<()> {
 /// set changes that limit and no other.
 async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDesktop> {
     let mut new = CreateDesktop::new(Some(create.user), create.flavour);
-    if create.memory.is_some() || create.cpu.is_some() || create.pids.is_some() || create.io.is_some() {
+    if create.limits.over(Limits::default()).is_some() {
         let flavours = client.flavours().await?;
         let flavour = flavours.iter().find(|flavour| flavour.name == new.flavour);
         // The daemon refuses an unknown flavour in its own words.
-        let defaults = flavour.map_or_else(Limits::default, |flavour| flavour.defaults.limits);
-        new.limits = Some(Limits {
-            memory: create.memory.unwrap_or(defaults.memory),
-            cpu: create.cpu.map_or(defaults.cpu, MilliCpu),
-            pids: create.pids.unwrap_or(defaults.pids),
-            io: create.io.or(defaults.io),
-        });
+        new.limits = create.limits.over(flavour.map_or_else(Limits::default, |flavour| flavour.defaults.limits));
     }
     new.name = create.name;
     new.tag = create.tag;

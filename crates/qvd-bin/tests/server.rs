@@ -177,6 +177,29 @@ fn images_are_built_by_the_daemon_and_listed() {
 }
 
 #[test]
+fn flavours_are_listed_set_and_reset() {
+    let daemon = Daemon::start();
+    let before = daemon.json(&["flavour", "show", "icewm"]);
+    let table = daemon.text(&["flavour", "ls"]);
+    assert!(table.lines().any(|line| line.starts_with("icewm") && line.contains("internet")), "{table}");
+    let policy = daemon.socket.with_file_name("net.toml");
+    std::fs::write(&policy, "port = true\ndestinations = [\"192.0.2.0/24 tcp 443\"]\n").unwrap();
+    let set = ["flavour", "set", "icewm", "--memory", "256M", "--root-policy", "persistent", "--net-policy"];
+    let shown = daemon.text(&[&set[..], &[policy.to_str().unwrap()]].concat());
+    for line in ["memory     at most 256MiB", "root       persistent", "to 192.0.2.0/24 tcp 443"] {
+        assert!(shown.contains(line), "{line}: {shown}");
+    }
+    let after = daemon.json(&["flavour", "show", "icewm"]);
+    assert_eq!(after["defaults"]["limits"]["pids"], before["defaults"]["limits"]["pids"]);
+    assert_eq!(daemon.json(&["flavour", "reset", "icewm"]), before);
+
+    let (status, said) = daemon.refusal(&["flavour", "set", "kde", "--pids", "50"]);
+    assert!(status == 4 && said.contains("kde"), "{status}: {said}");
+    assert_eq!(daemon.run(&["flavour", "set", "icewm"]).status.code(), Some(2));
+    assert_eq!(daemon.refusal(&["flavour", "set", "icewm", "--memory", "1M"]).0, 2);
+}
+
+#[test]
 fn an_url_is_refused_in_words() {
     let output =
         Command::new(env!("CARGO_BIN_EXE_qvd")).args(["--server", "https://farm:8443", "user", "ls"]).output().unwrap();

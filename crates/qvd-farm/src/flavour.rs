@@ -14,7 +14,7 @@ impl Farm {
         let images = self.images().await?;
         let mut set = self.all_defaults().await?;
         let flavours = images.into_iter().map(|image| Flavour {
-            defaults: set.remove(image.flavour.as_str()).unwrap_or_default(),
+            defaults: set.remove(image.flavour.as_str()).unwrap_or_else(|| FlavourDefaults::of(&image.defaults)),
             name: image.flavour,
             digest: image.digest,
             created_unix_s: image.created_unix_s,
@@ -70,6 +70,23 @@ impl Farm {
         .map_err(|e| FarmError::store("set a flavour's defaults", e))?;
         write.commit().await?;
         tracing::info!(flavour = %name, "flavour defaults set");
+        Ok(())
+    }
+
+    /// Has new desktops of a flavour get again what the recipe of its image says.
+    ///
+    /// # Errors
+    /// There is no such flavour.
+    pub async fn forget_flavour_defaults(&self, name: &FlavourName) -> Result<(), FarmError> {
+        self.flavour(name).await?;
+        let mut write = self.write().await?;
+        query("DELETE FROM flavour_defaults WHERE name = $1")
+            .bind(name.as_str())
+            .execute(&mut write)
+            .await
+            .map_err(|e| FarmError::store("forget a flavour's defaults", e))?;
+        write.commit().await?;
+        tracing::info!(flavour = %name, "flavour has its recipe's defaults");
         Ok(())
     }
 

@@ -42,6 +42,15 @@ pub struct FlavourDefaults {
     pub net: NetPolicy,
 }
 
+impl FlavourDefaults {
+    /// What the recipe of an image says, and what is usual of what it does not say.
+    #[must_use]
+    pub fn of(recipe: &qvd_storage::Defaults) -> Self {
+        let net = recipe.net.clone().unwrap_or_else(NetPolicy::internet);
+        Self { limits: recipe.limits, root: recipe.root, net }
+    }
+}
+
 impl Default for FlavourDefaults {
     /// A desktop on the network: people expect a browser to work.
     fn default() -> Self {

@@ -22,7 +22,7 @@ use qvd_core::{Bytes, DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind,
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
 use qvd_net::PortView;
 use qvd_storage::{
-    BuildOptions, Repository,
+    BuildOptions, Defaults, Repository,
     repository::{NewVersion, Version},
 };
 
@@ -120,7 +120,12 @@ impl FakeHost {
 
     /// Adds an image; its digest follows from the name.
     pub fn add_image(&self, flavour: FlavourName) {
-        let image = image_of(&flavour);
+        self.add_image_with(flavour, Defaults::default());
+    }
+
+    /// The same, whose recipe gives this to desktops.
+    pub fn add_image_with(&self, flavour: FlavourName, defaults: Defaults) {
+        let image = ImageSummary { defaults, ..image_of(&flavour) };
         self.state().images.insert(flavour, image);
     }
 
@@ -183,6 +188,7 @@ fn image_of(flavour: &FlavourName) -> ImageSummary {
         size_bytes: 4096,
         reused: false,
         damaged: None,
+        defaults: Defaults::default(),
     }
 }
 

@@ -19,7 +19,7 @@ use qvd_core::{DesktopId, DesktopSpec, DesktopState, Digest, DisplayKind, Flavou
 use qvd_guest::{Channel, ChannelError, ExecRequest, Exit, Reply, Request, Stats};
 use qvd_net::PortView;
 use qvd_storage::{
-    BuildOptions, Image, Repository,
+    BuildOptions, Defaults, Image, Repository,
     repository::{NewVersion, Reference, Revision, Version},
 };
 use serde::{Deserialize, Serialize};
@@ -248,6 +248,9 @@ pub struct ImageSummary {
     /// Why no desktop can start from it, if so; figures are zero then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damaged: Option<String>,
+    /// What its recipe gives to desktops.
+    #[serde(default)]
+    pub defaults: Defaults,
 }
 
 impl ImageSummary {
@@ -262,6 +265,7 @@ impl ImageSummary {
             size_bytes: image.size_bytes(),
             reused,
             damaged: None,
+            defaults: image.config().defaults.clone(),
         }
     }
 
@@ -290,11 +294,13 @@ impl ImageSummary {
                 size_bytes: 0,
                 reused: false,
                 damaged: None,
+                defaults: Defaults::default(),
             };
             match repository.whole(id) {
                 Ok(commit) => {
                     summary.created_unix_s = commit.time_unix_s;
                     (summary.entries, summary.size_bytes) = commit.content.size();
+                    summary.defaults = commit.config.defaults;
                 }
                 Err(error) => summary.damaged = Some(error.to_string()),
             }

@@ -30,7 +30,8 @@ impl Daemon {
         let runtime = Runtime::new().unwrap();
         let (stop, stopped) = oneshot::channel();
         let door = runtime.block_on(async {
-            let farm = Farm::open(&Database::File(dir.path().join("qvd.sqlite")), Arc::clone(&host) as _).await.unwrap();
+            let farm =
+                Farm::open(&Database::File(dir.path().join("qvd.sqlite")), Arc::clone(&host) as _).await.unwrap();
             (UnixDoor::bind(&socket).await.unwrap(), router(ApiState { farm }))
         });
         let task = runtime.spawn(async move {

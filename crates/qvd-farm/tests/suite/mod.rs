@@ -9,7 +9,8 @@ use std::{
 };
 
 use qvd_core::{
-    Bytes, DesktopId, DesktopState, DisplayKind, FlavourName, Geometry, NetPolicy, StartStep, TenantName, UserName,
+    Bytes, DesktopId, DesktopState, DisplayKind, FlavourName, Geometry, Limits, MilliCpu, NetPolicy, StartStep,
+    TenantName, UserName,
 };
 use qvd_farm::{
     Clock, Database, Desktop, ErrorKind, Farm, FarmError, FlavourDefaults, NewDesktop, OwnedDesktops, Progress, Secret,
@@ -20,6 +21,7 @@ use qvd_node::{
     EndReason, HostError, HostErrorKind,
     fake::{FakeHost, GREETING, Op},
 };
+use qvd_storage::Defaults;
 use qvd_testkit::Postgres;
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -398,6 +400,26 @@ pub(crate) async fn flavour_defaults_reach_new_desktops_only_and_survive_a_resta
     assert_eq!(unknown.code(), "unknown_flavour");
 }
 
+pub(crate) async fn a_recipe_says_what_desktops_get_until_an_administrator_does() {
+    let world = World::with_user().await;
+    let limits = Limits { memory: Bytes::mib(300), cpu: MilliCpu(700), pids: 99, io: Some(Bytes::mib(20)) };
+    let said = Defaults { limits, net: Some(NetPolicy::host_only()), ..Defaults::default() };
+    world.host.add_image_with(icewm(), said);
+    let desktop = world.desktop().await;
+    assert_eq!((desktop.limits, &desktop.net), (limits, &NetPolicy::host_only()));
+    let mut defaults = world.farm.flavour(&icewm()).await.unwrap().defaults;
+    defaults.net = NetPolicy::none();
+    world.farm.set_flavour_defaults(&icewm(), defaults).await.unwrap();
+    assert_eq!(world.desktop().await.net, NetPolicy::none());
+    world.farm.forget_flavour_defaults(&icewm()).await.unwrap();
+    assert_eq!(world.desktop().await.net, NetPolicy::host_only());
+    // Of a network it says nothing: then there is one.
+    world.host.add_image_with(icewm(), Defaults { limits, ..Defaults::default() });
+    assert_eq!(world.desktop().await.net, NetPolicy::internet());
+    let unknown = world.farm.forget_flavour_defaults(&"kde".parse().unwrap()).await.unwrap_err();
+    assert_eq!(unknown.code(), "unknown_flavour");
+}
+
 pub(crate) async fn a_start_passes_the_record_to_the_host_and_the_steps_to_the_caller() {
     let world = World::with_user().await;
     let address = Some("10.77.0.9".parse().unwrap());
@@ -577,6 +599,7 @@ macro_rules! every {
             numbers_are_never_used_again
             a_desktop_is_its_users_and_the_refusals_differ
             flavour_defaults_reach_new_desktops_only_and_survive_a_restart
+            a_recipe_says_what_desktops_get_until_an_administrator_does
             a_start_passes_the_record_to_the_host_and_the_steps_to_the_caller
             news_that_nobody_takes_holds_nobody_up
             a_failed_start_keeps_the_kind_and_the_cause

@@ -168,6 +168,14 @@ impl Client {
         self.transport.done(Method::PUT, &format!("/flavours/{name}/defaults"), Some(defaults)).await
     }
 
+    /// Has new desktops of a flavour get again what its recipe says.
+    ///
+    /// # Errors
+    /// [`ClientError`]: `unknown_flavour`.
+    pub async fn forget_flavour_defaults(&self, name: &FlavourName) -> Result<(), ClientError> {
+        self.transport.done(Method::DELETE, &format!("/flavours/{name}/defaults"), NOTHING).await
+    }
+
     /// The desktops of one user or of all.
     ///
     /// # Errors

@@ -33,6 +33,7 @@
 //! | `POST images/clone` | [`Clone`](crate::images::Clone) | events of `[Cloned]` | administrators |
 //! | `GET flavours` | | `[Flavour]` | users |
 //! | `PUT flavours/{name}/defaults` | `FlavourDefaults` | 204 | administrators |
+//! | `DELETE flavours/{name}/defaults` | | 204; the recipe's hold again | administrators |
 //! | `GET desktops[?user=…]` | | `[DesktopInfo]` | users their own |
 //! | `POST desktops` | [`dto::CreateDesktop`] | 201 `Desktop` | administrators |
 //! | `GET desktops/{id}` | | `DesktopInfo` | users their own |

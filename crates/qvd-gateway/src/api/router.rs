@@ -50,7 +50,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/users/{name}/password", put(set_password))
         .route("/images", get(newest_images).post(build_image))
         .route("/flavours", get(flavours))
-        .route("/flavours/{name}/defaults", put(set_flavour_defaults))
+        .route("/flavours/{name}/defaults", put(set_flavour_defaults).delete(forget_flavour_defaults))
         .route("/memory", get(memory))
         .route("/desktops", get(desktops).post(create_desktop))
         .route("/desktops/{id}", get(desktop).patch(change_desktop).delete(remove_desktop))
@@ -242,6 +242,14 @@ async fn set_flavour_defaults(
     Body(defaults): Body<FlavourDefaults>,
 ) -> Answer<StatusCode> {
     done(&caller, farm.set_flavour_defaults(&name, defaults).await)
+}
+
+async fn forget_flavour_defaults(
+    State(ApiState { farm }): State<ApiState>,
+    Admin(caller): Admin,
+    At(name): At<FlavourName>,
+) -> Answer<StatusCode> {
+    done(&caller, farm.forget_flavour_defaults(&name).await)
 }
 
 #[derive(Deserialize)]

@@ -150,8 +150,9 @@ pub struct Defaults {
     /// How its home is kept where this library keeps it, and what it may hold.
     #[serde(skip_serializing_if = "HomeOptions::is_plain")]
     pub home: HomeOptions,
-    /// What it may reach.
-    pub net: NetPolicy,
+    /// What it may reach; what an installation gives to all if nothing is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net: Option<NetPolicy>,
     /// What it does while nobody looks.
     pub rest: RestPolicy,
     /// Which of the host's devices its programs may use.
