@@ -359,6 +359,14 @@ pub(crate) enum User {
     },
     /// List users
     Ls,
+    /// Let a user administer the farm, or no more
+    Admin {
+        /// Name of the user
+        name: UserName,
+        /// No more
+        #[arg(long)]
+        revoke: bool,
+    },
     /// Remove a user
     Rm {
         /// Name of the user

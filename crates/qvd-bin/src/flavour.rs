@@ -8,7 +8,6 @@ use crate::{
     cli::{self, Roots, SetFlavour},
     failure::{Exit, Refusal},
     output::Output,
-    remote::reach,
     up::read_policy,
 };
 
@@ -22,7 +21,7 @@ pub(crate) async fn run(client: &Client, command: cli::Flavour, output: &Output)
                 let (limits, defaults) = (one.defaults.limits, &one.defaults);
                 let (memory, cpu, pids) =
                     (limits.memory.to_string(), limits.cpu.0.to_string(), limits.pids.to_string());
-                [one.name.to_string(), memory, cpu, pids, root(defaults.root).to_owned(), reach(&defaults.net)]
+                [one.name.to_string(), memory, cpu, pids, root(defaults.root).to_owned(), defaults.net.summary()]
             },
         ),
         cli::Flavour::Show { flavour } => output.result(&find(client, &flavour).await?, details),
@@ -76,7 +75,7 @@ fn details(flavour: &Flavour) -> String {
         ("processor", format!("at most {} thousandths of a core", limits.cpu.0)),
         ("processes", format!("at most {}", limits.pids)),
         ("root", root(defaults.root).to_owned()),
-        ("network", reach(&defaults.net)),
+        ("network", defaults.net.summary()),
     ];
     lines.extend(limits.io.map(|io| ("disks", format!("{io} a second"))));
     lines.iter().map(|(name, value)| format!("{name:<10} {value}")).collect::<Vec<_>>().join("\n")

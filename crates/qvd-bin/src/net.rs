@@ -9,7 +9,7 @@ use qvd_gateway::api::{Client, dto::ExplainFrames};
 use qvd_node::PortView;
 use serde::Serialize;
 
-use crate::{cli::Net, output::Output, remote::reach};
+use crate::{cli::Net, output::Output};
 
 /// A desktop's counters, as the list has them.
 #[derive(Debug, Serialize)]
@@ -89,7 +89,7 @@ fn details(port: &PortView) -> String {
         ("mac", port.mac.to_string()),
         ("ipv4", port.ipv4.to_string()),
         ("ipv6", ipv6),
-        ("reaches", reach(&port.policy)),
+        ("reaches", port.policy.summary()),
         ("sent", format!("{} bytes in {} packets", counters.sent_bytes, counters.sent_packets)),
         ("received", format!("{} bytes in {} packets", counters.received_bytes, counters.received_packets)),
     ];

@@ -154,39 +154,6 @@ async fn new_desktop(client: &Client, create: Create) -> anyhow::Result<CreateDe
     Ok(new)
 }
 
-/// What a desktop may reach, in a line.
-pub(crate) fn reach(net: &NetPolicy) -> String {
-    if !net.port {
-        return "none".to_owned();
-    }
-    let list = |words: Vec<String>| words.join(", ");
-    let mut words = vec![if net.internet { "internet" } else { "isolated" }.to_owned()];
-    if !net.destinations.is_empty() {
-        words.push(format!("to {}", list(net.destinations.iter().map(ToString::to_string).collect())));
-    }
-    if !net.services.is_empty() {
-        words.push(format!("services {}", list(net.services.iter().map(ToString::to_string).collect())));
-    }
-    if !net.neighbours.is_none() {
-        words.push(format!("neighbours {}", net.neighbours));
-    }
-    let limits = [
-        (net.up_kbit_s, "up", "kbit/s"),
-        (net.down_kbit_s, "down", "kbit/s"),
-        (net.connections, "at most", "connections"),
-    ];
-    words.extend(limits.iter().filter_map(|(most, what, unit)| most.map(|most| format!("{what} {most} {unit}"))));
-    words.extend((!net.names.is_any()).then(|| "names of the site's servers".to_owned()));
-    for (what, some) in [
-        ("groups", net.multicast.iter().map(ToString::to_string).collect::<Vec<_>>()),
-        ("also as", net.addresses.iter().map(ToString::to_string).collect()),
-    ] {
-        words.extend((!some.is_empty()).then(|| format!("{what} {}", list(some))));
-    }
-    words.extend(net.routed.then(|| "routed".to_owned()));
-    words.join("; ")
-}
-
 const fn kind(virtualizer: Virtualizer) -> &'static str {
     match virtualizer {
         Virtualizer::Qemu => "a virtual machine by QEMU",
@@ -197,7 +164,7 @@ const fn kind(virtualizer: Virtualizer) -> &'static str {
 
 fn details(info: &DesktopInfo) -> String {
     let DesktopInfo { desktop, status } = info;
-    let network = reach(&desktop.net);
+    let network = desktop.net.summary();
     let mut lines = vec![
         ("number", desktop.id.to_string()),
         ("user", desktop.user.to_string()),
@@ -239,6 +206,11 @@ pub(crate) async fn user(client: &Client, command: User, output: &Output) -> any
             let role = if user.admin { "administrator" } else { "user" };
             [user.name.to_string(), role.to_owned(), user.tenant.to_string(), age(user.created_unix_s)]
         }),
+        User::Admin { name, revoke } => {
+            client.set_admin(&name, !revoke).await?;
+            let role = if revoke { "no longer administers" } else { "administers" };
+            output.result(&json!({ "name": name, "admin": !revoke }), |_| format!("user {name} {role} the farm"))
+        }
         User::Rm { name, with_desktops } => {
             let desktops = if with_desktops { OwnedDesktops::Remove } else { OwnedDesktops::Refuse };
             client.remove_user(&name, desktops).await?;

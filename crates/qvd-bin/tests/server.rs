@@ -23,6 +23,11 @@ fn a_user_is_added_with_a_password_from_a_pipe_and_removed() {
 
     let users = daemon.json(&["user", "ls"]);
     assert_eq!((&users[0]["name"], &users[0]["admin"]), (&"ana".into(), &false.into()));
+    assert!(daemon.text(&["user", "admin", "ana"]).contains("user ana administers the farm"));
+    assert_eq!(daemon.json(&["user", "ls"])[0]["admin"], true);
+    assert_eq!(daemon.json(&["user", "admin", "ana", "--revoke"])["admin"], false);
+    assert_eq!(daemon.json(&["user", "ls"])[0]["admin"], false);
+    assert_eq!(daemon.refusal(&["user", "admin", "bob"]).0, 4);
     let (status, text) = daemon.refusal(&["user", "add", "ana", "--generate"]);
     assert!(status == 5 && text.contains("ana"), "{status} {text}");
 

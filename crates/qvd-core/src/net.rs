@@ -184,6 +184,42 @@ impl NetPolicy {
     }
 }
 
+impl NetPolicy {
+    /// What it allows, in a line for a person.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        if !self.port {
+            return "none".to_owned();
+        }
+        let list = |words: Vec<String>| words.join(", ");
+        let mut words = vec![if self.internet { "internet" } else { "isolated" }.to_owned()];
+        if !self.destinations.is_empty() {
+            words.push(format!("to {}", list(self.destinations.iter().map(ToString::to_string).collect())));
+        }
+        if !self.services.is_empty() {
+            words.push(format!("services {}", list(self.services.iter().map(ToString::to_string).collect())));
+        }
+        if !self.neighbours.is_none() {
+            words.push(format!("neighbours {}", self.neighbours));
+        }
+        let limits = [
+            (self.up_kbit_s, "up", "kbit/s"),
+            (self.down_kbit_s, "down", "kbit/s"),
+            (self.connections, "at most", "connections"),
+        ];
+        words.extend(limits.iter().filter_map(|(most, what, unit)| most.map(|most| format!("{what} {most} {unit}"))));
+        words.extend((!self.names.is_any()).then(|| "names of the site's servers".to_owned()));
+        for (what, some) in [
+            ("groups", self.multicast.iter().map(ToString::to_string).collect::<Vec<_>>()),
+            ("also as", self.addresses.iter().map(ToString::to_string).collect()),
+        ] {
+            words.extend((!some.is_empty()).then(|| format!("{what} {}", list(some))));
+        }
+        words.extend(self.routed.then(|| "routed".to_owned()));
+        words.join("; ")
+    }
+}
+
 /// Why a word of a policy is not understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not {wanted}")]

@@ -9,8 +9,14 @@ use crate::{ErrorKind, Farm, FarmError, Secret, SessionInfo, SessionKind, User, 
 /// A web session ends when nothing came from it for this long.
 const WEB_IDLE: Duration = Duration::from_secs(8 * 3600);
 
+/// The same of one that administers: what is left open on a desk is soon of no use.
+const ADMIN_IDLE: Duration = Duration::from_secs(30 * 60);
+
 /// No session lives longer than this: the QVD wire protocol says a day.
 const LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+/// The same of one that administers: a page that asks again by itself keeps it in use.
+const ADMIN_LIFETIME: Duration = Duration::from_secs(8 * 3600);
 
 /// How exact the time of last use is. Each request would be a write otherwise.
 const TOUCH_EVERY: Duration = Duration::from_secs(60);
@@ -78,9 +84,14 @@ impl Farm {
     /// Signs a user in whose password was checked.
     ///
     /// # Errors
-    /// There is no such user, or the host has no randomness.
+    /// There is no such user, or the host has no randomness; [`ErrorKind::Forbidden`]:
+    /// [`SessionKind::Admin`] of a user who does not administer the farm.
     pub async fn create_session(&self, user: &UserName, kind: SessionKind) -> Result<NewSession, FarmError> {
         let user = self.user(user).await?;
+        if kind == SessionKind::Admin && !user.admin {
+            let what = format!("user `{}` does not administer the farm", user.name);
+            return Err(FarmError::with_code(ErrorKind::Forbidden, "no_administrator", what));
+        }
         let mut bytes = [0; TOKEN_BYTES];
         OsRng
             .try_fill_bytes(&mut bytes)
@@ -97,7 +108,7 @@ impl Farm {
         .bind(user.name.as_str())
         .bind(kind.as_str())
         .bind(now)
-        .bind(now.saturating_add(seconds(LIFETIME)))
+        .bind(now.saturating_add(seconds(lifetime(kind))))
         .fetch_one(&mut write)
         .await
         .and_then(|found| row::session(&found))
@@ -125,11 +136,13 @@ impl Farm {
         .await
         .and_then(|found| found.as_ref().map(row::session).transpose())
         .map_err(store)?;
-        let idle_since = now.saturating_sub(seconds(WEB_IDLE));
-        let mut info = found.filter(|info| is_live(info, now, idle_since)).ok_or_else(|| {
-            FarmError::with_code(ErrorKind::Unauthenticated, "session_ended", "sign in: the session has ended")
-        })?;
+        let ended =
+            || FarmError::with_code(ErrorKind::Unauthenticated, "session_ended", "sign in: the session has ended");
+        let mut info = found.filter(|info| is_live(info, now)).ok_or_else(ended)?;
         let user = self.user(&info.user).await?;
+        if kind == SessionKind::Admin && !user.admin {
+            return Err(ended());
+        }
         if now.saturating_sub(info.last_used_unix_s.cast_signed()) >= seconds(TOUCH_EVERY) {
             let mut write = self.write().await?;
             query("UPDATE sessions SET last_used_unix_s = $1 WHERE id = $2 AND last_used_unix_s < $1")
@@ -184,7 +197,6 @@ impl Farm {
     /// The database cannot be read.
     pub async fn sessions(&self, user: Option<&UserName>) -> Result<Vec<SessionInfo>, FarmError> {
         let now = self.now_unix_s();
-        let idle_since = now.saturating_sub(seconds(WEB_IDLE));
         let all: Vec<SessionInfo> = query(
             "SELECT id, user_name, kind, created_unix_s, last_used_unix_s, expires_unix_s
              FROM sessions WHERE $1 IS NULL OR user_name = $1 ORDER BY id",
@@ -194,7 +206,7 @@ impl Farm {
         .await
         .and_then(|rows| rows.iter().map(row::session).collect())
         .map_err(|e| FarmError::store("list the sessions", e))?;
-        Ok(all.into_iter().filter(|info| is_live(info, now, idle_since)).collect())
+        Ok(all.into_iter().filter(|info| is_live(info, now)).collect())
     }
 
     /// Deletes the records of sessions that have ended; returns how many. An
@@ -205,19 +217,34 @@ impl Farm {
     pub async fn sweep_sessions(&self) -> Result<u64, FarmError> {
         let now = self.now_unix_s();
         let mut write = self.write().await?;
-        let gone =
-            query("DELETE FROM sessions WHERE expires_unix_s <= $1 OR (kind = 'web' AND last_used_unix_s <= $2)")
-                .bind(now)
-                .bind(now.saturating_sub(seconds(WEB_IDLE)))
-                .execute(&mut write)
-                .await
-                .map_err(|e| FarmError::store("delete ended sessions", e))?;
+        let gone = query(
+            "DELETE FROM sessions WHERE expires_unix_s <= $1 OR (kind = 'web' AND last_used_unix_s <= $2)
+                 OR (kind = 'admin' AND last_used_unix_s <= $3)",
+        )
+        .bind(now)
+        .bind(now.saturating_sub(seconds(WEB_IDLE)))
+        .bind(now.saturating_sub(seconds(ADMIN_IDLE)))
+        .execute(&mut write)
+        .await
+        .map_err(|e| FarmError::store("delete ended sessions", e))?;
         write.commit().await?;
         Ok(gone)
     }
 }
 
-fn is_live(info: &SessionInfo, now: i64, idle_since: i64) -> bool {
-    info.expires_unix_s.cast_signed() > now
-        && (info.kind != SessionKind::Web || info.last_used_unix_s.cast_signed() > idle_since)
+const fn lifetime(kind: SessionKind) -> Duration {
+    match kind {
+        SessionKind::Admin => ADMIN_LIFETIME,
+        SessionKind::Web | SessionKind::Bearer => LIFETIME,
+    }
+}
+
+fn is_live(info: &SessionInfo, now: i64) -> bool {
+    let idle = match info.kind {
+        SessionKind::Web => Some(WEB_IDLE),
+        SessionKind::Admin => Some(ADMIN_IDLE),
+        SessionKind::Bearer => None,
+    };
+    let used = info.last_used_unix_s.cast_signed();
+    info.expires_unix_s.cast_signed() > now && idle.is_none_or(|idle| used > now.saturating_sub(seconds(idle)))
 }

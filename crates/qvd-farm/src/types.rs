@@ -204,6 +204,9 @@ pub enum SessionKind {
     Web,
     /// A native client's or a program's token: ends after a day.
     Bearer,
+    /// The cookie of somebody who administers in a browser, beside [`SessionKind::Web`]: ends
+    /// when unused for half an hour, and in any case after eight.
+    Admin,
 }
 
 impl SessionKind {
@@ -211,6 +214,7 @@ impl SessionKind {
         match self {
             Self::Web => "web",
             Self::Bearer => "bearer",
+            Self::Admin => "admin",
         }
     }
 }

@@ -146,6 +146,34 @@ impl Farm {
         Ok(())
     }
 
+    /// Lets a user administer the farm, or no more; then what the user administers in a
+    /// browser ends at once.
+    ///
+    /// # Errors
+    /// There is no such user.
+    pub async fn set_admin(&self, name: &UserName, admin: bool) -> Result<(), FarmError> {
+        let mut write = self.write().await?;
+        let changed = query("UPDATE users SET admin = $1 WHERE name = $2")
+            .bind(admin)
+            .bind(name.as_str())
+            .execute(&mut write)
+            .await
+            .map_err(|e| FarmError::store("change a user's role", e))?;
+        if changed == 0 {
+            return Err(unknown(name));
+        }
+        if !admin {
+            query("DELETE FROM sessions WHERE user_name = $1 AND kind = 'admin'")
+                .bind(name.as_str())
+                .execute(&mut write)
+                .await
+                .map_err(|e| FarmError::store("end a user's sessions", e))?;
+        }
+        write.commit().await?;
+        tracing::info!(user = %name, admin, "user's role changed");
+        Ok(())
+    }
+
     /// Checks a name and a password that came from `source`, an untrusted
     /// text. Takes as long for a name that nobody has.
     ///

@@ -157,6 +157,11 @@ async fn a_desktop_lives_its_whole_life_over_the_socket() {
     client.stop(id).await.unwrap();
     assert_eq!(client.desktops(None).await.unwrap()[0].status.state, DesktopState::Stopped);
 
+    for admin in [true, false] {
+        client.set_admin(&user("ada"), admin).await.unwrap();
+        assert_eq!(client.users().await.unwrap()[0].admin, admin);
+    }
+    assert_eq!(client.set_admin(&user("eve"), true).await.unwrap_err().code(), Some("unknown_user"));
     let refused = client.remove_user(&user("ada"), OwnedDesktops::Refuse).await.unwrap_err();
     assert_eq!(refused.code(), Some("user_has_desktops"));
     client.remove_desktop(id).await.unwrap();
@@ -283,6 +288,7 @@ async fn what_takes_an_administrator_is_refused_to_users_and_everything_to_nobod
     let for_administrators = [
         (Method::GET, "/users", None),
         (Method::POST, "/users", Some(json!({"name": "eve", "password": PASSWORD, "admin": true}))),
+        (Method::PATCH, "/users/ada", Some(json!({"admin": true}))),
         (Method::DELETE, "/users/ada?desktops=remove", None),
         (Method::PUT, "/users/eve/password", Some(json!({"password": "battery staple"}))),
         (Method::POST, "/images", Some(json!({"recipe": "/x"}))),

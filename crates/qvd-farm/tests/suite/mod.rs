@@ -283,6 +283,43 @@ pub(crate) async fn sessions_expire() {
     assert_eq!(world.farm.sweep_sessions().await.unwrap(), 2);
 }
 
+pub(crate) async fn administrators_come_and_go_and_their_sessions_with_them() {
+    let world = World::with_user().await;
+    let (ada, kind) = (user("ada"), SessionKind::Admin);
+    let refused = world.farm.create_session(&ada, kind).await.unwrap_err();
+    assert_eq!((refused.kind(), refused.code()), (ErrorKind::Forbidden, "no_administrator"));
+    let unknown = world.farm.set_admin(&user("eve"), true).await.unwrap_err();
+    assert_eq!((unknown.kind(), unknown.code()), (ErrorKind::NotFound, "unknown_user"));
+    world.farm.set_admin(&ada, true).await.unwrap();
+    assert!(world.farm.user(&ada).await.unwrap().admin);
+
+    let web = world.farm.create_session(&ada, SessionKind::Web).await.unwrap().token;
+    let session = async || world.farm.create_session(&ada, kind).await.unwrap().token;
+    let first = session().await;
+    assert_eq!(world.farm.find_session(&first, kind).await.unwrap().user.name, ada);
+    assert!(world.farm.find_session(&first, SessionKind::Web).await.is_err(), "it is good for nothing else");
+    assert!(world.farm.find_session(&web, kind).await.is_err(), "nothing else does for it");
+    world.farm.set_admin(&ada, false).await.unwrap();
+    assert!(world.farm.find_session(&first, kind).await.is_err());
+    assert!(world.farm.find_session(&web, SessionKind::Web).await.is_ok(), "ada is a user still");
+    world.farm.set_admin(&ada, true).await.unwrap();
+    assert!(world.farm.find_session(&first, kind).await.is_err(), "what ended does not come back");
+
+    let (idle, used) = (session().await, session().await);
+    world.clock.advance(Duration::from_secs(29 * 60));
+    assert!(world.farm.find_session(&used, kind).await.is_ok());
+    world.clock.advance(Duration::from_secs(2 * 60));
+    assert!(world.farm.find_session(&idle, kind).await.is_err(), "unused for half an hour");
+    assert!(world.farm.find_session(&used, kind).await.is_ok());
+    assert_eq!(world.farm.sweep_sessions().await.unwrap(), 1);
+    for _ in 0..22 {
+        world.clock.advance(Duration::from_secs(20 * 60));
+        assert!(world.farm.find_session(&used, kind).await.is_ok(), "it is in use");
+    }
+    world.clock.advance(Duration::from_secs(20 * 60));
+    assert!(world.farm.find_session(&used, kind).await.is_err(), "eight hours are the most");
+}
+
 pub(crate) async fn an_unknown_flavour_is_told_the_known_ones() {
     let world = World::with_user().await;
     world.host.add_image("lxde".parse().unwrap());
@@ -591,6 +628,7 @@ macro_rules! every {
             a_new_password_ends_the_sessions_and_the_old_password
             sessions_are_found_by_their_token_and_kind_and_end
             sessions_expire
+            administrators_come_and_go_and_their_sessions_with_them
             an_unknown_flavour_is_told_the_known_ones
             what_makes_no_sense_is_refused_and_leaves_nothing
             what_a_desktop_has_beside_its_flavour_is_kept

@@ -19,7 +19,9 @@ pub use self::{
     error::ClientError,
     exec::{ExecOutput, ExecReader, ExecWriter},
 };
-use super::dto::{AddUser, BuildImage, ChangeDesktop, CreateDesktop, ExplainFrames, Health, SetPassword, WhoAmI};
+use super::dto::{
+    AddUser, BuildImage, ChangeDesktop, ChangeUser, CreateDesktop, ExplainFrames, Health, SetPassword, WhoAmI,
+};
 use crate::images::{ImageCall, News};
 
 /// Calls the API of one daemon. Cloning is cheap; each call is a connection.
@@ -97,6 +99,14 @@ impl Client {
             OwnedDesktops::Remove => "remove",
         };
         self.transport.done(Method::DELETE, &format!("/users/{name}?desktops={how}"), NOTHING).await
+    }
+
+    /// Lets a user administer the farm, or no more.
+    ///
+    /// # Errors
+    /// [`ClientError`]: `unknown_user`.
+    pub async fn set_admin(&self, name: &UserName, admin: bool) -> Result<(), ClientError> {
+        self.transport.done(Method::PATCH, &format!("/users/{name}"), Some(&ChangeUser { admin })).await
     }
 
     /// Gives a user another password.

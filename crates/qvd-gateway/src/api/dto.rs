@@ -97,6 +97,14 @@ pub struct AddUser {
     pub tenant: TenantName,
 }
 
+/// Body of `PATCH /api/v1/users/{name}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeUser {
+    /// Whether this user administers the farm.
+    pub admin: bool,
+}
+
 /// Body of `PUT /api/v1/users/{name}/password`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -12,6 +12,7 @@
 //! | `GET whoami` | | [`dto::WhoAmI`] | users |
 //! | `GET users` | | `[User]` | administrators |
 //! | `POST users` | [`dto::AddUser`] | 201 `User` | administrators |
+//! | `PATCH users/{name}` | [`dto::ChangeUser`] | 204 | administrators |
 //! | `DELETE users/{name}[?desktops=remove]` | | 204 | administrators |
 //! | `PUT users/{name}/password` | [`dto::SetPassword`] | 204 | users their own, with the current one |
 //! | `GET images` | | `[ImageSummary]` | users |

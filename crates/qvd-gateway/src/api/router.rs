@@ -22,7 +22,10 @@ use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
     Caller,
-    dto::{AddUser, BuildImage, ChangeDesktop, CreateDesktop, Event, ExplainFrames, Health, SetPassword, WhoAmI},
+    dto::{
+        AddUser, BuildImage, ChangeDesktop, ChangeUser, CreateDesktop, Event, ExplainFrames, Health, SetPassword,
+        WhoAmI,
+    },
     error::ApiError,
     exec, images, repository,
 };
@@ -46,7 +49,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/health", get(health))
         .route("/whoami", get(who_am_i))
         .route("/users", get(users).post(add_user))
-        .route("/users/{name}", delete(remove_user))
+        .route("/users/{name}", delete(remove_user).patch(change_user))
         .route("/users/{name}/password", put(set_password))
         .route("/images", get(newest_images).post(build_image))
         .route("/flavours", get(flavours))
@@ -189,6 +192,15 @@ async fn remove_user(
         Some(OwnedWord::Refuse) | None => OwnedDesktops::Refuse,
     };
     done(&caller, farm.remove_user(&name, desktops).await)
+}
+
+async fn change_user(
+    State(ApiState { farm }): State<ApiState>,
+    Admin(caller): Admin,
+    At(name): At<UserName>,
+    Body(change): Body<ChangeUser>,
+) -> Answer<StatusCode> {
+    done(&caller, farm.set_admin(&name, change.admin).await)
 }
 
 async fn set_password(
