@@ -1,7 +1,7 @@
 //! The portal with a host that exists in memory only: for work on its pages.
 //!
 //! `cargo run -p qvd-gateway --example portal`, then sign in as `ada` with
-//! the password `correct horse`. Displays say hello and nothing else.
+//! the password `correct horse`, who administers, too. Displays say hello and nothing else.
 #![allow(clippy::print_stdout)]
 
 use std::{error::Error, sync::Arc};
@@ -18,7 +18,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     host.add_image("xfce".parse()?);
     let farm = Farm::open(&Database::File(dir.path().join("qvd.sqlite")), host).await?;
     let (ada, password) = ("ada".parse()?, Secret::from("correct horse"));
-    farm.add_user(&ada, &password, false).await?;
+    farm.add_user(&ada, &password, true).await?;
     for (flavour, name) in [("icewm", "office"), ("xfce", "development"), ("icewm", "accounting")] {
         let new = NewDesktop { name: Some(name.to_owned()), ..NewDesktop::new(ada.clone(), flavour.parse()?) };
         let desktop = farm.create_desktop(new).await?;

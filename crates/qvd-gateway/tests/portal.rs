@@ -9,45 +9,15 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use qvd_core::DesktopState;
 use qvd_gateway::{ConnectionLimits, Gateway, GatewayConfig, GatewayError, TlsSource};
 use qvd_node::fake::GREETING;
-use support::{Answer, PASSWORD, PATIENCE, Site, basic, qvd};
+use support::{
+    PASSWORD, PATIENCE, Site, basic, cookie_header, forbids_inline_code, get, post, qvd, token, try_sign_in,
+};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
     WebSocketStream, client_async,
     tungstenite::{self, Message, client::IntoClientRequest as _},
 };
-
-fn get(path: &str, headers: &str) -> String {
-    format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}\r\n")
-}
-
-fn post(path: &str, headers: &str, form: &str) -> String {
-    let length = form.len();
-    format!(
-        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nOrigin: https://localhost\r\n\
-         Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {length}\r\n{headers}\r\n{form}"
-    )
-}
-
-/// The value of a hidden field or meta element.
-fn token(html: &str) -> &str {
-    let at = html.find("name=\"csrf\"").unwrap_or_else(|| panic!("no token in {html}"));
-    let html = &html[at..];
-    let start = html.find("value=\"").or_else(|| html.find("content=\"")).unwrap();
-    html[start..].split('"').nth(1).unwrap()
-}
-
-fn cookie_header(answer: &Answer) -> String {
-    let pairs: Vec<_> =
-        answer.cookies().iter().map(|c| c.split(';').next().unwrap()).filter(|c| !c.ends_with('=')).collect();
-    format!("Cookie: {}\r\n", pairs.join("; "))
-}
-
-async fn try_sign_in(site: &Site, user: &str, password: &str) -> Answer {
-    let page = site.ask(&get("/sign-in", "")).await;
-    let form = format!("user={user}&password={}&csrf={}&next=/desktops", password.replace(' ', "+"), token(&page.body));
-    site.ask(&post("/sign-in", &cookie_header(&page), &form)).await
-}
 
 /// Signs ada in: the `Cookie` header, and the token that forms carry.
 async fn sign_in(site: &Site) -> (String, String) {
@@ -99,21 +69,7 @@ async fn every_page_forbids_inline_code_and_has_none() {
     for path in ["/sign-in?bye=1", "/desktops", &desktop, "/licences", "/desktops/4711", "/nothing"] {
         let cookies = if path.starts_with("/sign-in") { "" } else { &cookie };
         let page = site.ask(&get(path, cookies)).await;
-        let policy = page.header("content-security-policy");
-        for part in ["default-src 'none'", "script-src 'self'", "style-src 'self'", "frame-ancestors 'none'"] {
-            assert!(policy.contains(part), "{path}: {policy}");
-        }
-        assert!(!policy.contains("unsafe"), "{policy}");
-        assert_eq!(page.header("x-content-type-options"), "nosniff");
-        assert_eq!(page.header("cache-control"), "no-store", "{path}");
-        assert!(page.body.contains("<html lang"), "{path}: {page:?}");
-        for tag in page.body.split('<').map(|tag| tag.split('>').next().unwrap_or_default().to_lowercase()) {
-            let name = tag.split_whitespace().next().unwrap_or_default();
-            assert!(name != "style" && !tag.contains(" style=") && !tag.contains("javascript:"), "{path}: {tag}");
-            assert!(name != "script" || tag.contains(" src="), "{path}: {tag}");
-            let handler = tag.split_whitespace().skip(1).find(|a| a.starts_with("on") && a.contains('='));
-            assert_eq!(handler, None, "{path}: {tag}");
-        }
+        forbids_inline_code(path, &page);
         for asset in page.body.split('"').filter(|part| part.starts_with("/assets/")) {
             let file = site.ask(&get(asset, "")).await;
             assert_eq!(file.status, 200, "{path} wants {asset}");

@@ -13,7 +13,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::Duration,
 };
@@ -78,6 +78,13 @@ pub enum Op {
     Images,
 }
 
+/// Holds up a call, until it is dropped. See [`FakeHost::hold_next`].
+#[derive(Debug)]
+#[must_use]
+pub struct Hold {
+    _until_dropped: mpsc::Sender<()>,
+}
+
 #[derive(Debug)]
 struct Running {
     spec: DesktopSpec,
@@ -90,9 +97,11 @@ struct State {
     running: HashMap<DesktopId, Running>,
     removed: Vec<DesktopId>,
     failures: HashMap<Op, Vec<HostError>>,
+    holds: HashMap<Op, mpsc::Receiver<()>>,
     script: Option<Script>,
     recipes: HashMap<PathBuf, FlavourName>,
     repository: Option<Arc<Repository>>,
+    ports: HashMap<DesktopId, PortView>,
 }
 
 /// A strict host in memory. Starts with one image, of flavour `icewm`.
@@ -139,9 +148,22 @@ impl FakeHost {
         self.state().repository = Some(repository);
     }
 
+    /// Gives a desktop a port, which none has until then. What it explains are the
+    /// frames that are asked about, in their order.
+    pub fn add_port(&self, id: DesktopId, port: PortView) {
+        self.state().ports.insert(id, port);
+    }
+
     /// Makes the next call of `op` fail.
     pub fn fail_next(&self, op: Op, error: HostError) {
         self.state().failures.entry(op).or_default().push(error);
+    }
+
+    /// Makes the next call of `op` wait until what this returns is dropped.
+    pub fn hold_next(&self, op: Op) -> Hold {
+        let (hold, held) = mpsc::channel();
+        self.state().holds.insert(op, held);
+        Hold { _until_dropped: hold }
     }
 
     /// What programs do from now on; until then they say `hello\n` and end with 0.
@@ -165,8 +187,13 @@ impl FakeHost {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state, unless this call is to fail.
+    /// The state, unless this call is to fail; after a wait, if it is to wait.
     fn begin(&self, op: Op) -> Result<MutexGuard<'_, State>, HostError> {
+        let held = self.state().holds.remove(&op);
+        if let Some(held) = held {
+            // Nothing is ever sent: the other side goes.
+            let _gone = held.recv();
+        }
         let mut state = self.state();
         match state.failures.get_mut(&op).filter(|queue| !queue.is_empty()).map(|queue| queue.remove(0)) {
             Some(error) => Err(error),
@@ -340,11 +367,14 @@ impl Host for FakeHost {
         })
     }
 
-    fn network(&self, id: DesktopId, _frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
+    fn network(&self, id: DesktopId, frames: &[Vec<u8>]) -> Result<Option<PortView>, HostError> {
         let state = self.begin(Op::Stats)?;
         state.running.get(&id).ok_or_else(|| not_running(id))?;
-        // Its desktops have no port.
-        Ok(None)
+        let mut port = state.ports.get(&id).cloned();
+        if let Some(port) = &mut port {
+            port.explained.truncate(frames.len());
+        }
+        Ok(port)
     }
 
     fn commit(&self, id: DesktopId, _new: &NewVersion) -> Result<Version, HostError> {

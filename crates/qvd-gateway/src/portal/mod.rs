@@ -1,5 +1,6 @@
-//! The user's portal: sign in, desktops with their state, open, stop, sign out.
+//! The user's portal: sign in, desktops with their state, open, stop, sign out; and administration.
 
+mod admin;
 mod assets;
 mod door;
 mod guard;
@@ -55,6 +56,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .route("/desktops/{id}/open", post(open))
         .route("/licences", get(licences))
         .route("/assets/{version}/{*path}", get(assets::serve))
+        .merge(admin::router(Arc::clone(&shared)))
         .layer(DefaultBodyLimit::max(FORM_MAX))
         .layer(middleware::from_fn(in_time))
         .route("/desktops/{id}/display", any(screen::display))
@@ -100,11 +102,17 @@ fn form_token(cookie: &str) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn sign_in_answer(status: StatusCode, next: &str, user: &str, error: Option<&str>, notice: Option<&str>) -> Response {
+/// A new value for such a cookie, and its token.
+fn form_cookie() -> (String, String) {
     let random: [u8; 32] = rand::random();
     let value: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let token = form_token(&value);
+    (value, token)
+}
+
+fn sign_in_answer(status: StatusCode, next: &str, user: &str, error: Option<&str>, notice: Option<&str>) -> Response {
+    let (value, csrf) = form_cookie();
     let next = if is_own_page(next) { next } else { "/desktops" };
-    let csrf = form_token(&value);
     let page = pages::SignIn { assets: &assets::BASE, csrf: &csrf, next, user, error, notice };
     with_cookies(render(status, &page), &[set_cookie(FORM_COOKIE, &value, "Strict")])
 }
@@ -145,10 +153,8 @@ async fn sign_in(
         let text = "This page was open for too long. Please sign in again.";
         return sign_in_answer(StatusCode::FORBIDDEN, &form.next, &form.user, Some(text), None);
     }
-    let (name, tenant) = wire::split_tenant(form.user.trim());
-    let user = if tenant.is_none_or(|tenant| tenant == wire::TENANT) { name } else { "" };
     let address = Some(peer.address.ip());
-    let session = match shared.farm.authenticate(user, &form.password, address).await {
+    let session = match shared.farm.authenticate(login_name(&form.user), &form.password, address).await {
         Ok(user) => shared.farm.create_session(&user.name, SessionKind::Web).await,
         Err(error) => Err(error),
     };
@@ -159,19 +165,30 @@ async fn sign_in(
             with_cookies(Redirect::to(next).into_response(), &cookies)
         }
         Err(error) => {
-            let text = match (error.kind(), error.retry_after()) {
-                (_, Some(wait)) => format!("Too many failed attempts. Try again in {} seconds.", wait.as_secs() + 1),
-                (ErrorKind::Unauthenticated, _) => "The user name or the password is wrong.".to_owned(),
-                _ => {
-                    tracing::error!(reference = id.0, %error, cause = wire::causes(&error), "sign-in failed");
-                    format!("Signing in does not work at the moment (reference {}).", id.0)
-                }
-            };
+            let text = sign_in_problem(&error, &id, "The user name or the password is wrong.");
             let mut answer = sign_in_answer(pages::status_of(&error), &form.next, &form.user, Some(&text), None);
             if let Some(wait) = error.retry_after() {
                 answer.headers_mut().insert(header::RETRY_AFTER, (wait.as_secs() + 1).into());
             }
             answer
+        }
+    }
+}
+
+/// The user's name in what was typed, which may name the tenant too.
+fn login_name(typed: &str) -> &str {
+    let (name, tenant) = wire::split_tenant(typed.trim());
+    if tenant.is_none_or(|tenant| tenant == wire::TENANT) { name } else { "" }
+}
+
+/// Why nobody was signed in, for a person; `wrong` says that name or password are.
+fn sign_in_problem(error: &FarmError, id: &RequestId, wrong: &str) -> String {
+    match (error.kind(), error.retry_after()) {
+        (_, Some(wait)) => format!("Too many failed attempts. Try again in {} seconds.", wait.as_secs() + 1),
+        (ErrorKind::Unauthenticated, _) => wrong.to_owned(),
+        _ => {
+            tracing::error!(reference = id.0, %error, cause = wire::causes(error), "sign-in failed");
+            format!("Signing in does not work at the moment (reference {}).", id.0)
         }
     }
 }
@@ -199,10 +216,15 @@ async fn sign_out(
     if !who.allows(&headers, form.csrf.as_deref()) {
         return foreign(&headers, &id);
     }
-    if let Err(error) = shared.farm.end_session(&who.token).await {
-        return failure(&headers, &id, &error);
+    // Who leaves the portal does not go on administering.
+    let admin = cookie(&headers, admin::ADMIN_COOKIE).map(Secret::from);
+    for token in [Some(who.token), admin].into_iter().flatten() {
+        if let Err(error) = shared.farm.end_session(&token).await {
+            return failure(&headers, &id, &error);
+        }
     }
-    with_cookies(Redirect::to("/sign-in?bye=1").into_response(), &[forget_cookie(SESSION_COOKIE)])
+    let cookies = [SESSION_COOKIE, admin::ADMIN_COOKIE].map(forget_cookie);
+    with_cookies(Redirect::to("/sign-in?bye=1").into_response(), &cookies)
 }
 
 fn failure(headers: &HeaderMap, id: &RequestId, error: &FarmError) -> Response {
@@ -229,7 +251,8 @@ async fn desktops(
     let user = who.session.user.name.as_str();
     let initial = user.chars().next().unwrap_or('?');
     let csrf = who.session.csrf_token();
-    render(StatusCode::OK, &pages::Desktops { assets: &assets::BASE, csrf, user, initial, problem, desktops })
+    let admin = who.session.user.admin;
+    render(StatusCode::OK, &pages::Desktops { assets: &assets::BASE, csrf, user, initial, admin, problem, desktops })
 }
 
 async fn desktops_state(

@@ -33,6 +33,8 @@ pub(super) struct Desktops<'a> {
     pub(super) csrf: &'a str,
     pub(super) user: &'a str,
     pub(super) initial: char,
+    /// Whether to show the way to administration.
+    pub(super) admin: bool,
     pub(super) problem: Option<&'a str>,
     pub(super) desktops: Vec<Row>,
 }

@@ -1,11 +1,15 @@
 //! A gateway over a host in memory, and a client that sees every byte.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant, SystemTime},
+};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use qvd_core::DesktopId;
-use qvd_farm::{Database, Farm, NewDesktop, Secret};
+use qvd_farm::{Clock, Database, Farm, NewDesktop, Secret};
 use qvd_gateway::{ConnectionLimits, Gateway, GatewayConfig, TlsSource};
 use qvd_node::fake::FakeHost;
 use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
@@ -23,10 +27,31 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const PASSWORD: &str = "correct horse";
 
+/// The host's clocks, put forward by what a test says.
+#[derive(Debug, Default)]
+pub(crate) struct TestClock(Mutex<Duration>);
+
+impl TestClock {
+    pub(crate) fn advance(&self, by: Duration) {
+        *self.0.lock().unwrap() += by;
+    }
+}
+
+impl Clock for TestClock {
+    fn now(&self) -> SystemTime {
+        SystemTime::now() + *self.0.lock().unwrap()
+    }
+
+    fn monotonic(&self) -> Instant {
+        Instant::now() + *self.0.lock().unwrap()
+    }
+}
+
 pub(crate) struct Site {
     pub(crate) address: SocketAddr,
     pub(crate) host: Arc<FakeHost>,
     pub(crate) farm: Farm,
+    pub(crate) clock: Arc<TestClock>,
     pub(crate) desktop: DesktopId,
     connector: TlsConnector,
     stop: Option<oneshot::Sender<()>>,
@@ -43,7 +68,8 @@ impl Site {
     pub(crate) async fn with(limits: ConnectionLimits, hosts: Vec<String>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let host = Arc::new(FakeHost::new());
-        let farm = Farm::open(&Database::File(dir.path().join("qvd.sqlite")), Arc::clone(&host) as _).await.unwrap();
+        let (database, clock) = (Database::File(dir.path().join("qvd.sqlite")), Arc::new(TestClock::default()));
+        let farm = Farm::open_with_clock(&database, Arc::clone(&host) as _, Arc::clone(&clock) as _).await.unwrap();
         for name in ["ada", "bob"] {
             farm.add_user(&name.parse().unwrap(), &Secret::from(PASSWORD), name == "bob").await.unwrap();
         }
@@ -67,7 +93,7 @@ impl Site {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let connector = TlsConnector::from(Arc::new(client));
-        Self { address, host, farm, desktop, connector, stop: Some(stop), serving, dir }
+        Self { address, host, farm, clock, desktop, connector, stop: Some(stop), serving, dir }
     }
 
     pub(crate) async fn connect(&self) -> Wire {
@@ -99,6 +125,57 @@ impl Site {
 
 pub(crate) fn basic(user: &str, password: &str) -> String {
     format!("Authorization: Basic {}\r\n", BASE64_STANDARD.encode(format!("{user}:{password}")))
+}
+
+pub(crate) fn get(path: &str, headers: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}\r\n")
+}
+
+pub(crate) fn post(path: &str, headers: &str, form: &str) -> String {
+    let length = form.len();
+    format!(
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nOrigin: https://localhost\r\n\
+         Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {length}\r\n{headers}\r\n{form}"
+    )
+}
+
+/// The value of a hidden field or meta element.
+pub(crate) fn token(html: &str) -> &str {
+    let at = html.find("name=\"csrf\"").unwrap_or_else(|| panic!("no token in {html}"));
+    let html = &html[at..];
+    let start = html.find("value=\"").or_else(|| html.find("content=\"")).unwrap();
+    html[start..].split('"').nth(1).unwrap()
+}
+
+pub(crate) fn cookie_header(answer: &Answer) -> String {
+    let pairs: Vec<_> =
+        answer.cookies().iter().map(|c| c.split(';').next().unwrap()).filter(|c| !c.ends_with('=')).collect();
+    format!("Cookie: {}\r\n", pairs.join("; "))
+}
+
+pub(crate) async fn try_sign_in(site: &Site, user: &str, password: &str) -> Answer {
+    let page = site.ask(&get("/sign-in", "")).await;
+    let form = format!("user={user}&password={}&csrf={}&next=/desktops", password.replace(' ', "+"), token(&page.body));
+    site.ask(&post("/sign-in", &cookie_header(&page), &form)).await
+}
+
+/// A page lets no code of its own run, has none, and is kept nowhere.
+pub(crate) fn forbids_inline_code(path: &str, page: &Answer) {
+    let policy = page.header("content-security-policy");
+    for part in ["default-src 'none'", "script-src 'self'", "style-src 'self'", "frame-ancestors 'none'"] {
+        assert!(policy.contains(part), "{path}: {policy}");
+    }
+    assert!(!policy.contains("unsafe"), "{policy}");
+    assert_eq!(page.header("x-content-type-options"), "nosniff");
+    assert_eq!(page.header("cache-control"), "no-store", "{path}");
+    assert!(page.body.contains("<html lang"), "{path}: {page:?}");
+    for tag in page.body.split('<').map(|tag| tag.split('>').next().unwrap_or_default().to_lowercase()) {
+        let name = tag.split_whitespace().next().unwrap_or_default();
+        assert!(name != "style" && !tag.contains(" style=") && !tag.contains("javascript:"), "{path}: {tag}");
+        assert!(name != "script" || tag.contains(" src="), "{path}: {tag}");
+        let handler = tag.split_whitespace().skip(1).find(|a| a.starts_with("on") && a.contains('='));
+        assert_eq!(handler, None, "{path}: {tag}");
+    }
 }
 
 /// A request of the QVD protocol by ada.
