@@ -266,6 +266,17 @@ async fn the_api_knows_its_caller_by_cookie_or_token() {
 }
 
 #[tokio::test]
+async fn a_cookie_administers_nothing() {
+    let site = Site::new().await;
+    let ask = |headers: &str, path: &str| get(&format!("/api/v1/{path}"), headers);
+    let cookie = cookie_header(&try_sign_in(&site, "bob", PASSWORD).await);
+    let own = site.ask(&ask(&cookie, "desktops")).await;
+    assert_eq!((own.status, own.json().as_array().unwrap().len()), (200, 1), "bob's own and no more");
+    assert_eq!(site.ask(&ask(&cookie, "users")).await.status, 403);
+    assert_eq!(site.ask(&ask(&basic("bob", PASSWORD), "users")).await.status, 200);
+}
+
+#[tokio::test]
 async fn nobody_runs_a_program_in_anothers_desktop_or_makes_an_image_of_it() {
     let site = Site::new().await;
     let (own, bobs) = (site.desktop.number(), site.desktop.number() + 1);

@@ -51,6 +51,8 @@
 //! | `GET sessions` | | `[SessionInfo]` | users their own |
 //! | `DELETE sessions/{id}` | | 204 | users their own |
 //!
+//! A browser's cookie makes nobody an administrator here: a password or a token does.
+//!
 //! Calls about images that name a directory or a file of the host, remotes included, are
 //! for the host's own administrator alone: who comes by the unix socket. Whoever has signed
 //! in is the author of what is asked for, whatever is said. Each change is in the daemon's log.

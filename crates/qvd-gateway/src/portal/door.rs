@@ -40,7 +40,12 @@ pub(super) async fn caller(State(shared): State<Arc<Shared>>, mut request: Reque
         Err(error) if error.kind() == qvd_farm::ErrorKind::Unauthenticated => return next.run(request).await,
         Err(error) => return failure(request.headers(), request.extensions(), &error),
     };
-    let caller = Caller::from(&session.user);
+    let caller = match kind {
+        // Who finds a browser open has its user's desktops and not the farm: administration asks for
+        // the password again, and so does this.
+        SessionKind::Web => Caller::User(session.user.name.clone()),
+        _ => Caller::from(&session.user),
+    };
     // A browser sends cookies by itself, also for other sites' pages.
     if kind == SessionKind::Web && !matches!(*request.method(), Method::GET | Method::HEAD) {
         let ours = same_origin(headers) == Some(true) || SignedIn { session, token }.allows(headers, None);
