@@ -4,7 +4,8 @@
 #   make demo [ONCE=1]   a desktop in the browser; ONCE=1 looks at it and ends
 #   make test            every test, privileges demanded: run it as root
 #   make check           format, lints, docs, unit tests, dependencies: no root
-#   make install         qvd, its init, service, manual and completions, below DESTDIR if given, to PREFIX
+#   make install         qvd, its init, service, recipes, manual and completions, below DESTDIR if given, to PREFIX
+#   make package         a deb and an rpm of all that, in target/package
 #   make bench [JSON=1]  start latency beside the floor, runc and lxc
 #   make density N=40    what so many desktops take; IDLE=1: at rest
 #   make neighbour       what one desktop's attacks cost another
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
-.PHONY: demo test check install bench density neighbour web init build image browser bed disk
+.PHONY: demo test check install package bench density neighbour web init build image browser bed disk
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 T := $(CARGO_TARGET_DIR)
@@ -41,6 +42,13 @@ install: build init
 	$(T)/release/qvd completions bash | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/bash-completion/completions/qvd
 	$(T)/release/qvd completions zsh | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_qvd
 	$(T)/release/qvd completions fish | install -D -m 644 /dev/stdin $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/qvd.fish
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/qvd/recipes recipes/*.toml
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/qvd README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT crates/qvd-gateway/THIRD-PARTY.md
+
+package: $(STAMP)/package-tools
+	rm -rf $(T)/package
+	$(MAKE) install DESTDIR=$(T)/package/root PREFIX=/usr
+	scripts/package $(T)/package
 
 # Built with other features, the same libraries are compiled once more: all that
 # is tested is built by one command.
