@@ -16,7 +16,8 @@ use crate::{
 };
 
 /// A recipe, and programs that its session has when it is up.
-const RECIPES: [(&str, &[&str]); 2] = [
+const RECIPES: [(&str, &[&str]); 3] = [
+    ("kde", &["plasma_session", "kwin_x11", "ksmserver", "plasmashell"]),
     ("lxde", &["lxsession", "openbox", "lxpanel", "pcmanfm"]),
     ("xfce", &["xfce4-session", "xfwm4", "xfce4-panel", "xfdesktop"]),
 ];
