@@ -16,7 +16,8 @@ use crate::{
 };
 
 /// A recipe, and programs that its session has when it is up.
-const RECIPES: [(&str, &[&str]); 3] = [
+const RECIPES: [(&str, &[&str]); 4] = [
+    ("gnome", &["gnome-session-binary", "metacity", "gnome-panel", "gnome-flashback"]),
     ("kde", &["plasma_session", "kwin_x11", "ksmserver", "plasmashell"]),
     ("lxde", &["lxsession", "openbox", "lxpanel", "pcmanfm"]),
     ("xfce", &["xfce4-session", "xfwm4", "xfce4-panel", "xfdesktop"]),
