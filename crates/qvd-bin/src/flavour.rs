@@ -21,7 +21,7 @@ pub(crate) async fn run(client: &Client, command: cli::Flavour, output: &Output)
                 let (limits, defaults) = (one.defaults.limits, &one.defaults);
                 let (memory, cpu, pids) =
                     (limits.memory.to_string(), limits.cpu.0.to_string(), limits.pids.to_string());
-                [one.name.to_string(), memory, cpu, pids, root(defaults.root).to_owned(), defaults.net.summary()]
+                [one.name.to_string(), memory, cpu, pids, defaults.root.as_str().to_owned(), defaults.net.summary()]
             },
         ),
         cli::Flavour::Show { flavour } => output.result(&find(client, &flavour).await?, details),
@@ -60,13 +60,6 @@ async fn changed(client: &Client, set: &SetFlavour) -> anyhow::Result<Flavour> {
     Ok(flavour)
 }
 
-const fn root(policy: RootPolicy) -> &'static str {
-    match policy {
-        RootPolicy::Persistent => "persistent",
-        _ => "volatile",
-    }
-}
-
 fn details(flavour: &Flavour) -> String {
     let (limits, defaults) = (flavour.defaults.limits, &flavour.defaults);
     let mut lines = vec![
@@ -74,7 +67,7 @@ fn details(flavour: &Flavour) -> String {
         ("memory", format!("at most {}", limits.memory)),
         ("processor", format!("at most {} thousandths of a core", limits.cpu.0)),
         ("processes", format!("at most {}", limits.pids)),
-        ("root", root(defaults.root).to_owned()),
+        ("root", defaults.root.as_str().to_owned()),
         ("network", defaults.net.summary()),
     ];
     lines.extend(limits.io.map(|io| ("disks", format!("{io} a second"))));

@@ -32,6 +32,17 @@ pub enum RootPolicy {
     Persistent,
 }
 
+impl RootPolicy {
+    /// The name in recipes.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Volatile => "volatile",
+            Self::Persistent => "persistent",
+        }
+    }
+}
+
 /// A kind of the host's devices that programs of a desktop may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

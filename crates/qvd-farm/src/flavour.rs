@@ -60,7 +60,7 @@ impl Farm {
         .bind(row::bytes_column(defaults.limits.memory))
         .bind(i64::from(defaults.limits.cpu.0))
         .bind(i64::from(defaults.limits.pids))
-        .bind(row::root_policy_word(defaults.root))
+        .bind(defaults.root.as_str())
         .bind(defaults.net.port)
         .bind(defaults.net.internet)
         .bind(row::net_column(&defaults.net)?)

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, net::Ipv4Addr, str::FromStr};
 
-use qvd_core::{Bytes, Calls, DesktopId, Device, Limits, MilliCpu, NetPolicy, RootPolicy, Virtualizer};
+use qvd_core::{Bytes, Calls, DesktopId, Device, Limits, MilliCpu, NetPolicy, Virtualizer};
 
 use crate::{Desktop, FarmError, FlavourDefaults, SessionInfo, SessionKind, User, store::Row};
 
@@ -30,13 +30,6 @@ fn unsigned<T: TryFrom<i64, Error: std::error::Error + Send + Sync + 'static>>(
 /// A word of one of our enums, by its serde name.
 fn word<T: serde::de::DeserializeOwned>(row: &Row, column: &'static str) -> Result<T> {
     decode(column, serde_json::from_value(serde_json::Value::from(row.try_get::<&str>(column)?)))
-}
-
-pub(crate) const fn root_policy_word(policy: RootPolicy) -> &'static str {
-    match policy {
-        RootPolicy::Persistent => "persistent",
-        _ => "volatile",
-    }
 }
 
 pub(crate) const fn virtualizer_word(virtualizer: Virtualizer) -> &'static str {

@@ -3,11 +3,7 @@
 
 mod support;
 
-use std::{
-    io,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use qvd_core::{Bytes, DesktopState, NetPolicy, RootPolicy};
 use qvd_farm::{Secret, SessionKind};
@@ -16,9 +12,8 @@ use qvd_node::{HostError, HostErrorKind, fake::Op};
 use qvd_storage::Repository;
 use serde_json::json;
 use support::{
-    Answer, PASSWORD, PATIENCE, Site, cookie_header, forbids_inline_code, get, post, qvd, token, try_sign_in,
+    Answer, Log, PASSWORD, PATIENCE, Site, cookie_header, forbids_inline_code, get, post, qvd, token, try_sign_in,
 };
-use tracing_subscriber::fmt::MakeWriter;
 
 async fn try_enter(site: &Site, user: &str, password: &str, cookies: &str) -> Answer {
     let page = site.ask(&get("/admin/sign-in", cookies)).await;
@@ -694,26 +689,6 @@ async fn images_are_shown_with_their_versions_and_tags() {
     assert!(admin.get("/admin/images").await.body.contains("Cannot list the images: the disk is gone"));
 }
 
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl<'a> MakeWriter<'a> for Log {
-    type Writer = Self;
-    fn make_writer(&'a self) -> Self {
-        self.clone()
-    }
-}
-
 #[tokio::test]
 async fn the_log_says_who_did_what_and_no_secret() {
     let log = Log::default();
@@ -727,7 +702,7 @@ async fn the_log_says_who_did_what_and_no_secret() {
     admin.is_refused("/admin/desktops", "user=ada&flavour=icewm&name=icewm", 409, "already").await;
     try_enter(&site, "ada", "another horse", "").await;
     let token = admin.cookie.trim().split_once('=').unwrap().1.to_owned();
-    let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    let text = log.text();
     let lines: Vec<_> = text.lines().filter(|line| line.contains("administration ")).collect();
     let all = lines.join("\n");
     for (action, object, result) in [

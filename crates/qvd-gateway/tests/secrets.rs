@@ -3,33 +3,7 @@
 
 mod support;
 
-use std::{
-    io,
-    sync::{Arc, Mutex},
-};
-
-use support::{PASSWORD, Site, basic, qvd, qvd_upgrade};
-use tracing_subscriber::fmt::MakeWriter;
-
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl<'a> MakeWriter<'a> for Log {
-    type Writer = Self;
-    fn make_writer(&'a self) -> Self {
-        self.clone()
-    }
-}
+use support::{Log, PASSWORD, Site, basic, qvd, qvd_upgrade};
 
 #[tokio::test]
 async fn the_log_has_neither_passwords_nor_tokens() {
@@ -57,7 +31,7 @@ async fn the_log_has_neither_passwords_nor_tokens() {
         format!("GET /api/v1/whoami HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {token}\r\n\r\n");
     assert_eq!(site.ask(&api).await.status, 200);
     site.stopped().await;
-    let text = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
+    let text = log.text();
     assert!(text.contains("/qvd/list_of_vm") && text.contains("sign-in failed"), "the log works: {text}");
     let encoded = basic("ada", PASSWORD);
     let encoded = encoded.trim().rsplit(' ').next().unwrap();

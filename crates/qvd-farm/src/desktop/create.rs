@@ -121,7 +121,7 @@ impl Farm {
         .bind(row::bytes_column(limits.memory))
         .bind(i64::from(limits.cpu.0))
         .bind(i64::from(limits.pids))
-        .bind(row::root_policy_word(new.root.unwrap_or(defaults.root)))
+        .bind(new.root.unwrap_or(defaults.root).as_str())
         .bind(net.port)
         .bind(net.internet)
         .bind(row::net_column(&net)?)

@@ -147,8 +147,7 @@ async fn sign_in(
     headers: HeaderMap,
     Form(form): Form<SignInForm>,
 ) -> Response {
-    let expected = cookie(&headers, FORM_COOKIE).map(form_token);
-    if same_origin(&headers) == Some(false) || expected.as_deref() != Some(&*form.csrf) {
+    if !is_own_form(&headers, FORM_COOKIE, &form.csrf) {
         tracing::warn!(reference = id.0, "sign-in form of another site, or too old");
         let text = "This page was open for too long. Please sign in again.";
         return sign_in_answer(StatusCode::FORBIDDEN, &form.next, &form.user, Some(text), None);
@@ -165,12 +164,8 @@ async fn sign_in(
             with_cookies(Redirect::to(next).into_response(), &cookies)
         }
         Err(error) => {
-            let text = sign_in_problem(&error, &id, "The user name or the password is wrong.");
-            let mut answer = sign_in_answer(pages::status_of(&error), &form.next, &form.user, Some(&text), None);
-            if let Some(wait) = error.retry_after() {
-                answer.headers_mut().insert(header::RETRY_AFTER, (wait.as_secs() + 1).into());
-            }
-            answer
+            let page = |status, text: &str| sign_in_answer(status, &form.next, &form.user, Some(text), None);
+            not_signed_in(&error, &id, "The user name or the password is wrong.", page)
         }
     }
 }
@@ -181,16 +176,31 @@ fn login_name(typed: &str) -> &str {
     if tenant.is_none_or(|tenant| tenant == wire::TENANT) { name } else { "" }
 }
 
-/// Why nobody was signed in, for a person; `wrong` says that name or password are.
-fn sign_in_problem(error: &FarmError, id: &RequestId, wrong: &str) -> String {
-    match (error.kind(), error.retry_after()) {
+/// Whether a sign-in form is from a page of ours that gave the browser `form_cookie`.
+fn is_own_form(headers: &HeaderMap, form_cookie: &str, csrf: &str) -> bool {
+    same_origin(headers) != Some(false) && cookie(headers, form_cookie).map(form_token).as_deref() == Some(csrf)
+}
+
+/// The page that says why nobody was signed in; `wrong` says that name or password are.
+fn not_signed_in(
+    error: &FarmError,
+    id: &RequestId,
+    wrong: &str,
+    page: impl FnOnce(StatusCode, &str) -> Response,
+) -> Response {
+    let text = match (error.kind(), error.retry_after()) {
         (_, Some(wait)) => format!("Too many failed attempts. Try again in {} seconds.", wait.as_secs() + 1),
         (ErrorKind::Unauthenticated, _) => wrong.to_owned(),
         _ => {
             tracing::error!(reference = id.0, %error, cause = wire::causes(error), "sign-in failed");
             format!("Signing in does not work at the moment (reference {}).", id.0)
         }
+    };
+    let mut answer = page(pages::status_of(error), &text);
+    if let Some(wait) = error.retry_after() {
+        answer.headers_mut().insert(header::RETRY_AFTER, (wait.as_secs() + 1).into());
     }
+    answer
 }
 
 #[derive(Debug, Deserialize)]

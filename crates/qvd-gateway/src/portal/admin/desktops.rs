@@ -21,7 +21,7 @@ use super::{
     AdminState, Who,
     pages::{
         self, Desktop, Desktops, Fact, Frame, LimitsForm, Remove, Row, ago, answer, choice, failure, field, given, mib,
-        network, refreshing, root, root_word, runtime, sentence, short, state_of,
+        network, refreshing, root, runtime, sentence, short, state_of,
     },
     work::{Action, Object},
 };
@@ -307,7 +307,7 @@ fn facts(info: &DesktopInfo) -> Vec<Fact> {
         ("Memory", format!("at most {}", desktop.limits.memory)),
         ("Processor", format!("at most {} thousandths of a core", desktop.limits.cpu.0)),
         ("Processes", format!("at most {}", desktop.limits.pids)),
-        ("Root", root_word(desktop.root).to_owned()),
+        ("Root", desktop.root.as_str().to_owned()),
         ("Network", desktop.net.summary()),
         ("Created", ago(desktop.created_unix_s)),
         ("Client", if status.attached { "attached" } else { "none" }.to_owned()),

@@ -17,7 +17,7 @@ use super::{
     AdminState, Who,
     pages::{
         FlavourRow, Flavours, Frame, ImageRow, Images, LimitsForm, OneFlavour, OneImage, VersionRow, ago, answer,
-        failure, given, mib, network, root, root_word, short,
+        failure, given, mib, network, root, short,
     },
 };
 use crate::{
@@ -64,7 +64,7 @@ pub(super) async fn flavours(State(state): State<Arc<AdminState>>, Extension(who
             cpu: limits.cpu.0,
             pids: limits.pids,
             io: limits.io.map_or_else(String::new, |io| format!("{io}/s")),
-            root: root_word(root),
+            root: root.as_str(),
             network: net.summary(),
             image: ago(flavour.created_unix_s),
         }
@@ -101,7 +101,7 @@ async fn flavour_page(
         Ok(Flavour { defaults, .. }) => {
             let set = || DefaultsForm {
                 limits: LimitsForm::of(&defaults.limits),
-                root: root_word(defaults.root).to_owned(),
+                root: defaults.root.as_str().to_owned(),
                 network: String::new(),
             };
             let page = OneFlavour {

@@ -17,7 +17,7 @@ use axum::{
     Extension, Form, Router,
     body::{self, Body},
     extract::{FromRequest as _, Query, Request, State},
-    http::{HeaderMap, Method, StatusCode, header},
+    http::{HeaderMap, Method, StatusCode},
     middleware::{self, Next},
     response::{IntoResponse as _, Redirect, Response},
     routing::{get, post},
@@ -27,9 +27,9 @@ use serde::Deserialize;
 
 use self::work::Works;
 use super::{
-    CsrfForm, FORM_MAX, assets, foreign, form_cookie, form_token,
-    guard::{RequestId, SESSION_COOKIE, SignedIn, cookie, forget_cookie, same_origin, set_cookie},
-    login_name, not_found, pages as portal_pages, sign_in_problem, with_cookies,
+    CsrfForm, FORM_MAX, assets, foreign, form_cookie,
+    guard::{RequestId, SESSION_COOKIE, SignedIn, cookie, forget_cookie, set_cookie},
+    is_own_form, login_name, not_found, not_signed_in, pages as portal_pages, with_cookies,
 };
 use crate::server::{Peer, Shared};
 
@@ -197,8 +197,7 @@ async fn sign_in(
     headers: HeaderMap,
     Form(form): Form<SignInForm>,
 ) -> Response {
-    let expected = cookie(&headers, FORM_COOKIE).map(form_token);
-    if same_origin(&headers) == Some(false) || expected.as_deref() != Some(&*form.csrf) {
+    if !is_own_form(&headers, FORM_COOKIE, &form.csrf) {
         tracing::warn!(reference = id.0, "administrator's sign-in form of another site, or too old");
         let text = "This page was open for too long. Please sign in again.";
         return sign_in_answer(StatusCode::FORBIDDEN, &form.user, Some(text), None);
@@ -226,12 +225,8 @@ async fn sign_in(
         }
         Err(error) => {
             let wrong = "The user name or the password is wrong, or this user is no administrator.";
-            let text = sign_in_problem(&error, &id, wrong);
-            let mut answer = sign_in_answer(portal_pages::status_of(&error), &form.user, Some(&text), None);
-            if let Some(wait) = error.retry_after() {
-                answer.headers_mut().insert(header::RETRY_AFTER, (wait.as_secs() + 1).into());
-            }
-            answer
+            let page = |status, text: &str| sign_in_answer(status, &form.user, Some(text), None);
+            not_signed_in(&error, &id, wrong, page)
         }
     }
 }

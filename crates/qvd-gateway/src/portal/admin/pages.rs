@@ -431,13 +431,6 @@ pub(super) const fn runtime(virtualizer: Virtualizer) -> &'static str {
     }
 }
 
-pub(super) const fn root_word(policy: RootPolicy) -> &'static str {
-    match policy {
-        RootPolicy::Persistent => "persistent",
-        _ => "volatile",
-    }
-}
-
 pub(super) const fn kind_word(kind: SessionKind) -> &'static str {
     match kind {
         SessionKind::Web => "browser",
@@ -549,7 +542,7 @@ pub(super) fn network(text: &str) -> Result<Option<NetPolicy>, FarmError> {
 }
 
 pub(super) fn root(text: &str) -> Result<Option<RootPolicy>, FarmError> {
-    choice("root", text, &[("volatile", RootPolicy::Volatile), ("persistent", RootPolicy::Persistent)])
+    choice("root", text, &[RootPolicy::Volatile, RootPolicy::Persistent].map(|policy| (policy.as_str(), policy)))
 }
 
 #[cfg(test)]
